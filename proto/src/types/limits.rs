@@ -1,0 +1,59 @@
+//! Every bound of the system, with its reason. Nothing that a peer, a user or a disk can make grow is
+//! without one.
+
+use std::time::Duration;
+
+/// Bytes of a key over gRPC; what fits beside a value in one message with room to spare, and the
+/// kernel's PATH_MAX, so that every key can be typed as a path.
+pub const KEY_BYTES_MAX: usize = 4096;
+/// Bytes of one component of a path: NAME_MAX of Linux.
+pub const NAME_BYTES_MAX: usize = 255;
+/// Bytes of a symlink's target: PATH_MAX without its NUL.
+pub const SYMLINK_BYTES_MAX: usize = 4095;
+/// Bytes of a value, or of a piece of one, in one message.
+pub const VALUE_BYTES_MAX: usize = 4 << 20;
+/// Bytes of a batch in one message.
+pub const BATCH_BYTES_MAX: usize = 16 << 20;
+/// Items of one BatchPut or BatchGet.
+pub const BATCH_ITEMS_MAX: usize = 16_384;
+/// Bytes of a gRPC message, either way: a full batch with its keys and framing.
+pub const MESSAGE_BYTES_MAX: usize = BATCH_BYTES_MAX + (4 << 20);
+/// Bytes of a file: what 64 KiB chunks numbered by 28 bits hold.
+pub const FILE_BYTES_MAX: u64 = 16 << 40;
+/// Names of one inode: the figure of ext4, which programs know.
+pub const LINKS_MAX: u32 = 65_000;
+/// Bytes of an extended attribute's name and value: XATTR_NAME_MAX and XATTR_SIZE_MAX of Linux.
+pub const XATTR_NAME_BYTES_MAX: usize = 255;
+/// See [`XATTR_NAME_BYTES_MAX`].
+pub const XATTR_VALUE_BYTES_MAX: usize = 65_536;
+/// Bytes of all extended attributes of an inode together, names included: they live in one record.
+/// XATTR_LIST_MAX bounds the names alone to the same figure.
+pub const XATTRS_BYTES_MAX: usize = 128 << 10;
+/// Secondary index entries of one value.
+pub const INDEXES_MAX: usize = 32;
+/// Bytes of an index's name, and of a text value.
+pub const INDEX_NAME_BYTES_MAX: usize = 64;
+/// See [`INDEX_NAME_BYTES_MAX`].
+pub const INDEX_TEXT_BYTES_MAX: usize = 1024;
+/// Entries of one ReadDirectory answer.
+pub const READDIR_ENTRIES_MAX: u32 = 8192;
+/// Directories between a shard's root and anything in it. A key of 4096 bytes has 2048 components at
+/// the most.
+pub const DEPTH_MAX: usize = 2048;
+/// Mutations of one session that may be unanswered at a time; also the number of result slots that the
+/// shard keeps for it.
+pub const SESSION_WINDOW: u64 = 1024;
+/// Sessions of one shard.
+pub const SESSIONS_PER_SHARD_MAX: usize = 4096;
+/// A session that is silent for longer is dropped: long enough for a failover and a slow restart.
+pub const SESSION_TTL: Duration = Duration::from_secs(300);
+/// Bytes of a session's label.
+pub const SESSION_LABEL_BYTES_MAX: usize = 255;
+/// Age that an operation answered as buffered may reach before it is synced.
+pub const UNSYNCED_AGE_MAX: Duration = Duration::from_secs(5);
+/// Bits of a shard id: with [`INODE_BITS`] they fill a positive 64-bit st_ino.
+pub const SHARD_ID_BITS: u32 = 22;
+/// Bits of an inode number within its shard.
+pub const INODE_BITS: u32 = 41;
+/// Characters of a client, node or volume id.
+pub const ID_CHARS_MAX: usize = 64;

@@ -1,0 +1,14 @@
+//! Domain types: valid by construction, free of wire, disk and transport.
+
+pub mod attr;
+pub mod clock;
+pub mod error;
+pub mod ids;
+pub mod limits;
+pub mod name;
+pub mod op;
+
+pub use attr::{Attr, FileKind, Timestamp};
+pub use error::{Error, Location, Reason, Result};
+pub use ids::{ClientId, Cookie, Epoch, GlobalInode, InodeNo, NodeId, Sequence, SessionId, ShardId, Version, VolumeId};
+pub use name::{FileName, Key, ShardName};
