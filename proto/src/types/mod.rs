@@ -2,6 +2,7 @@
 
 pub mod attr;
 pub mod clock;
+pub mod cluster;
 pub mod error;
 pub mod ids;
 pub mod limits;

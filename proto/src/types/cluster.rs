@@ -1,0 +1,190 @@
+//! Shards, nodes and volumes as people and programs see them.
+
+use super::attr::Timestamp;
+use super::error::Location;
+use super::ids::{ClientId, Epoch, NodeId, ShardId, VolumeId};
+use super::name::ShardName;
+use super::op::ShardState;
+
+/// A shard, by id or, among the caller's, by name.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum Selector {
+    /// By id.
+    Id(ShardId),
+    /// By name.
+    Name(ShardName),
+}
+
+/// What a new shard should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewShard {
+    /// Its name among the owner's shards.
+    pub name: ShardName,
+    /// Limit on its logical bytes; `None`: the cluster's default.
+    pub limit_bytes: Option<u64>,
+    /// Permission bits of the root directory.
+    pub mode: u32,
+    /// Owner of the root directory.
+    pub uid: u32,
+    /// Group of the root directory.
+    pub gid: u32,
+    /// Makes a retry safe: 1..=64 bytes, or empty.
+    pub request_id: String,
+}
+
+/// A shard.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardInfo {
+    /// Its id.
+    pub id: ShardId,
+    /// Its name.
+    pub name: ShardName,
+    /// The client id that owns it.
+    pub owner: ClientId,
+    /// Its state.
+    pub state: ShardState,
+    /// Limit on its logical bytes; `None`: only the volume's room.
+    pub limit_bytes: Option<u64>,
+    /// When it was made.
+    pub created: Timestamp,
+    /// Where it is served.
+    pub location: Location,
+    /// Logical bytes in use; only from the primary.
+    pub used_bytes: Option<u64>,
+    /// Inodes in use; only from the primary.
+    pub inodes: Option<u64>,
+}
+
+/// Space of a shard, for statfs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ShardStat {
+    /// The limit, or the volume's room.
+    pub total_bytes: u64,
+    /// What may still be written.
+    pub free_bytes: u64,
+    /// Inodes in use.
+    pub inodes_used: u64,
+    /// Logical bytes in use.
+    pub used_bytes: u64,
+    /// The shard's state.
+    pub state: ShardState,
+}
+
+/// A node, as the metadata store knows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeInfo {
+    /// Its id.
+    pub id: NodeId,
+    /// Its gRPC addresses, preferred first.
+    pub endpoints: Vec<String>,
+    /// Its HTTP address; empty: none.
+    pub http_address: String,
+    /// Its version.
+    pub version: String,
+    /// Whether its heartbeat was seen to grow lately.
+    pub alive: bool,
+    /// Its heartbeat counter.
+    pub heartbeat: u64,
+    /// When its process started.
+    pub started: Timestamp,
+}
+
+/// A volume, as the metadata store knows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeInfo {
+    /// Its id.
+    pub id: VolumeId,
+    /// `loop` or `dir`.
+    pub provider: String,
+    /// The backing file or folder.
+    pub source: String,
+    /// Its size; 0: as large as what it lies on.
+    pub size_bytes: u64,
+    /// The node that serves it, if any.
+    pub primary: Option<NodeId>,
+    /// Nodes that stand by.
+    pub backups: Vec<NodeId>,
+    /// Grows at every promotion.
+    pub epoch: Epoch,
+    /// Shards on it.
+    pub shards: u32,
+}
+
+/// One volume as the node that serves it sees it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VolumeStatus {
+    /// Its id.
+    pub id: VolumeId,
+    /// `loop` or `dir`.
+    pub provider: String,
+    /// Bytes in all.
+    pub total_bytes: u64,
+    /// Bytes free.
+    pub free_bytes: u64,
+    /// Shards on it.
+    pub shards: u32,
+    /// The epoch under which it is served.
+    pub epoch: Epoch,
+    /// Device or folder.
+    pub source: String,
+    /// Where it is mounted on the node.
+    pub mount_point: String,
+    /// Empty: in order. Else what is wrong.
+    pub trouble: String,
+}
+
+/// A node, as it sees itself.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeStatus {
+    /// Its id.
+    pub id: NodeId,
+    /// Its version.
+    pub version: String,
+    /// Milliseconds since its process started.
+    pub uptime_ms: u64,
+    /// The volumes it serves.
+    pub volumes: Vec<VolumeStatus>,
+    /// Shards open.
+    pub open_shards: u32,
+    /// Shards that may be open.
+    pub open_shards_max: u32,
+    /// Block cache in use, bytes.
+    pub block_cache_used_bytes: u64,
+    /// Block cache, bytes.
+    pub block_cache_capacity_bytes: u64,
+    /// Write buffers in use, bytes.
+    pub write_buffer_used_bytes: u64,
+    /// Whether its last call to the metadata store succeeded.
+    pub store_reachable: bool,
+    /// The cluster's id.
+    pub cluster_id: String,
+}
+
+/// One item of an fsck's answer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum CheckItem {
+    /// Something is wrong.
+    Finding {
+        /// A short word of a closed set.
+        kind: String,
+        /// What, and where.
+        detail: String,
+    },
+    /// The last item.
+    Summary(CheckSummary),
+}
+
+/// What an fsck went through.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct CheckSummary {
+    /// Inode records.
+    pub inodes: u64,
+    /// Directory entries.
+    pub dirents: u64,
+    /// Chunks.
+    pub chunks: u64,
+    /// Logical bytes.
+    pub bytes: u64,
+    /// Findings.
+    pub findings: u64,
+}
