@@ -8,7 +8,7 @@ use std::fmt;
 use super::ids::{Epoch, NodeId, ShardId, VolumeId};
 
 /// Result with the domain error.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// What happened.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
@@ -160,7 +160,13 @@ struct Inner {
 impl Error {
     /// An error with a sentence for people.
     pub fn new(reason: Reason, message: impl Into<String>) -> Error {
-        Error(Box::new(Inner { reason, message: message.into(), shard: None, location: None, retry_after_ms: 0 }))
+        Error(Box::new(Inner {
+            reason,
+            message: message.into(),
+            shard: None,
+            location: None,
+            retry_after_ms: 0,
+        }))
     }
 
     /// [`Reason::InvalidArgument`].

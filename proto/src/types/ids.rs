@@ -240,7 +240,10 @@ text! {
 fn check_id(what: &str, id: &str) -> Result<()> {
     let good = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'_' | b'-');
     if id.is_empty() || id.len() > ID_CHARS_MAX {
-        return Err(Error::invalid(format!("a {what} has 1..={ID_CHARS_MAX} characters, this one has {}", id.len())));
+        return Err(Error::invalid(format!(
+            "a {what} has 1..={ID_CHARS_MAX} characters, this one has {}",
+            id.len()
+        )));
     }
     if !id.bytes().all(good) || !id.as_bytes()[0].is_ascii_alphanumeric() {
         return Err(Error::invalid(format!(

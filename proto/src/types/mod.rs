@@ -11,5 +11,7 @@ pub mod op;
 
 pub use attr::{Attr, FileKind, Timestamp};
 pub use error::{Error, Location, Reason, Result};
-pub use ids::{ClientId, Cookie, Epoch, GlobalInode, InodeNo, NodeId, Sequence, SessionId, ShardId, Version, VolumeId};
+pub use ids::{
+    ClientId, Cookie, Epoch, GlobalInode, InodeNo, NodeId, Sequence, SessionId, ShardId, Version, VolumeId,
+};
 pub use name::{FileName, Key, ShardName};

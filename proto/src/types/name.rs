@@ -113,7 +113,9 @@ impl ShardName {
             return Err(Error::invalid(format!("shard name {name:?}: control characters are not allowed")));
         }
         if name == VIRTUAL_DIRECTORY {
-            return Err(Error::invalid(format!("{VIRTUAL_DIRECTORY:?} is reserved: choose another shard name")));
+            return Err(Error::invalid(format!(
+                "{VIRTUAL_DIRECTORY:?} is reserved: choose another shard name"
+            )));
         }
         Ok(ShardName(name))
     }

@@ -122,21 +122,86 @@ pub struct PutItem {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[allow(missing_docs)]
 pub enum Operation {
-    Create { parent: InodeNo, name: FileName, kind: FileKind, inode: NewInode, rdev: u32, existing_ok: bool, open: bool },
-    MakeDirectory { parent: InodeNo, name: FileName, inode: NewInode },
-    MakeSymlink { parent: InodeNo, name: FileName, target: Bytes, inode: NewInode },
-    Link { inode: InodeNo, new_parent: InodeNo, new_name: FileName },
-    Unlink { parent: InodeNo, name: FileName },
-    RemoveDirectory { parent: InodeNo, name: FileName },
-    Rename { parent: InodeNo, name: FileName, new_parent: InodeNo, new_name: FileName, no_replace: bool, exchange: bool },
-    SetAttr { inode: InodeNo, set: SetAttr },
-    Write { inode: InodeNo, offset: u64, data: Bytes, append: bool, kill_set_id: bool },
-    Allocate { inode: InodeNo, offset: u64, length: u64, mode: AllocateMode },
-    SetXattr { inode: InodeNo, name: Bytes, value: Bytes, create_only: bool, replace_only: bool },
-    RemoveXattr { inode: InodeNo, name: Bytes },
-    PutValue { item: PutItem },
-    PutValues { items: Vec<PutItem>, atomic: bool },
-    DeleteValue { key: Key, if_version: Option<Version> },
+    Create {
+        parent: InodeNo,
+        name: FileName,
+        kind: FileKind,
+        inode: NewInode,
+        rdev: u32,
+        existing_ok: bool,
+        open: bool,
+    },
+    MakeDirectory {
+        parent: InodeNo,
+        name: FileName,
+        inode: NewInode,
+    },
+    MakeSymlink {
+        parent: InodeNo,
+        name: FileName,
+        target: Bytes,
+        inode: NewInode,
+    },
+    Link {
+        inode: InodeNo,
+        new_parent: InodeNo,
+        new_name: FileName,
+    },
+    Unlink {
+        parent: InodeNo,
+        name: FileName,
+    },
+    RemoveDirectory {
+        parent: InodeNo,
+        name: FileName,
+    },
+    Rename {
+        parent: InodeNo,
+        name: FileName,
+        new_parent: InodeNo,
+        new_name: FileName,
+        no_replace: bool,
+        exchange: bool,
+    },
+    SetAttr {
+        inode: InodeNo,
+        set: SetAttr,
+    },
+    Write {
+        inode: InodeNo,
+        offset: u64,
+        data: Bytes,
+        append: bool,
+        kill_set_id: bool,
+    },
+    Allocate {
+        inode: InodeNo,
+        offset: u64,
+        length: u64,
+        mode: AllocateMode,
+    },
+    SetXattr {
+        inode: InodeNo,
+        name: Bytes,
+        value: Bytes,
+        create_only: bool,
+        replace_only: bool,
+    },
+    RemoveXattr {
+        inode: InodeNo,
+        name: Bytes,
+    },
+    PutValue {
+        item: PutItem,
+    },
+    PutValues {
+        items: Vec<PutItem>,
+        atomic: bool,
+    },
+    DeleteValue {
+        key: Key,
+        if_version: Option<Version>,
+    },
 }
 
 /// Metadata of a value.

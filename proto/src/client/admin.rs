@@ -1,0 +1,100 @@
+//! What an operator asks.
+
+use std::time::Duration;
+
+use futures::Stream;
+
+use super::Client;
+use super::retry::Target;
+use super::shards::selected;
+use crate::convert;
+use crate::types::cluster::{CheckItem, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
+use crate::types::{Error, Result, ShardId};
+use crate::wire;
+
+/// Asking one certain node is not repeated for long: the answer to "is it there" may be no.
+const NODE_ATTEMPT_MAX: Duration = Duration::from_secs(3);
+
+impl Client {
+    /// The nodes of the cluster.
+    pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
+        let reply = self
+            .call(Target::Any, async |attempt| {
+                attempt.node.admin().list_nodes(attempt.node.request(wire::ListNodesRequest {})).await
+            })
+            .await?;
+        reply.into_inner().nodes.into_iter().map(convert::node_info_from_wire).collect()
+    }
+
+    /// The volumes of the cluster.
+    pub async fn volumes(&self) -> Result<Vec<VolumeInfo>> {
+        let reply = self
+            .call(Target::Any, async |attempt| {
+                attempt.node.admin().list_volumes(attempt.node.request(wire::ListVolumesRequest {})).await
+            })
+            .await?;
+        reply.into_inner().volumes.into_iter().map(convert::volume_info_from_wire).collect()
+    }
+
+    /// All shards of all owners, in order of id.
+    pub async fn all_shards(&self, include_deleted: bool) -> Result<Vec<ShardInfo>> {
+        self.call(Target::Any, async |attempt| {
+            let request = wire::ListAllShardsRequest { include_deleted };
+            let mut stream =
+                attempt.node.admin().list_all_shards(attempt.node.request(request)).await?.into_inner();
+            let mut shards = Vec::new();
+            while let Some(shard) = stream.message().await? {
+                shards.push(convert::shard_info_from_wire(shard).map_err(|e| crate::status::to_status(&e))?);
+            }
+            Ok(shards)
+        })
+        .await
+    }
+
+    /// How one node sees itself. Asked once.
+    ///
+    /// # Errors
+    /// `Unavailable` if it does not answer.
+    pub async fn node_status(&self, endpoints: &[String]) -> Result<NodeStatus> {
+        let endpoint = self.inner.channels.usable(endpoints).ok_or_else(|| Error::invalid("no endpoint"))?;
+        let node = self.inner.channels.node(endpoint)?;
+        let mut admin = node.admin();
+        let call = admin.get_status(node.request(wire::GetStatusRequest {}));
+        match tokio::time::timeout(NODE_ATTEMPT_MAX, call).await {
+            Ok(Ok(reply)) => convert::node_status_from_wire(reply.into_inner()),
+            Ok(Err(status)) => Err(crate::status::from_status(&status)),
+            Err(_) => Err(Error::unavailable(format!("{endpoint} did not answer"))),
+        }
+    }
+
+    /// Whether any node answers within `within`.
+    pub async fn reachable(&self, within: Duration) -> bool {
+        let endpoints = self.inner.config.endpoints.clone();
+        let probes = endpoints.iter().filter_map(|endpoint| self.inner.channels.node(endpoint).ok());
+        let probes: Vec<_> = probes
+            .map(|node| Box::pin(async move { node.probe(within).await.then_some(()).ok_or(()) }))
+            .collect();
+        !probes.is_empty() && futures::future::select_ok(probes).await.is_ok()
+    }
+
+    /// Checks a shard against the invariants of its records, while it serves. Findings, then a summary.
+    pub fn check_shard(
+        &self,
+        shard: ShardId,
+        read_data: bool,
+    ) -> impl Stream<Item = Result<CheckItem>> + Send + use<> {
+        let client = self.clone();
+        async_stream::try_stream! {
+            let mut stream = client
+                .call(Target::Shard(shard), async |attempt| {
+                    let request = wire::CheckShardRequest { shard: selected(shard), read_data };
+                    attempt.node.admin().check_shard(attempt.node.request(request)).await
+                })
+                .await?
+                .into_inner();
+            while let Some(reply) = stream.message().await.map_err(|status| crate::status::from_status(&status))? {
+                yield convert::check_item_from_wire(reply)?;
+            }
+        }
+    }
+}

@@ -1,0 +1,162 @@
+//! The only retry loop.
+//!
+//! A call is attempted, each attempt bounded in time, until it succeeds, fails for good, or its deadline
+//! has passed. Between attempts: jittered exponential backoff, or what the node advises. Everything that
+//! comes here is safe to repeat: reads, idempotent calls, and mutations that are numbered in a session.
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use super::Client;
+use super::channel::Node;
+use crate::types::{Error, Reason, Result, ShardId, clock};
+
+/// The first pause; a restart or promotion takes longer, a full queue less.
+const BACKOFF_FIRST: Duration = Duration::from_millis(5);
+/// The longest pause: how late after a recovery a waiting call may notice it.
+const BACKOFF_MAX: Duration = Duration::from_millis(500);
+/// An attempt that has no answer for so long is given up and repeated: the node may hang.
+const ATTEMPT_MAX: Duration = Duration::from_secs(10);
+
+/// Where a call goes.
+#[derive(Clone, Copy)]
+pub(super) enum Target {
+    /// Any node.
+    Any,
+    /// The primary of the shard's volume.
+    Shard(ShardId),
+}
+
+/// What an attempt gets to know.
+pub(super) struct Attempt {
+    pub(super) node: Node,
+    /// The epoch to send; 0: none known.
+    pub(super) epoch: u64,
+    /// 0 for the first. Later ones may meet effects of earlier ones.
+    pub(super) number: u32,
+}
+
+pub(super) struct Backoff {
+    pause: Duration,
+}
+
+impl Backoff {
+    pub(super) fn new() -> Backoff {
+        Backoff { pause: BACKOFF_FIRST }
+    }
+
+    /// The next pause: half fixed, half random, doubling.
+    pub(super) fn next(&mut self, advised_ms: u32) -> Duration {
+        let half = self.pause / 2;
+        let jittered = half + half.mul_f64(fastrand::f64());
+        self.pause = (self.pause * 2).min(BACKOFF_MAX);
+        jittered.max(Duration::from_millis(advised_ms.into())).min(BACKOFF_MAX)
+    }
+}
+
+impl Client {
+    /// Runs `attempt` until it succeeds, fails for good, or the deadline has passed; then the last error.
+    pub(super) async fn call<T, F, Fut>(&self, target: Target, attempt: F) -> Result<T>
+    where
+        F: FnMut(Attempt) -> Fut,
+        Fut: Future<Output = Result<T, tonic::Status>>,
+    {
+        self.call_within(target, self.inner.config.deadline, ATTEMPT_MAX, attempt).await
+    }
+
+    /// The same with a deadline and a bound of its own for the attempts.
+    pub(super) async fn call_within<T, F, Fut>(
+        &self,
+        target: Target,
+        deadline: Duration,
+        attempt_max: Duration,
+        mut attempt: F,
+    ) -> Result<T>
+    where
+        F: FnMut(Attempt) -> Fut,
+        Fut: Future<Output = Result<T, tonic::Status>>,
+    {
+        let started = clock::monotonic();
+        let mut backoff = Backoff::new();
+        let mut number = 0;
+        loop {
+            let error = match self.attempt(target, number, attempt_max, &mut attempt).await {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            if !error.is_retryable() {
+                return Err(error);
+            }
+            if let Some(location) = error.location()
+                && let Target::Shard(shard) = target
+            {
+                self.inner.routes.learn(shard, location);
+            }
+            let pause = backoff.next(error.retry_after_ms());
+            if past(started, deadline, pause) {
+                return Err(Error::new(
+                    Reason::Deadline,
+                    format!("no success within {} s: {}", deadline.as_secs_f32().round(), error.message()),
+                ));
+            }
+            tracing::debug!(number, %error, "call is repeated");
+            tokio::time::sleep(pause).await;
+            number += 1;
+        }
+    }
+
+    async fn attempt<T, F, Fut>(
+        &self,
+        target: Target,
+        number: u32,
+        attempt_max: Duration,
+        attempt: &mut F,
+    ) -> Result<T>
+    where
+        F: FnMut(Attempt) -> Fut,
+        Fut: Future<Output = Result<T, tonic::Status>>,
+    {
+        let (node, epoch) = match target {
+            Target::Any => (self.any_node()?, 0),
+            Target::Shard(shard) => self.route(shard).await?,
+        };
+        let endpoint = node.endpoint.clone();
+        let error = match tokio::time::timeout(attempt_max, attempt(Attempt { node, epoch, number })).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(status)) => crate::status::from_status(&status),
+            Err(_) => {
+                Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
+            }
+        };
+        if error.is_retryable() {
+            match target {
+                Target::Any => self.inner.routes.rotate(&endpoint),
+                Target::Shard(shard) if error.reason() != Reason::Busy => {
+                    self.inner.routes.forget(shard, &endpoint);
+                    self.inner.sessions.suspect(shard);
+                }
+                Target::Shard(_) => {}
+            }
+        }
+        Err(error)
+    }
+}
+
+fn past(started: Instant, deadline: Duration, pause: Duration) -> bool {
+    clock::monotonic().duration_since(started).saturating_add(pause) > deadline
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn backoff_grows_to_its_bound() {
+        let mut backoff = Backoff::new();
+        let pauses: Vec<Duration> = (0..20).map(|_| backoff.next(0)).collect();
+        assert!(pauses[0] <= BACKOFF_FIRST && pauses[0] >= BACKOFF_FIRST / 2);
+        assert!(pauses[19] >= BACKOFF_MAX / 2);
+        assert!(pauses.iter().all(|p| *p <= BACKOFF_MAX));
+        assert!(Backoff::new().next(100) >= Duration::from_millis(100));
+    }
+}

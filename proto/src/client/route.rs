@@ -1,0 +1,142 @@
+//! Which node serves which shard. Learned from GetShard and from errors that say where to go; forgotten
+//! when a call fails in a way that another node might not.
+
+use std::collections::HashMap;
+
+use parking_lot::Mutex;
+
+use super::Client;
+use super::channel::Node;
+use crate::convert;
+use crate::types::cluster::{Selector, ShardInfo};
+use crate::types::{Error, Location, Result, ShardId};
+use crate::wire;
+
+/// Shards whose routes are kept.
+const ROUTES_MAX: usize = 65_536;
+/// Endpoints of nodes that are kept for calls that any node answers.
+const ENDPOINTS_MAX: usize = 256;
+
+pub(super) struct Routes {
+    state: Mutex<State>,
+}
+
+struct State {
+    shards: HashMap<ShardId, Route>,
+    /// Where any node may be asked; the first is the one that worked last.
+    endpoints: Vec<String>,
+}
+
+struct Route {
+    endpoint: String,
+    epoch: u64,
+    endpoints: Vec<String>,
+}
+
+impl Routes {
+    pub(super) fn new(endpoints: Vec<String>) -> Routes {
+        Routes { state: Mutex::new(State { shards: HashMap::new(), endpoints }) }
+    }
+
+    /// Notes where a shard lives now.
+    pub(super) fn learn(&self, shard: ShardId, location: &Location) {
+        let mut state = self.state.lock();
+        if location.node.is_none() || location.endpoints.is_empty() {
+            state.shards.remove(&shard);
+            return;
+        }
+        if state.shards.len() >= ROUTES_MAX {
+            state.shards.clear();
+        }
+        let route = Route {
+            endpoint: String::new(),
+            epoch: location.epoch.get(),
+            endpoints: location.endpoints.clone(),
+        };
+        state.shards.insert(shard, route);
+    }
+
+    /// Forgets a route that led to a failure at `endpoint`.
+    pub(super) fn forget(&self, shard: ShardId, endpoint: &str) {
+        let mut state = self.state.lock();
+        if state.shards.get(&shard).is_some_and(|r| r.endpoint == endpoint) {
+            state.shards.remove(&shard);
+        }
+        drop(state);
+        self.rotate(endpoint);
+    }
+
+    /// Puts an endpoint that failed behind the others.
+    pub(super) fn rotate(&self, endpoint: &str) {
+        let mut state = self.state.lock();
+        if state.endpoints.first().is_some_and(|first| first == endpoint) {
+            state.endpoints.rotate_left(1);
+        }
+    }
+
+    fn add_endpoints(&self, more: &[String]) {
+        let mut state = self.state.lock();
+        for endpoint in more {
+            if state.endpoints.len() < ENDPOINTS_MAX && !state.endpoints.contains(endpoint) {
+                state.endpoints.push(endpoint.clone());
+            }
+        }
+    }
+}
+
+impl Client {
+    /// A node that may be asked what any node knows.
+    pub(super) fn any_node(&self) -> Result<Node> {
+        let endpoints = self.inner.routes.state.lock().endpoints.clone();
+        let endpoint =
+            self.inner.channels.usable(&endpoints).ok_or_else(|| Error::unavailable("no node is known"))?;
+        self.inner.channels.node(endpoint)
+    }
+
+    /// The node that serves a shard, and its epoch.
+    pub(super) async fn route(&self, shard: ShardId) -> Result<(Node, u64)> {
+        if let Some(found) = self.cached_route(shard)? {
+            return Ok(found);
+        }
+        let node = self.any_node()?;
+        let info = self.ask_shard(&node, &Selector::Id(shard)).await.inspect_err(|error| {
+            if error.is_retryable() {
+                self.inner.routes.rotate(&node.endpoint);
+            }
+        })?;
+        self.cached_route(shard)?.ok_or_else(|| {
+            Error::unavailable(format!(
+                "shard {shard} has no primary at the moment (volume {})",
+                info.location.volume
+            ))
+            .with_shard(shard)
+        })
+    }
+
+    fn cached_route(&self, shard: ShardId) -> Result<Option<(Node, u64)>> {
+        let mut state = self.inner.routes.state.lock();
+        let Some(route) = state.shards.get_mut(&shard) else { return Ok(None) };
+        if route.endpoint.is_empty() {
+            let endpoint = self.inner.channels.usable(&route.endpoints);
+            route.endpoint = endpoint.expect("learn keeps no route without endpoints").to_owned();
+        }
+        let (endpoint, epoch) = (route.endpoint.clone(), route.epoch);
+        drop(state);
+        Ok(Some((self.inner.channels.node(&endpoint)?, epoch)))
+    }
+
+    /// Asks one node, once, about a shard, and learns where it lives.
+    pub(super) async fn ask_shard(&self, node: &Node, selector: &Selector) -> Result<ShardInfo> {
+        let request = wire::GetShardRequest { shard: Some(convert::selector_to_wire(selector)) };
+        let mut storage = node.storage();
+        let call = storage.get_shard(node.request(request));
+        let reply = match tokio::time::timeout(super::session::CONTROL_ATTEMPT_MAX, call).await {
+            Ok(reply) => reply.map_err(|status| crate::status::from_status(&status))?,
+            Err(_) => return Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
+        };
+        let info = convert::shard_info_from_wire(reply.into_inner())?;
+        self.inner.routes.learn(info.id, &info.location);
+        self.inner.routes.add_endpoints(&info.location.endpoints);
+        Ok(info)
+    }
+}

@@ -1,0 +1,334 @@
+//! Sessions: what makes a mutation happen once, and what holds unlinked files that are open.
+//!
+//! One session a shard, opened by the first call that needs one. Invariants:
+//! - a sequence number is given to one mutation only, and no number is given out while the one that is a
+//!   whole window older is unanswered (the node keeps one result slot for both);
+//! - what the session holds open is known here, so that it can be listed to a node that has restarted;
+//!   that list and a registration never cross (`opens`: registrations share it, the list takes it alone).
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::Client;
+use super::retry::Target;
+use crate::types::limits::SESSION_WINDOW;
+use crate::types::{InodeNo, Reason, Result, SessionId, ShardId, clock};
+use crate::wire;
+
+/// How often sessions are looked after.
+const KEEPER_PERIOD: Duration = Duration::from_secs(1);
+/// A session is kept alive at least this often.
+const KEEP_ALIVE_PERIOD: Duration = Duration::from_secs(20);
+/// An attempt of a call that costs a node next to nothing.
+pub(super) const CONTROL_ATTEMPT_MAX: Duration = Duration::from_secs(3);
+/// What closing a client may take.
+const CLOSE_MAX: Duration = Duration::from_secs(3);
+
+/// The sessions of a client, at most one a shard.
+#[derive(Default)]
+pub(super) struct Sessions {
+    table: Mutex<HashMap<ShardId, Arc<Slot>>>,
+}
+
+/// A shard's session, or the place where it will be.
+struct Slot {
+    /// Held while a session is opened, so that one is.
+    current: tokio::sync::Mutex<Option<Arc<Session>>>,
+    /// The node may have restarted: list what is open at the next occasion.
+    suspect: AtomicBool,
+}
+
+/// One session.
+pub(super) struct Session {
+    pub(super) id: SessionId,
+    sequences: Mutex<Sequences>,
+    answered: Notify,
+    opens: tokio::sync::RwLock<()>,
+    open_inodes: Mutex<HashMap<InodeNo, u32>>,
+    kept: Mutex<std::time::Instant>,
+}
+
+struct Sequences {
+    next: u64,
+    unanswered: BTreeSet<u64>,
+}
+
+/// A sequence number, given back as answered when dropped.
+pub(super) struct Numbered {
+    pub(super) session: Arc<Session>,
+    pub(super) sequence: u64,
+}
+
+impl Drop for Numbered {
+    fn drop(&mut self) {
+        self.session.sequences.lock().unanswered.remove(&self.sequence);
+        self.session.answered.notify_waiters();
+    }
+}
+
+impl Session {
+    fn new(id: SessionId) -> Session {
+        Session {
+            id,
+            sequences: Mutex::new(Sequences { next: 1, unanswered: BTreeSet::new() }),
+            answered: Notify::new(),
+            opens: tokio::sync::RwLock::new(()),
+            open_inodes: Mutex::default(),
+            kept: Mutex::new(clock::monotonic()),
+        }
+    }
+
+    /// Takes the next sequence number; waits while the window is full.
+    pub(super) async fn number(self: &Arc<Self>) -> Numbered {
+        loop {
+            let answered = self.answered.notified();
+            tokio::pin!(answered);
+            answered.as_mut().enable();
+            {
+                let mut sequences = self.sequences.lock();
+                let next = sequences.next;
+                let oldest = sequences.unanswered.first().copied().unwrap_or(next);
+                if next - oldest < SESSION_WINDOW {
+                    sequences.next += 1;
+                    sequences.unanswered.insert(next);
+                    return Numbered { session: self.clone(), sequence: next };
+                }
+            }
+            answered.await;
+        }
+    }
+
+    /// Held while a call registers or releases open inodes.
+    pub(super) async fn registering(&self) -> tokio::sync::RwLockReadGuard<'_, ()> {
+        self.opens.read().await
+    }
+
+    pub(super) fn opened(&self, inode: InodeNo) {
+        *self.open_inodes.lock().entry(inode).or_insert(0) += 1;
+    }
+
+    pub(super) fn released(&self, inode: InodeNo) {
+        let mut open = self.open_inodes.lock();
+        if let Some(count) = open.get_mut(&inode) {
+            *count -= 1;
+            if *count == 0 {
+                open.remove(&inode);
+            }
+        }
+    }
+
+    fn listed(&self) -> Vec<u64> {
+        let open = self.open_inodes.lock();
+        open.iter().flat_map(|(inode, count)| std::iter::repeat_n(inode.get(), *count as usize)).collect()
+    }
+}
+
+impl Sessions {
+    fn slot(&self, shard: ShardId) -> Arc<Slot> {
+        let new =
+            || Arc::new(Slot { current: tokio::sync::Mutex::new(None), suspect: AtomicBool::new(false) });
+        self.table.lock().entry(shard).or_insert_with(new).clone()
+    }
+
+    /// Notes that the shard's node may have restarted.
+    pub(super) fn suspect(&self, shard: ShardId) {
+        if let Some(slot) = self.table.lock().get(&shard) {
+            slot.suspect.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets what is known of a shard that is gone.
+    pub(super) fn forget(&self, shard: ShardId) {
+        self.table.lock().remove(&shard);
+    }
+}
+
+impl Client {
+    /// The session with a shard; opened if there is none.
+    pub(super) async fn session(&self, shard: ShardId) -> Result<Arc<Session>> {
+        let slot = self.inner.sessions.slot(shard);
+        let mut current = slot.current.lock().await;
+        if let Some(session) = &*current {
+            return Ok(session.clone());
+        }
+        let session = Arc::new(Session::new(self.open_session(shard).await?));
+        *current = Some(session.clone());
+        drop(current);
+        self.start_keeper();
+        Ok(session)
+    }
+
+    async fn open_session(&self, shard: ShardId) -> Result<SessionId> {
+        let label = &self.inner.config.label;
+        let reply = self
+            .call(Target::Shard(shard), async |attempt| {
+                let request = wire::OpenSessionRequest {
+                    header: Some(header(shard, attempt.epoch, None)),
+                    label: label.clone(),
+                };
+                attempt.node.files().open_session(attempt.node.request(request)).await
+            })
+            .await?;
+        let id = reply.into_inner().session_id;
+        SessionId::new(id).ok_or_else(|| crate::types::Error::internal("the node answered session 0"))
+    }
+
+    /// Puts a new session in the place of one that the shard does not know any more. What was open under
+    /// the old one is listed to it, so that later unlinks hold it; what was freed meanwhile is gone.
+    pub(super) async fn replace_session(&self, shard: ShardId, lost: &Arc<Session>) -> Result<Arc<Session>> {
+        let slot = self.inner.sessions.slot(shard);
+        let mut current = slot.current.lock().await;
+        if let Some(session) = &*current
+            && !Arc::ptr_eq(session, lost)
+        {
+            return Ok(session.clone());
+        }
+        tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
+        let session = Session::new(self.open_session(shard).await?);
+        *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
+        let session = Arc::new(session);
+        *current = Some(session.clone());
+        slot.suspect.store(true, Ordering::Relaxed);
+        Ok(session)
+    }
+
+    fn start_keeper(&self) {
+        let mut keeper = self.inner.keeper.lock();
+        if keeper.is_some() {
+            return;
+        }
+        let weak = Arc::downgrade(&self.inner);
+        *keeper = Some(tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(KEEPER_PERIOD).await;
+                let Some(inner) = weak.upgrade() else { return };
+                Client { inner }.keep_sessions().await;
+            }
+        }));
+    }
+
+    async fn keep_sessions(&self) {
+        let slots: Vec<(ShardId, Arc<Slot>)> =
+            self.inner.sessions.table.lock().iter().map(|(shard, slot)| (*shard, slot.clone())).collect();
+        let due = slots.into_iter().map(|(shard, slot)| async move {
+            let Some(session) = slot.current.try_lock().ok().and_then(|current| current.clone()) else {
+                return;
+            };
+            let suspect = slot.suspect.load(Ordering::Relaxed);
+            let age = clock::monotonic().duration_since(*session.kept.lock());
+            if suspect || age >= KEEP_ALIVE_PERIOD {
+                self.keep_session(shard, &slot, &session, suspect).await;
+            }
+        });
+        futures::future::join_all(due).await;
+    }
+
+    async fn keep_session(&self, shard: ShardId, slot: &Slot, session: &Arc<Session>, mut resume: bool) {
+        for _ in 0..2 {
+            let _alone = if resume { Some(session.opens.write().await) } else { None };
+            let open_inodes = if resume { session.listed() } else { Vec::new() };
+            let open_inodes = &open_inodes;
+            let kept = self
+                .call_within(Target::Shard(shard), KEEP_ALIVE_PERIOD, CONTROL_ATTEMPT_MAX, async |attempt| {
+                    let request = wire::KeepSessionRequest {
+                        header: Some(header(shard, attempt.epoch, Some(session.id))),
+                        resume,
+                        open_inodes: open_inodes.clone(),
+                    };
+                    attempt.node.files().keep_session(attempt.node.request(request)).await
+                })
+                .await;
+            match kept {
+                Ok(reply) => {
+                    *session.kept.lock() = clock::monotonic();
+                    if resume {
+                        slot.suspect.store(false, Ordering::Relaxed);
+                    }
+                    if !reply.into_inner().resume_wanted {
+                        return;
+                    }
+                    resume = true;
+                }
+                Err(error) if error.reason() == Reason::SessionUnknown => {
+                    if let Err(error) = self.replace_session(shard, session).await {
+                        tracing::warn!(%shard, %error, "no new session");
+                    }
+                    return;
+                }
+                Err(error) if matches!(error.reason(), Reason::ShardNotFound | Reason::ShardDeleted) => {
+                    self.inner.sessions.forget(shard);
+                    return;
+                }
+                Err(error) => {
+                    tracing::debug!(%shard, %error, "session not kept");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Ends the sessions, so that what they held is freed at once. Bounded in time; errors are left to
+    /// expiry.
+    pub async fn close(&self) {
+        let slots: Vec<(ShardId, Arc<Slot>)> = self.inner.sessions.table.lock().drain().collect();
+        let all = slots.into_iter().map(|(shard, slot)| async move {
+            let Some(session) = slot.current.lock().await.take() else { return };
+            let closed = self
+                .call_within(Target::Shard(shard), CLOSE_MAX, CLOSE_MAX, async |attempt| {
+                    let request = wire::CloseSessionRequest {
+                        header: Some(header(shard, attempt.epoch, Some(session.id))),
+                    };
+                    attempt.node.files().close_session(attempt.node.request(request)).await
+                })
+                .await;
+            if let Err(error) = closed {
+                tracing::debug!(%shard, %error, "session not closed");
+            }
+        });
+        let _ = tokio::time::timeout(CLOSE_MAX, futures::future::join_all(all)).await;
+    }
+}
+
+/// What every call about a shard's inodes begins with.
+pub(super) fn header(shard: ShardId, epoch: u64, session: Option<SessionId>) -> wire::CallHeader {
+    wire::CallHeader { shard_id: shard.get(), epoch, session_id: session.map_or(0, SessionId::get) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_window_is_not_overrun() {
+        let session = Arc::new(Session::new(SessionId::new(1).unwrap()));
+        let first = session.number().await;
+        let mut rest = Vec::new();
+        for _ in 1..SESSION_WINDOW {
+            rest.push(session.number().await);
+        }
+        drop(rest);
+        // Number 1 is unanswered, so number 1 + window must wait, although only one is out.
+        let waiting = tokio::time::timeout(Duration::from_millis(50), session.number()).await;
+        assert!(waiting.is_err());
+        drop(first);
+        assert_eq!(session.number().await.sequence, SESSION_WINDOW + 1);
+    }
+
+    #[test]
+    fn opens_are_counted() {
+        let session = Session::new(SessionId::new(1).unwrap());
+        let inode = InodeNo::new(5).unwrap();
+        session.opened(inode);
+        session.opened(inode);
+        assert_eq!(session.listed(), [5, 5]);
+        session.released(inode);
+        session.released(inode);
+        session.released(inode);
+        assert!(session.listed().is_empty());
+    }
+}

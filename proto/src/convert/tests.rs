@@ -1,0 +1,161 @@
+//! What goes over the wire comes back the same; what is not valid does not come in.
+
+use super::*;
+
+fn name(n: &str) -> FileName {
+    FileName::new(Bytes::copy_from_slice(n.as_bytes())).unwrap()
+}
+
+fn ino(n: u64) -> InodeNo {
+    InodeNo::new(n).unwrap()
+}
+
+fn every_operation() -> Vec<Operation> {
+    let inode = NewInode { mode: 0o644, uid: 1, gid: 2 };
+    let time = Timestamp::new(-5, 7).unwrap();
+    let item = PutItem {
+        key: Key::new("a/b").unwrap(),
+        value: Bytes::from_static(b"v"),
+        options: PutOptions {
+            mode: Some(0o600),
+            uid: Some(3),
+            gid: None,
+            mtime: Some(time),
+            indexes: Indexes::from([
+                ("t".into(), IndexValue::Text("x".into())),
+                ("n".into(), IndexValue::Integer(-3)),
+                ("w".into(), IndexValue::Time(time)),
+            ]),
+            if_absent: true,
+            if_version: Some(Version::new(9)),
+        },
+    };
+    let mut all = vec![
+        Operation::Create {
+            parent: ino(1),
+            name: name("f"),
+            kind: FileKind::CharDevice,
+            inode,
+            rdev: 5,
+            existing_ok: true,
+            open: true,
+        },
+        Operation::MakeDirectory { parent: ino(1), name: name("d"), inode },
+        Operation::MakeSymlink {
+            parent: ino(1),
+            name: name("s"),
+            target: Bytes::from_static(b"../x"),
+            inode,
+        },
+        Operation::Link { inode: ino(7), new_parent: ino(1), new_name: name("l") },
+        Operation::Unlink { parent: ino(1), name: name("f") },
+        Operation::RemoveDirectory { parent: ino(1), name: name("d") },
+        Operation::Rename {
+            parent: ino(1),
+            name: name("a"),
+            new_parent: ino(2),
+            new_name: name("b"),
+            no_replace: false,
+            exchange: true,
+        },
+        Operation::SetAttr {
+            inode: ino(3),
+            set: SetAttr {
+                mode: Some(0o7777),
+                uid: Some(0),
+                gid: Some(u32::MAX - 1),
+                size: Some(FILE_BYTES_MAX),
+                atime: Some(SetTime::Now),
+                mtime: Some(SetTime::At(time)),
+                kill_set_id: true,
+            },
+        },
+        Operation::Write {
+            inode: ino(3),
+            offset: 17,
+            data: Bytes::from_static(b"data"),
+            append: false,
+            kill_set_id: true,
+        },
+        Operation::SetXattr {
+            inode: ino(3),
+            name: Bytes::from_static(b"user.x"),
+            value: Bytes::from_static(b""),
+            create_only: true,
+            replace_only: false,
+        },
+        Operation::RemoveXattr { inode: ino(3), name: Bytes::from_static(b"user.x") },
+        Operation::PutValue { item: item.clone() },
+        Operation::PutValues { items: vec![item.clone(), item], atomic: true },
+        Operation::DeleteValue { key: Key::new("k").unwrap(), if_version: None },
+    ];
+    for mode in [
+        AllocateMode::Allocate { keep_size: false },
+        AllocateMode::Allocate { keep_size: true },
+        AllocateMode::PunchHole,
+        AllocateMode::ZeroRange { keep_size: false },
+        AllocateMode::ZeroRange { keep_size: true },
+    ] {
+        all.push(Operation::Allocate { inode: ino(3), offset: 4096, length: 1, mode });
+    }
+    all
+}
+
+#[test]
+fn operations_survive_the_wire() {
+    for operation in every_operation() {
+        let wire = operation_to_wire(&operation);
+        assert_eq!(operation_from_wire(Some(wire)).unwrap(), operation);
+    }
+}
+
+#[test]
+fn bad_operations_are_refused() {
+    let bad = |kind| operation_from_wire(Some(wire::Operation { kind: Some(kind) })).unwrap_err().reason();
+    use wire::operation::Kind as W;
+    assert_eq!(operation_from_wire(None).unwrap_err().reason(), Reason::InvalidArgument);
+    assert_eq!(bad(W::Unlink(wire::Unlink { parent: 0, name: "x".into() })), Reason::InvalidArgument);
+    assert_eq!(bad(W::Unlink(wire::Unlink { parent: 1, name: "..".into() })), Reason::InvalidArgument);
+    assert_eq!(bad(W::Unlink(wire::Unlink { parent: 1, name: vec![b'x'; 256].into() })), Reason::NameTooLong);
+    let write = wire::Write { inode: 1, offset: u64::MAX, data: "x".into(), ..Default::default() };
+    assert_eq!(bad(W::Write(write)), Reason::FileTooLarge);
+    let write = wire::Write { inode: 1, data: vec![0; VALUE_BYTES_MAX + 1].into(), ..Default::default() };
+    assert_eq!(bad(W::Write(write)), Reason::TooLarge);
+    let set = wire::SetAttr { inode: 1, mode: Some(0o10000), ..Default::default() };
+    assert_eq!(bad(W::SetAttr(set)), Reason::InvalidArgument);
+    let symlink = wire::MakeSymlink {
+        parent: 1,
+        name: "s".into(),
+        target: Bytes::new(),
+        inode: Some(wire::NewInode::default()),
+    };
+    assert_eq!(bad(W::MakeSymlink(symlink)), Reason::InvalidArgument);
+    let both = wire::Rename {
+        parent: 1,
+        name: "a".into(),
+        new_parent: 1,
+        new_name: "b".into(),
+        no_replace: true,
+        exchange: true,
+    };
+    assert_eq!(bad(W::Rename(both)), Reason::InvalidArgument);
+}
+
+#[test]
+fn batches_are_bounded() {
+    let item = wire::PutItem { key: "k".into(), value: Bytes::new(), options: None };
+    let many = vec![item.clone(); BATCH_ITEMS_MAX + 1];
+    assert_eq!(put_items_from_wire(many).unwrap_err().reason(), Reason::TooLarge);
+    let large = wire::PutItem { value: vec![0; VALUE_BYTES_MAX].into(), ..item };
+    assert_eq!(put_items_from_wire(vec![large; 5]).unwrap_err().reason(), Reason::TooLarge);
+}
+
+#[test]
+fn a_twofold_index_is_refused() {
+    let index = wire::Index {
+        name: "i".into(),
+        value: Some(wire::IndexValue { value: Some(wire::index_value::Value::Integer(1)) }),
+    };
+    assert!(indexes_from_wire(vec![index.clone()]).is_ok());
+    assert!(indexes_from_wire(vec![index.clone(), index]).is_err());
+}
