@@ -82,7 +82,7 @@ pub(super) struct Channels {
 
 enum Address {
     Unix(PathBuf),
-    Http(Endpoint),
+    Http(Box<Endpoint>),
 }
 
 impl Channels {
@@ -141,7 +141,7 @@ fn parse(endpoint: &str) -> Result<Address> {
     if parsed.uri().port().is_none() {
         return Err(malformed());
     }
-    Ok(Address::Http(parsed))
+    Ok(Address::Http(Box::new(parsed)))
 }
 
 fn open(address: &Address) -> Channel {
@@ -156,7 +156,7 @@ fn open(address: &Address) -> Channel {
             .keep_alive_while_idle(true)
     };
     match address {
-        Address::Http(endpoint) => set(endpoint.clone()).connect_lazy(),
+        Address::Http(endpoint) => set(endpoint.as_ref().clone()).connect_lazy(),
         Address::Unix(path) => {
             let path = path.clone();
             // The authority is never resolved: the connector ignores it.

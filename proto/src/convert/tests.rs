@@ -1,6 +1,9 @@
 //! What goes over the wire comes back the same; what is not valid does not come in.
 
 use super::*;
+use crate::types::FileName;
+use crate::types::limits::FILE_BYTES_MAX;
+use crate::types::op::{AllocateMode, NewInode, Operation, SetAttr, SetTime};
 
 fn name(n: &str) -> FileName {
     FileName::new(Bytes::copy_from_slice(n.as_bytes())).unwrap()

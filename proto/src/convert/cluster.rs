@@ -1,0 +1,182 @@
+//! Nodes, volumes, space and checks.
+
+use super::{missing, state_from_wire, state_to_wire, time_from_wire, time_to_wire};
+use crate::types::cluster::{
+    CheckItem, CheckSummary, NodeInfo, NodeStatus, ShardStat, VolumeInfo, VolumeStatus,
+};
+use crate::types::{Epoch, NodeId, Result, VolumeId};
+use crate::wire;
+
+/// A shard's space.
+pub fn shard_stat_to_wire(s: &ShardStat) -> wire::StatShardReply {
+    wire::StatShardReply {
+        total_bytes: s.total_bytes,
+        free_bytes: s.free_bytes,
+        inodes_used: s.inodes_used,
+        state: state_to_wire(s.state).into(),
+        used_bytes: s.used_bytes,
+    }
+}
+
+/// A shard's space.
+pub fn shard_stat_from_wire(s: wire::StatShardReply) -> Result<ShardStat> {
+    Ok(ShardStat {
+        total_bytes: s.total_bytes,
+        free_bytes: s.free_bytes,
+        inodes_used: s.inodes_used,
+        used_bytes: s.used_bytes,
+        state: state_from_wire(s.state)?,
+    })
+}
+
+/// A node.
+pub fn node_info_to_wire(n: &NodeInfo) -> wire::Node {
+    wire::Node {
+        id: n.id.as_str().to_owned(),
+        endpoints: n.endpoints.clone(),
+        http_address: n.http_address.clone(),
+        version: n.version.clone(),
+        alive: n.alive,
+        heartbeat: n.heartbeat,
+        started: Some(time_to_wire(n.started)),
+    }
+}
+
+/// A node.
+pub fn node_info_from_wire(n: wire::Node) -> Result<NodeInfo> {
+    Ok(NodeInfo {
+        id: NodeId::new(n.id)?,
+        endpoints: n.endpoints,
+        http_address: n.http_address,
+        version: n.version,
+        alive: n.alive,
+        heartbeat: n.heartbeat,
+        started: time_from_wire(n.started.unwrap_or_default())?,
+    })
+}
+
+/// A volume.
+pub fn volume_info_to_wire(v: &VolumeInfo) -> wire::Volume {
+    wire::Volume {
+        id: v.id.as_str().to_owned(),
+        provider: v.provider.clone(),
+        source: v.source.clone(),
+        size_bytes: v.size_bytes,
+        primary: v.primary.as_ref().map(|n| n.as_str().to_owned()).unwrap_or_default(),
+        backups: v.backups.iter().map(|n| n.as_str().to_owned()).collect(),
+        epoch: v.epoch.get(),
+        shards: v.shards,
+    }
+}
+
+/// A volume.
+pub fn volume_info_from_wire(v: wire::Volume) -> Result<VolumeInfo> {
+    Ok(VolumeInfo {
+        id: VolumeId::new(v.id)?,
+        provider: v.provider,
+        source: v.source,
+        size_bytes: v.size_bytes,
+        primary: if v.primary.is_empty() { None } else { Some(NodeId::new(v.primary)?) },
+        backups: v.backups.into_iter().map(NodeId::new).collect::<Result<_>>()?,
+        epoch: Epoch::new(v.epoch).ok_or_else(|| missing("the volume's epoch"))?,
+        shards: v.shards,
+    })
+}
+
+/// A node's own view.
+pub fn node_status_to_wire(s: &NodeStatus) -> wire::NodeStatus {
+    wire::NodeStatus {
+        node_id: s.id.as_str().to_owned(),
+        version: s.version.clone(),
+        uptime_ms: s.uptime_ms,
+        volumes: s
+            .volumes
+            .iter()
+            .map(|v| wire::VolumeStatus {
+                volume_id: v.id.as_str().to_owned(),
+                provider: v.provider.clone(),
+                total_bytes: v.total_bytes,
+                free_bytes: v.free_bytes,
+                shards: v.shards,
+                epoch: v.epoch.get(),
+                source: v.source.clone(),
+                mount_point: v.mount_point.clone(),
+                trouble: v.trouble.clone(),
+            })
+            .collect(),
+        open_shards: s.open_shards,
+        open_shards_max: s.open_shards_max,
+        block_cache_used_bytes: s.block_cache_used_bytes,
+        block_cache_capacity_bytes: s.block_cache_capacity_bytes,
+        write_buffer_used_bytes: s.write_buffer_used_bytes,
+        store_reachable: s.store_reachable,
+        cluster_id: s.cluster_id.clone(),
+    }
+}
+
+/// A node's own view.
+pub fn node_status_from_wire(s: wire::NodeStatus) -> Result<NodeStatus> {
+    Ok(NodeStatus {
+        id: NodeId::new(s.node_id)?,
+        version: s.version,
+        uptime_ms: s.uptime_ms,
+        volumes: s
+            .volumes
+            .into_iter()
+            .map(|v| {
+                Ok(VolumeStatus {
+                    id: VolumeId::new(v.volume_id)?,
+                    provider: v.provider,
+                    total_bytes: v.total_bytes,
+                    free_bytes: v.free_bytes,
+                    shards: v.shards,
+                    epoch: Epoch::new(v.epoch).ok_or_else(|| missing("the volume's epoch"))?,
+                    source: v.source,
+                    mount_point: v.mount_point,
+                    trouble: v.trouble,
+                })
+            })
+            .collect::<Result<_>>()?,
+        open_shards: s.open_shards,
+        open_shards_max: s.open_shards_max,
+        block_cache_used_bytes: s.block_cache_used_bytes,
+        block_cache_capacity_bytes: s.block_cache_capacity_bytes,
+        write_buffer_used_bytes: s.write_buffer_used_bytes,
+        store_reachable: s.store_reachable,
+        cluster_id: s.cluster_id,
+    })
+}
+
+/// An item of an fsck.
+pub fn check_item_to_wire(item: &CheckItem) -> wire::CheckReply {
+    use wire::check_reply::Part;
+    wire::CheckReply {
+        part: Some(match item {
+            CheckItem::Finding { kind, detail } => {
+                Part::Finding(wire::CheckFinding { kind: kind.clone(), detail: detail.clone() })
+            }
+            CheckItem::Summary(s) => Part::Summary(wire::CheckSummary {
+                inodes: s.inodes,
+                dirents: s.dirents,
+                chunks: s.chunks,
+                bytes: s.bytes,
+                findings: s.findings,
+            }),
+        }),
+    }
+}
+
+/// An item of an fsck.
+pub fn check_item_from_wire(reply: wire::CheckReply) -> Result<CheckItem> {
+    use wire::check_reply::Part;
+    Ok(match reply.part.ok_or_else(|| missing("the check's item"))? {
+        Part::Finding(f) => CheckItem::Finding { kind: f.kind, detail: f.detail },
+        Part::Summary(s) => CheckItem::Summary(CheckSummary {
+            inodes: s.inodes,
+            dirents: s.dirents,
+            chunks: s.chunks,
+            bytes: s.bytes,
+            findings: s.findings,
+        }),
+    })
+}
