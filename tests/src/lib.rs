@@ -1,1 +1,20 @@
-//! stub
+//! What the end-to-end tests share: real clusters in temporary folders, real mounts, real programs.
+//!
+//! - [`cluster`]: starts `shardfs dev up`, and gives its mount, its command line and a client;
+//! - [`guard`]: takes a cluster down again, whatever becomes of the test;
+//! - [`run`]: other programs, with deadlines and readable failures;
+//! - [`tree`]: trees of files that look like real ones;
+//! - [`process`]: memory and identity of processes.
+//!
+//! Panics are how tests fail: nothing here returns an error that a test would only unwrap.
+
+#![allow(clippy::unwrap_used)]
+
+pub mod cluster;
+pub mod guard;
+pub mod process;
+pub mod run;
+pub mod tree;
+
+pub use cluster::{Cluster, Options, block_on};
+pub use run::{Shell, sh, sh_fails};

@@ -1,0 +1,80 @@
+# Builds, runs and tests ShardFS. `make` alone lists what there is.
+#
+# Everything is built in one profile (release), so that RocksDB is compiled once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+CARGO_TARGET_DIR ?= $(CURDIR)/target
+export CARGO_TARGET_DIR
+
+BIN := $(CARGO_TARGET_DIR)/release
+DIR ?= .shardfs
+MNT ?= mnt
+# The versions of what is fetched beside the workspace's own dependencies.
+PJDFSTEST_VERSION := 0.2.2
+CARGO_DENY_VERSION := 0.20.2
+CARGO_LLVM_COV_VERSION := 0.9.1
+TOOLS := $(CARGO_TARGET_DIR)/tools
+
+.PHONY: help deps deps-test build up down test test-long pjdfstest coverage bench fmt lint deny
+
+help: ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+deps: ## install what building and running needs (Debian 12)
+	@tests/scripts/deps.sh
+
+deps-test: ## install what the tests need as well
+	@tests/scripts/deps.sh test
+
+build: deps ## build the programs
+	cargo build --release --locked --workspace --bins
+
+up: build ## build, start three nodes on this machine and mount them on ./mnt
+	@mkdir -p $(MNT)
+	@"$(BIN)/shardfs" dev up --dir $(DIR) --mount $(MNT)
+	@printf '%s\n' '' 'ShardFS is mounted on ./$(MNT). Directories are shards, files are keys:' \
+	  '  mkdir $(MNT)/photos && cp -r /usr/share/doc $(MNT)/photos' \
+	  '  $(BIN)/shardfs --dir $(DIR) ls photos' \
+	  '  echo hello | $(BIN)/shardfs --dir $(DIR) put - photos/greeting && cat $(MNT)/photos/greeting' \
+	  '  $(BIN)/shardfs --dir $(DIR) status' \
+	  '  $(BIN)/shardfs dev kill node-2 --dir $(DIR)    # and: dev start node-2' \
+	  'make down stops it; what was written stays in ./$(DIR).'
+
+down: ## unmount ./mnt and stop the nodes; keeps the data
+	@"$(BIN)/shardfs" dev down --dir $(DIR)
+
+test: deps-test ## run all tests, those on real mounts included (as root)
+	@tests/scripts/test.sh
+
+test-long: deps-test ## the long ones too: 20 kills under load, 1,000,000 keys (as root)
+	@tests/scripts/test.sh --include-ignored
+
+pjdfstest: deps-test ## run pjdfstest on a mount, and print its table
+	@[ -x "$(TOOLS)/bin/pjdfstest" ] || \
+	  cargo install --quiet --locked --root "$(TOOLS)" --target-dir "$(TOOLS)/build" pjdfstest --version =$(PJDFSTEST_VERSION)
+	cargo build --release --locked --workspace --bins
+	PJDFSTEST="$(TOOLS)/bin/pjdfstest" SHARDFS_BIN_DIR="$(BIN)" \
+	  cargo test --release --locked -p shardfs-tests --test pjdfstest -- --ignored --nocapture
+
+coverage: deps-test ## line coverage of the unit tests (cargo-llvm-cov)
+	@rustup component add llvm-tools >/dev/null 2>&1 || \
+	  { echo 'coverage: needs the llvm-tools of a rustup toolchain: rustup component add llvm-tools' >&2; exit 1; }
+	@cargo llvm-cov --version >/dev/null 2>&1 || cargo install --quiet --locked --target-dir "$(TOOLS)/build" cargo-llvm-cov --version =$(CARGO_LLVM_COV_VERSION)
+	cargo llvm-cov --release --locked --workspace --exclude shardfs-tests --summary-only
+
+bench: build ## ShardFS and ext4 on the same kind of loop device, one table
+	@tests/scripts/bench.sh
+
+fmt: ## format the sources
+	cargo fmt --all
+
+lint: ## formatting and clippy
+	cargo fmt --all -- --check
+	cargo clippy --release --locked --workspace --all-targets -- -D warnings
+
+deny: ## licences, sources and bans of the dependencies (installs cargo-deny: minutes)
+	@cargo deny --version >/dev/null 2>&1 || cargo install --quiet --locked --target-dir "$(TOOLS)/build" cargo-deny --version =$(CARGO_DENY_VERSION)
+	cargo deny --locked check bans licenses sources

@@ -1,0 +1,37 @@
+#!/bin/bash
+# Builds the programs and runs every test of the workspace; arguments go to the test programs
+# (`--include-ignored`). Ends with the runner's own closing lines, one a test program.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+: "${CARGO_TARGET_DIR:=$PWD/target}"
+export CARGO_TARGET_DIR
+export SHARDFS_BIN_DIR=$CARGO_TARGET_DIR/release
+
+if [ "$(id -u)" != 0 ]; then
+    echo "test: loop volumes and mounts need root; run as root (sudo -E make test)" >&2
+    exit 1
+fi
+if [ ! -e /dev/fuse ]; then
+    echo "test: /dev/fuse is missing; the tests mount real file systems" >&2
+    exit 1
+fi
+
+# One graph of features for programs and tests: nothing is compiled twice.
+cargo build --release --locked --workspace --all-targets
+
+log=$CARGO_TARGET_DIR/test.log
+status=0
+cargo test --release --locked --workspace --no-fail-fast -- "$@" </dev/null 2>&1 | tee "$log" || status=$?
+
+# What a killed test program left behind is removed by its guard; give it time to finish.
+for _ in $(seq 100); do
+    pgrep -f "$SHARDFS_BIN_DIR/shardfs dev down --dir .*/shardfs-test\." >/dev/null || break
+    sleep 0.2
+done
+
+echo
+grep -E '^test result:' "$log" | awk '
+    { print; passed += $4; failed += $6; ignored += $8 }
+    END { printf "total: %d passed, %d failed, %d ignored\n", passed, failed, ignored }'
+exit "$status"

@@ -1,0 +1,297 @@
+//! A real cluster in a temporary folder: `shardfs dev up` with node processes, volumes and a mount.
+//!
+//! Layout of the folder: `c/` is the cluster's own (`--dir`), `mnt/` the mount point; everything else
+//! belongs to tests. Tests share one cluster a test program where they can ([`Cluster::shared`]) and keep
+//! out of each other's way by shards of their own.
+
+use std::fs;
+use std::future::Future;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use shardfs_proto::client::{Client, ClientConfig};
+use shardfs_proto::types::{ClientId, ShardName};
+
+use crate::guard::Guard;
+use crate::process::{self, Process};
+use crate::run::described;
+
+/// What `dev up` is asked for.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Node processes.
+    pub nodes: u32,
+    /// `loop` or `dir`.
+    pub volumes: &'static str,
+    /// Bytes of a loop volume; `None`: the default of `dev up`.
+    pub volume_bytes: Option<u64>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { nodes: 3, volumes: "loop", volume_bytes: None }
+    }
+}
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct Cluster {
+    root: PathBuf,
+    guard: Option<Guard>,
+}
+
+impl Cluster {
+    /// The cluster that all tests of this program share; taken down when the program ends.
+    pub fn shared() -> &'static Cluster {
+        static SHARED: OnceLock<Cluster> = OnceLock::new();
+        SHARED.get_or_init(|| {
+            let mut cluster = Cluster::start(&Options::default());
+            cluster.guard.take().expect("just started").at_exit();
+            cluster
+        })
+    }
+
+    /// A cluster of the test's own; taken down when it is dropped.
+    pub fn start(options: &Options) -> Cluster {
+        let (cluster, output) = Cluster::try_start(options, &[]);
+        assert!(output.status.success(), "{}", described("shardfs dev up", &output));
+        cluster
+    }
+
+    /// Tries to start one, with further arguments for `dev up`.
+    pub fn try_start(options: &Options, arguments: &[&str]) -> (Cluster, Output) {
+        let root = temporary_root();
+        fs::create_dir(root.join("mnt")).unwrap();
+        let guard = Guard::start(&root, &bin_dir(), &bin_dir().join("../test-logs"));
+        let cluster = Cluster { root, guard: Some(guard) };
+        let output = cluster.up(options, arguments);
+        (cluster, output)
+    }
+
+    /// `dev up`, also of a cluster that was taken down before.
+    pub fn up(&self, options: &Options, arguments: &[&str]) -> Output {
+        let mut command = Command::new("timeout");
+        command.args(["--kill-after=5", "120"]).arg(bin_dir().join("shardfs")).args(["dev", "up"]);
+        command.arg("--dir").arg(self.dir()).arg("--mount").arg(self.mount());
+        command.args(["--nodes", &options.nodes.to_string(), "--volumes", options.volumes]);
+        if let Some(bytes) = options.volume_bytes {
+            command.args(["--volume-size", &bytes.to_string()]);
+        }
+        command.args(arguments);
+        self.finish(command)
+    }
+
+    /// The folder that holds everything of this cluster and test.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The cluster's own folder.
+    pub fn dir(&self) -> PathBuf {
+        self.root.join("c")
+    }
+
+    /// The mount point.
+    pub fn mount(&self) -> PathBuf {
+        self.root.join("mnt")
+    }
+
+    /// A folder on the local disk, for what is compared with the mount.
+    pub fn scratch(&self, name: &str) -> PathBuf {
+        let path = self.root.join(name);
+        fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// Makes a shard by `mkdir` and returns its folder on the mount.
+    pub fn shard(&self, name: &str) -> PathBuf {
+        let path = self.mount().join(name);
+        fs::create_dir(&path).unwrap_or_else(|e| panic!("mkdir {}: {e}", path.display()));
+        path
+    }
+
+    /// The command line, pointed at this cluster. No terminal, no input, no colours.
+    pub fn cli(&self) -> Command {
+        let mut command = Command::new(bin_dir().join("shardfs"));
+        command.arg("--dir").arg(self.dir()).stdin(Stdio::null()).env("NO_COLOR", "1");
+        command
+    }
+
+    /// Runs a command of the command line, whatever its outcome.
+    pub fn cli_output(&self, arguments: &[&str]) -> Output {
+        let mut command = self.cli();
+        command.args(arguments);
+        self.finish(command)
+    }
+
+    /// Runs a command that must succeed; its standard output.
+    pub fn cli_run(&self, arguments: &[&str]) -> String {
+        let output = self.cli_output(arguments);
+        assert!(output.status.success(), "{}", described(&format!("shardfs {}", arguments.join(" ")), &output));
+        String::from_utf8(output.stdout).expect("the command line prints UTF-8")
+    }
+
+    /// Runs a command that must fail; what it says on standard error.
+    pub fn cli_fails(&self, arguments: &[&str]) -> String {
+        let output = self.cli_output(arguments);
+        assert!(
+            !output.status.success(),
+            "{}",
+            described(&format!("should have failed: shardfs {}", arguments.join(" ")), &output)
+        );
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!said.contains("panicked"), "{said}");
+        said
+    }
+
+    /// Runs a command with `--json`; what it printed.
+    pub fn cli_json(&self, arguments: &[&str]) -> Value {
+        let mut all = arguments.to_vec();
+        all.push("--json");
+        let text = self.cli_run(&all);
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("shardfs {}: {e}\n{text}", all.join(" ")))
+    }
+
+    /// A client for client id `default`; to be made inside the runtime that uses it.
+    pub fn client(&self) -> Client {
+        self.client_as("default")
+    }
+
+    /// A client for another client id.
+    pub fn client_as(&self, client_id: &str) -> Client {
+        Client::new(ClientConfig {
+            endpoints: self.endpoints(),
+            client_id: ClientId::new(client_id).unwrap(),
+            deadline: Duration::from_secs(60),
+            label: "tests".to_owned(),
+        })
+        .unwrap()
+    }
+
+    /// An address of every node.
+    pub fn endpoints(&self) -> Vec<String> {
+        let nodes = read_json(&self.mount().join(".shardfs/nodes"));
+        let nodes = nodes.get("nodes").unwrap_or(&nodes).as_array().expect("a list of nodes").clone();
+        nodes
+            .iter()
+            .map(|node| {
+                let all = node["endpoints"].as_array().expect("a node has endpoints");
+                let http = all.iter().filter_map(Value::as_str).find(|e| e.starts_with("http://"));
+                http.expect("a node of `dev up` listens on TCP").to_owned()
+            })
+            .collect()
+    }
+
+    /// The node processes in order of their ids, those that are alive.
+    pub fn nodes(&self) -> Vec<Process> {
+        let mut nodes: Vec<Process> =
+            process::naming(&self.dir()).into_iter().filter(|p| p.program() == "shardfs-node").collect();
+        nodes.sort_by_key(|p| p.arguments.iter().find(|a| a.starts_with("node-")).cloned());
+        nodes
+    }
+
+    /// The process of one node.
+    pub fn node(&self, id: &str) -> Process {
+        let mut nodes = self.nodes();
+        nodes.retain(|p| p.arguments.iter().any(|a| a == id));
+        assert_eq!(nodes.len(), 1, "processes of {id}: {nodes:?}");
+        nodes.remove(0)
+    }
+
+    /// The daemon that serves the mount.
+    pub fn daemon(&self) -> Process {
+        let daemons: Vec<Process> =
+            process::naming(&self.root).into_iter().filter(|p| p.program() == "shardfsd").collect();
+        assert_eq!(daemons.len(), 1, "daemons: {daemons:?}");
+        daemons[0].clone()
+    }
+
+    /// The node that serves a shard.
+    pub fn primary_of(&self, shard: &str) -> String {
+        block_on(async {
+            let info = self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap();
+            info.location.node.expect("the shard's volume has a primary").as_str().to_owned()
+        })
+    }
+
+    /// The folder of a shard's RocksDB.
+    pub fn shard_dir(&self, shard: &str) -> PathBuf {
+        let info = block_on(async { self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap() });
+        let name = format!("shard-{}", info.id);
+        let volume = info.location.volume.as_str().to_owned();
+        let found = crate::sh(self.dir(), &format!("find . -type d -path '*/{volume}/{name}'"));
+        let found: Vec<&str> = found.lines().collect();
+        assert_eq!(found.len(), 1, "folders of shard {shard}: {found:?}");
+        self.dir().join(found[0])
+    }
+
+    /// Checks a shard; panics with the findings.
+    pub fn assert_clean(&self, shard: &str) {
+        let output = self.cli_output(&["fsck", "--read-data", shard]);
+        assert!(output.status.success(), "{}", described(&format!("shardfs fsck --read-data {shard}"), &output));
+    }
+
+    fn finish(&self, mut command: Command) -> Output {
+        command.stdin(Stdio::null()).output().unwrap_or_else(|e| panic!("{command:?}: {e}"))
+    }
+}
+
+/// The folder of the programs under test: `SHARDFS_BIN_DIR`, else the one this program was built into.
+pub fn bin_dir() -> PathBuf {
+    let folder = match std::env::var_os("SHARDFS_BIN_DIR") {
+        Some(folder) => PathBuf::from(folder),
+        None => {
+            let this = std::env::current_exe().unwrap();
+            this.parent().and_then(Path::parent).expect("target/release/deps/PROGRAM").to_path_buf()
+        }
+    };
+    for program in ["shardfs", "shardfs-node", "shardfsd"] {
+        assert!(
+            folder.join(program).is_file(),
+            "{} is missing: `cargo build --release` comes first (make test does)",
+            folder.join(program).display()
+        );
+    }
+    folder
+}
+
+/// A folder of this test's own, short enough for unix sockets and open to other users (whom some tests
+/// become).
+pub fn temporary_root() -> PathBuf {
+    let base = std::env::var_os("SHARDFS_TEST_DIR").map_or_else(|| PathBuf::from("/var/tmp"), PathBuf::from);
+    let root = tempfile::Builder::new().prefix("shardfs-test.").tempdir_in(base).unwrap().keep();
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o755)).unwrap();
+    root
+}
+
+/// Runs a future on a runtime of its own.
+pub fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .unwrap()
+        .block_on(future)
+}
+
+/// A file's JSON.
+pub fn read_json(path: &Path) -> Value {
+    let text = fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}\n{text}", path.display()))
+}
+
+/// Tries until it succeeds; panics with the last reason when the time is over.
+pub fn eventually<T>(within: Duration, mut attempt: impl FnMut() -> Result<T, String>) -> T {
+    let start = Instant::now();
+    loop {
+        match attempt() {
+            Ok(value) => return value,
+            Err(reason) if start.elapsed() > within => panic!("not within {within:?}: {reason}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}

@@ -1,0 +1,71 @@
+//! Processes as the kernel shows them.
+
+use std::fs;
+use std::path::Path;
+
+/// A running process.
+#[derive(Clone, Debug)]
+pub struct Process {
+    /// Its number.
+    pub pid: u32,
+    /// Its arguments, the program first.
+    pub arguments: Vec<String>,
+}
+
+impl Process {
+    /// Name of its program without the folder.
+    pub fn program(&self) -> &str {
+        self.arguments.first().map_or("", |a| a.rsplit('/').next().unwrap_or(a))
+    }
+
+    /// Whether it still runs (a zombie does not).
+    pub fn is_alive(&self) -> bool {
+        fs::read_to_string(format!("/proc/{}/stat", self.pid))
+            .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or("Z").starts_with('Z'))
+    }
+
+    /// The most memory it ever had resident, in bytes (VmHWM).
+    pub fn peak_resident_bytes(&self) -> u64 {
+        status_bytes(self.pid, "VmHWM:")
+    }
+
+    /// Memory resident now, in bytes (VmRSS).
+    pub fn resident_bytes(&self) -> u64 {
+        status_bytes(self.pid, "VmRSS:")
+    }
+
+    /// Starts the measurement of [`Self::peak_resident_bytes`] anew.
+    pub fn reset_peak(&self) {
+        fs::write(format!("/proc/{}/clear_refs", self.pid), "5").expect("root may reset VmHWM");
+    }
+}
+
+/// A field of /proc/PID/status that is given in kB.
+fn status_bytes(pid: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the process runs");
+    let line = status.lines().find(|l| l.starts_with(field)).expect("the kernel reports the field");
+    let kib: u64 = line[field.len()..].trim().trim_end_matches(" kB").parse().expect("a number");
+    kib << 10
+}
+
+/// Processes whose arguments name something under `folder`.
+pub fn naming(folder: &Path) -> Vec<Process> {
+    let under = format!("{}/", folder.display());
+    let mut found: Vec<Process> = fs::read_dir("/proc")
+        .expect("/proc is mounted")
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .filter_map(|pid: u32| {
+            let raw = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            let arguments: Vec<String> =
+                raw.split(|b| *b == 0).map(|a| String::from_utf8_lossy(a).into_owned()).collect();
+            arguments.iter().any(|a| a.contains(&under)).then_some(Process { pid, arguments })
+        })
+        .collect();
+    found.sort_by_key(|p| p.pid);
+    found
+}
+
+/// Bytes as people read them in a test's output.
+pub fn mib(bytes: u64) -> String {
+    format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20))
+}
