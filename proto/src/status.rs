@@ -274,10 +274,10 @@ mod tests {
     #[test]
     fn every_reason_survives_the_wire() {
         for number in 0..=200 {
-            if let Ok(wire) = wire::ErrorReason::try_from(number) {
-                if let Some(reason) = reason_from_wire(wire) {
-                    assert_eq!(reason_to_wire(reason), wire);
-                }
+            if let Ok(wire) = wire::ErrorReason::try_from(number)
+                && let Some(reason) = reason_from_wire(wire)
+            {
+                assert_eq!(reason_to_wire(reason), wire);
             }
         }
     }

@@ -147,7 +147,9 @@ impl Client {
 
     /// Registers the inode as open, so that it outlives its last name, and returns its attributes.
     pub async fn open(&self, shard: ShardId, inode: InodeNo) -> Result<Attr> {
-        let mut session = self.session(shard).await?;
+        let Some(mut session) = self.reading_session(shard).await? else {
+            return self.get_attr(shard, inode).await;
+        };
         loop {
             let registering = session.registering().await;
             let id = session.id;
@@ -175,7 +177,7 @@ impl Client {
     /// Takes back registrations of [`Client::open`], one each. Not repeated when it fails: the next list
     /// of what is open mends it.
     pub async fn release(&self, shard: ShardId, inodes: Vec<InodeNo>) -> Result<()> {
-        let session = self.session(shard).await?;
+        let Some(session) = self.reading_session(shard).await? else { return Ok(()) };
         let _registering = session.registering().await;
         for inode in &inodes {
             session.released(*inode);
@@ -301,17 +303,17 @@ impl Client {
         convert::shard_stat_from_wire(reply)
     }
 
-    /// A read by the shard's session, if there is one: it sees its own unsynced operations without a sync.
+    /// A read by the shard's session: it sees its own unsynced operations without a sync.
     async fn read_call<T, F, Fut>(&self, shard: ShardId, attempt: F) -> Result<T>
     where
         F: Fn(Attempt, Option<wire::CallHeader>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, tonic::Status>>,
     {
-        let session = self.session(shard).await?.id;
+        let session = self.reading_session(shard).await?.map(|session| session.id);
         let attempt = &attempt;
         let reply = self
             .call(Target::Shard(shard), |a| {
-                let header = Some(header(shard, a.epoch, Some(session)));
+                let header = Some(header(shard, a.epoch, session));
                 attempt(a, header)
             })
             .await?;

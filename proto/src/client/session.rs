@@ -41,6 +41,8 @@ struct Slot {
     current: tokio::sync::Mutex<Option<Arc<Session>>>,
     /// The node may have restarted: list what is open at the next occasion.
     suspect: AtomicBool,
+    /// The shard is closed for good and takes no sessions; reading needs none.
+    closed: AtomicBool,
 }
 
 /// One session.
@@ -161,6 +163,22 @@ impl Client {
         drop(current);
         self.start_keeper();
         Ok(session)
+    }
+
+    /// The session to read under; none for a closed shard.
+    pub(super) async fn reading_session(&self, shard: ShardId) -> Result<Option<Arc<Session>>> {
+        let slot = self.inner.sessions.slot(shard);
+        if slot.closed.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        match self.session(shard).await {
+            Ok(session) => Ok(Some(session)),
+            Err(error) if error.reason() == Reason::ShardReadOnly => {
+                slot.closed.store(true, Ordering::Relaxed);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
     }
 
     async fn open_session(&self, shard: ShardId) -> Result<SessionId> {
