@@ -132,8 +132,13 @@ impl Session {
 
 impl Sessions {
     fn slot(&self, shard: ShardId) -> Arc<Slot> {
-        let new =
-            || Arc::new(Slot { current: tokio::sync::Mutex::new(None), suspect: AtomicBool::new(false) });
+        let new = || {
+            Arc::new(Slot {
+                current: tokio::sync::Mutex::new(None),
+                suspect: AtomicBool::new(false),
+                closed: AtomicBool::new(false),
+            })
+        };
         self.table.lock().entry(shard).or_insert_with(new).clone()
     }
 
