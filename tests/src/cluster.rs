@@ -163,27 +163,32 @@ impl Cluster {
 
     /// A client for another client id.
     pub fn client_as(&self, client_id: &str) -> Client {
-        Client::new(ClientConfig {
-            endpoints: self.endpoints(),
-            client_id: ClientId::new(client_id).unwrap(),
-            deadline: Duration::from_secs(60),
-            label: "tests".to_owned(),
-        })
-        .unwrap()
+        Client::new(ClientConfig::new(self.endpoints(), ClientId::new(client_id).unwrap())).unwrap()
     }
 
-    /// An address of every node.
+    /// What `dev up` remembers of the cluster.
+    pub fn settings(&self) -> Value {
+        read_json(&self.dir().join("cluster.json"))
+    }
+
+    /// The unix socket of every node.
     pub fn endpoints(&self) -> Vec<String> {
-        let nodes = read_json(&self.mount().join(".shardfs/nodes"));
-        let nodes = nodes.get("nodes").unwrap_or(&nodes).as_array().expect("a list of nodes").clone();
-        nodes
-            .iter()
-            .map(|node| {
-                let all = node["endpoints"].as_array().expect("a node has endpoints");
-                let http = all.iter().filter_map(Value::as_str).find(|e| e.starts_with("http://"));
-                http.expect("a node of `dev up` listens on TCP").to_owned()
-            })
-            .collect()
+        let settings = self.settings();
+        let sockets = settings["sockets"].as_str().expect("a folder of sockets").to_owned();
+        let nodes = settings["nodes"].as_u64().expect("a number of nodes");
+        (1..=nodes).map(|n| format!("unix:{sockets}/node-{n}.sock")).collect()
+    }
+
+    /// The TCP address of every node, `127.0.0.1:PORT`.
+    pub fn tcp_addresses(&self) -> Vec<String> {
+        let settings = self.settings();
+        let ports = settings["ports"]["grpc"].as_object().expect("ports by node").clone();
+        ports.values().map(|port| format!("127.0.0.1:{port}")).collect()
+    }
+
+    /// The HTTP address of a process (`node-1`, `mount`).
+    pub fn http_address(&self, name: &str) -> String {
+        format!("127.0.0.1:{}", self.settings()["ports"]["http"][name])
     }
 
     /// The node processes in order of their ids, those that are alive.

@@ -1,0 +1,122 @@
+//! Full shards and full volumes: refused cleanly, read on, usable again after deletes.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::Bytes;
+use shardfs_proto::types::op::{Durability, PutOptions};
+use shardfs_proto::types::{Key, Reason, ShardName};
+use shardfs_tests::cluster::eventually;
+use shardfs_tests::{Cluster, Options, block_on};
+
+const LIMIT: u64 = 4 << 20;
+
+/// Writes and syncs, so that nothing is still on its way when it returns.
+fn write_synced(path: &Path, content: &[u8]) -> std::io::Result<()> {
+    let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(path)?;
+    file.write_all(content)?;
+    file.sync_all()
+}
+
+#[test]
+fn a_shards_limit_is_enforced_and_deletes_free_space() {
+    let cluster = Cluster::shared();
+    cluster.cli_run(&["shard", "create", "limited", "--limit", &LIMIT.to_string()]);
+    let mount = cluster.mount().join("limited");
+    let piece = vec![3u8; 1 << 20];
+    let mut written = 0;
+    let error = loop {
+        match write_synced(&mount.join(format!("f{written}")), &piece) {
+            Ok(()) => written += 1,
+            Err(error) => break error,
+        }
+        assert!(written < 10, "the limit is not enforced");
+    };
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC));
+    assert!((2..=4).contains(&written), "{written} MiB fitted into 4");
+    let space = rustix::fs::statvfs(&mount).unwrap();
+    assert!(space.f_blocks * space.f_frsize <= LIMIT && space.f_bavail * space.f_frsize < 1 << 20);
+    // What was acknowledged is whole.
+    for number in 0..written {
+        assert_eq!(fs::read(mount.join(format!("f{number}"))).unwrap(), piece);
+    }
+    let _ = fs::remove_file(mount.join(format!("f{written}")));
+    block_on(async {
+        let client = cluster.client();
+        let shard = client.shard_by_name(&ShardName::new("limited").unwrap()).await.unwrap().id;
+        let put = |name: &str, bytes: usize| {
+            let (client, key) = (client.clone(), Key::new(name.to_owned()).unwrap());
+            async move { client.put(shard, key, Bytes::from(vec![5u8; bytes]), PutOptions::default(), Durability::Sync).await }
+        };
+        let error = put("big", 3 << 20).await.unwrap_err();
+        assert_eq!((error.reason(), error.shard(), error.is_retryable()), (Reason::ShardFull, Some(shard), false));
+        assert_eq!(client.head(shard, &Key::new("big").unwrap()).await.unwrap_err().reason(), Reason::NotFound);
+        // Writing over what is there takes no room.
+        for _ in 0..10 {
+            put("f0", 1 << 20).await.unwrap();
+        }
+        for number in 0..written {
+            client.delete(shard, &Key::new(format!("f{number}")).unwrap(), Durability::Sync).await.unwrap();
+        }
+        put("big", 3 << 20).await.unwrap();
+        let usage = client.shard(shard).await.unwrap();
+        assert_eq!(usage.limit_bytes, Some(LIMIT));
+        assert!(usage.used_bytes.unwrap() >= 3 << 20 && usage.used_bytes.unwrap() <= LIMIT);
+    });
+    cluster.assert_clean("limited");
+}
+
+#[test]
+fn a_full_volume_refuses_writes_reads_on_and_recovers() {
+    let cluster = Cluster::start(&Options { nodes: 1, volume_bytes: Some(512 << 20), ..Options::default() });
+    let mount = cluster.shard("filler");
+    let keep = cluster.shard("bystander");
+    fs::write(keep.join("k"), "v").unwrap();
+    let piece: Vec<u8> = (0..4u32 << 20).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    let mut whole = 0;
+    let error = loop {
+        match write_synced(&mount.join(format!("f{whole}")), &piece) {
+            Ok(()) => whole += 1,
+            Err(error) => break error,
+        }
+        assert!(whole < 512 / 4, "more than the volume holds");
+    };
+    println!("{} MiB fitted into a volume of 512 MiB", whole * 4);
+    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+    assert!(whole > 20, "{whole}");
+
+    // Still full for others, still readable for all.
+    block_on(async {
+        let client = cluster.client();
+        let shard = client.shard_by_name(&ShardName::new("filler").unwrap()).await.unwrap().id;
+        let value = Bytes::from(piece.clone());
+        let error = client.put(shard, Key::new("more").unwrap(), value, PutOptions::default(), Durability::Sync).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::VolumeFull, "{error}");
+    });
+    for number in 0..whole {
+        assert!(fs::read(mount.join(format!("f{number}"))).unwrap() == piece, "f{number}");
+    }
+    assert_eq!(fs::read(keep.join("k")).unwrap(), b"v");
+
+    // Deletes work on a full volume, and their room can be used again.
+    let _ = fs::remove_file(mount.join(format!("f{whole}")));
+    for number in 0..whole {
+        fs::remove_file(mount.join(format!("f{number}"))).unwrap();
+    }
+    eventually(Duration::from_secs(120), || {
+        write_synced(&mount.join("again"), &piece).map_err(|e| e.to_string())
+    });
+    for number in 0..10 {
+        eventually(Duration::from_secs(60), || {
+            write_synced(&mount.join(format!("g{number}")), &piece).map_err(|e| e.to_string())
+        });
+        assert!(fs::read(mount.join(format!("g{number}"))).unwrap() == piece);
+    }
+    write_synced(&keep.join("k2"), b"v2").unwrap();
+    cluster.assert_clean("filler");
+    cluster.assert_clean("bystander");
+}
