@@ -49,15 +49,16 @@ down: ## unmount ./mnt and stop the nodes; keeps the data
 test: deps-test ## run all tests, those on real mounts included (as root)
 	@tests/scripts/test.sh
 
-test-long: deps-test ## the long ones too: 20 kills under load, 1,000,000 keys (as root)
-	@tests/scripts/test.sh --include-ignored
+test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 20 kills under load, 1,000,000 keys, pjdfstest (as root)
+	@PJDFSTEST="$(TOOLS)/bin/pjdfstest" tests/scripts/test.sh --include-ignored
 
-pjdfstest: deps-test ## run pjdfstest on a mount, and print its table
-	@[ -x "$(TOOLS)/bin/pjdfstest" ] || \
-	  cargo install --quiet --locked --root "$(TOOLS)" --target-dir "$(TOOLS)/build" pjdfstest --version =$(PJDFSTEST_VERSION)
-	cargo build --release --locked --workspace --bins
-	PJDFSTEST="$(TOOLS)/bin/pjdfstest" SHARDFS_BIN_DIR="$(BIN)" \
-	  cargo test --release --locked -p shardfs-tests --test pjdfstest -- --ignored --nocapture
+pjdfstest: deps-test $(TOOLS)/bin/pjdfstest ## run pjdfstest on a mount, and print its table (as root)
+	cargo build --release --locked --workspace --all-targets
+	PJDFSTEST="$(TOOLS)/bin/pjdfstest" \
+	  cargo test --release --locked --workspace --test pjdfstest -- --ignored --nocapture
+
+$(TOOLS)/bin/pjdfstest:
+	cargo install --quiet --locked --root "$(TOOLS)" --target-dir "$(TOOLS)/build" pjdfstest --version =$(PJDFSTEST_VERSION)
 
 coverage: deps-test ## line coverage of the unit tests (cargo-llvm-cov)
 	@rustup component add llvm-tools >/dev/null 2>&1 || \
