@@ -1,0 +1,1 @@
+//! Reads against a small tree in memory.
