@@ -131,7 +131,11 @@ impl Cluster {
     /// Runs a command that must succeed; its standard output.
     pub fn cli_run(&self, arguments: &[&str]) -> String {
         let output = self.cli_output(arguments);
-        assert!(output.status.success(), "{}", described(&format!("shardfs {}", arguments.join(" ")), &output));
+        assert!(
+            output.status.success(),
+            "{}",
+            described(&format!("shardfs {}", arguments.join(" ")), &output)
+        );
         String::from_utf8(output.stdout).expect("the command line prints UTF-8")
     }
 
@@ -225,7 +229,8 @@ impl Cluster {
 
     /// The folder of a shard's RocksDB.
     pub fn shard_dir(&self, shard: &str) -> PathBuf {
-        let info = block_on(async { self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap() });
+        let info =
+            block_on(async { self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap() });
         let name = format!("shard-{}", info.id);
         let volume = info.location.volume.as_str().to_owned();
         let found = crate::sh(self.dir(), &format!("find . -type d -path '*/{volume}/{name}'"));
@@ -237,7 +242,11 @@ impl Cluster {
     /// Checks a shard; panics with the findings.
     pub fn assert_clean(&self, shard: &str) {
         let output = self.cli_output(&["fsck", "--read-data", shard]);
-        assert!(output.status.success(), "{}", described(&format!("shardfs fsck --read-data {shard}"), &output));
+        assert!(
+            output.status.success(),
+            "{}",
+            described(&format!("shardfs fsck --read-data {shard}"), &output)
+        );
     }
 
     fn finish(&self, mut command: Command) -> Output {

@@ -26,10 +26,10 @@ pub fn generate(root: &Path, files: usize, seed: u64) -> Made {
         if made.files.is_multiple_of(40) {
             let parent = folders[random.usize(..folders.len())].clone();
             let folder = parent.join(unusual(&mut random, folders.len()));
-            if folder.components().count() < root.components().count() + 12 && fs::create_dir(&folder).is_ok() {
-                if random.u8(..10) > 0 {
-                    folders.push(folder);
-                }
+            let shallow = folder.components().count() < root.components().count() + 12;
+            // One in ten stays empty.
+            if shallow && fs::create_dir(&folder).is_ok() && random.u8(..10) > 0 {
+                folders.push(folder);
             }
         }
         let folder = &folders[random.usize(..folders.len())];
@@ -51,7 +51,8 @@ pub fn generate(root: &Path, files: usize, seed: u64) -> Made {
             fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
         }
         if random.u8(..50) == 0 {
-            symlink(format!("target of {}", made.files), folder.join(format!("link-{}", made.files))).unwrap();
+            symlink(format!("target of {}", made.files), folder.join(format!("link-{}", made.files)))
+                .unwrap();
         }
         if random.u8(..50) == 0
             && let Some(other) = &last

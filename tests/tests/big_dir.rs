@@ -90,7 +90,8 @@ fn list_big_directory(keys: u64) {
         block_on(async {
             let client = cluster.client();
             let id = client.shard_by_name(&ShardName::new(shard.clone()).unwrap()).await.unwrap().id;
-            let mut items = std::pin::pin!(client.list(id, ListOptions { prefix: "dir/".into(), ..Default::default() }));
+            let mut items =
+                std::pin::pin!(client.list(id, ListOptions { prefix: "dir/".into(), ..Default::default() }));
             let mut count = 0;
             while let Some(item) = items.next().await {
                 match item.unwrap() {
@@ -120,17 +121,22 @@ fn list_big_directory(keys: u64) {
     assert!(peak < CLI_MAX, "the command line held {}", mib(peak));
 
     let start = Instant::now();
-    let ((lines, daemon_growth), node_growth) = growth(&node, || {
-        growth(&daemon, || lines_and_peak(&["ls", "-f", folder.to_str().unwrap()]).0)
-    });
-    println!("ls -f: {:.1?}; daemon grew by {}, node by {}", start.elapsed(), mib(daemon_growth), mib(node_growth));
+    let ((lines, daemon_growth), node_growth) =
+        growth(&node, || growth(&daemon, || lines_and_peak(&["ls", "-f", folder.to_str().unwrap()]).0));
+    println!(
+        "ls -f: {:.1?}; daemon grew by {}, node by {}",
+        start.elapsed(),
+        mib(daemon_growth),
+        mib(node_growth)
+    );
     assert_eq!(lines, keys + 2, "with . and ..");
     assert!(daemon_growth < DAEMON_GROWTH_MAX && node_growth < NODE_GROWTH_MAX);
 
     // With a stat of each: what the kernel then knows, the daemon may be asked to remember.
     let start = Instant::now();
-    let (lines, daemon_growth) =
-        growth(&daemon, || lines_and_peak(&["find", folder.to_str().unwrap(), "-type", "f", "-size", "-100"]).0);
+    let (lines, daemon_growth) = growth(&daemon, || {
+        lines_and_peak(&["find", folder.to_str().unwrap(), "-type", "f", "-size", "-100"]).0
+    });
     println!("find: {:.1?}; daemon grew by {}", start.elapsed(), mib(daemon_growth));
     assert_eq!(lines, keys);
     println!("after: node {}, daemon {}", mib(node.resident_bytes()), mib(daemon.resident_bytes()));

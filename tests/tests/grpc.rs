@@ -11,8 +11,8 @@ use futures::StreamExt;
 use shardfs_proto::client::{Client, ListItem, ListOptions};
 use shardfs_proto::types::cluster::NewShard;
 use shardfs_proto::types::limits::{BATCH_BYTES_MAX, BATCH_ITEMS_MAX, VALUE_BYTES_MAX};
-use shardfs_proto::types::op::{Durability, IndexValue, PutItem, PutOptions, ShardState};
-use shardfs_proto::types::{Key, Reason, ShardId, ShardName};
+use shardfs_proto::types::op::{Durability, IndexValue, ObjectMeta, PutItem, PutOptions, ShardState};
+use shardfs_proto::types::{Error, Key, Reason, ShardId, ShardName};
 use shardfs_tests::process::mib;
 use shardfs_tests::{Cluster, block_on, sh};
 
@@ -30,6 +30,9 @@ fn new_shard(name: &str) -> NewShard {
         request_id: String::new(),
     }
 }
+
+/// What `batch_get` yields.
+type Answer = Result<(usize, Result<(ObjectMeta, Bytes), Error>), Error>;
 
 async fn shard_id(client: &Client, name: &str) -> ShardId {
     client.shard_by_name(&ShardName::new(name).unwrap()).await.unwrap().id
@@ -130,7 +133,8 @@ fn metadata_comes_with_the_value() {
     block_on(async {
         let client = cluster.client();
         let shard = shard_id(&client, "metadata").await;
-        let mut options = PutOptions { mode: Some(0o600), uid: Some(7), gid: Some(8), ..PutOptions::default() };
+        let mut options =
+            PutOptions { mode: Some(0o600), uid: Some(7), gid: Some(8), ..PutOptions::default() };
         options.indexes.insert("colour".into(), IndexValue::Text("red".into()));
         options.indexes.insert("year".into(), IndexValue::Integer(-2026));
         let made = client.put(shard, key("k"), "v".into(), options.clone(), Durability::Sync).await.unwrap();
@@ -172,14 +176,23 @@ fn listings_are_in_byte_order_with_prefix_delimiter_and_limit() {
         let all = ListOptions::default();
         assert_eq!(list(all.clone()).await, keys);
         assert_eq!(list(ListOptions { keys_only: true, ..all.clone() }).await, keys);
-        assert_eq!(list(ListOptions { prefix: "b".into(), ..all.clone() }).await, ["b/1", "b/2/3", "b/2/4", "b0"]);
+        assert_eq!(
+            list(ListOptions { prefix: "b".into(), ..all.clone() }).await,
+            ["b/1", "b/2/3", "b/2/4", "b0"]
+        );
         assert_eq!(list(ListOptions { prefix: "b/2".into(), ..all.clone() }).await, ["b/2/3", "b/2/4"]);
-        assert_eq!(list(ListOptions { delimiter: "/".into(), ..all.clone() }).await, ["a", "a-b", "a.c/*", "b/*", "b0", "c/*"]);
+        assert_eq!(
+            list(ListOptions { delimiter: "/".into(), ..all.clone() }).await,
+            ["a", "a-b", "a.c/*", "b/*", "b0", "c/*"]
+        );
         let deeper = ListOptions { prefix: "b/".into(), delimiter: "/".into(), ..all.clone() };
         assert_eq!(list(deeper).await, ["b/1", "b/2/*"]);
-        assert_eq!(list(ListOptions { start_after: "b/1".into(), limit: 2, ..all.clone() }).await, ["b/2/3", "b/2/4"]);
+        assert_eq!(
+            list(ListOptions { start_after: "b/1".into(), limit: 2, ..all.clone() }).await,
+            ["b/2/3", "b/2/4"]
+        );
         // Page by page gives the whole.
-        let mut pages = Vec::new();
+        let mut pages: Vec<String> = Vec::new();
         loop {
             let after: Bytes = pages.last().cloned().unwrap_or_default().into();
             let page = list(ListOptions { start_after: after, limit: 3, ..all.clone() }).await;
@@ -206,12 +219,13 @@ fn batches() {
             value: Bytes::from(value.to_owned()),
             options: PutOptions::default(),
         };
-        let many: Vec<PutItem> = (0..5_000).map(|i| item(&format!("dir-{}/key-{i}", i % 7), &format!("value {i}"))).collect();
+        let many: Vec<PutItem> =
+            (0..5_000).map(|i| item(&format!("dir-{}/key-{i}", i % 7), &format!("value {i}"))).collect();
         let results = client.batch_put(shard, many, false, Durability::Sync).await.unwrap();
         assert!(results.len() == 5_000 && results.iter().all(Result::is_ok));
 
         let keys: Vec<Key> = (0..5_010).rev().map(|i| key(&format!("dir-{}/key-{i}", i % 7))).collect();
-        let answers: Vec<_> = client.batch_get(shard, keys).collect().await;
+        let answers: Vec<Answer> = client.batch_get(shard, keys).collect().await;
         assert_eq!(answers.len(), 5_010);
         for (at, answer) in answers.into_iter().enumerate() {
             let (index, outcome) = answer.unwrap();
@@ -219,7 +233,9 @@ fn batches() {
             assert_eq!(index, at);
             match outcome {
                 Ok((_, value)) => assert_eq!(value, format!("value {number}")),
-                Err(error) => assert!(number >= 5_000 && error.reason() == Reason::NotFound, "{number}: {error}"),
+                Err(error) => {
+                    assert!(number >= 5_000 && error.reason() == Reason::NotFound, "{number}: {error}")
+                }
             }
         }
 
@@ -251,10 +267,15 @@ fn large_messages_are_refused_and_the_connection_lives() {
         put(&client, shard, "largest", largest.clone()).await;
         assert_eq!(client.get(shard, &key("largest")).await.unwrap().1, largest);
         let over = Bytes::from(vec![1u8; VALUE_BYTES_MAX + 1]);
-        let error = client.put(shard, key("over"), over, PutOptions::default(), Durability::Sync).await.unwrap_err();
+        let error =
+            client.put(shard, key("over"), over, PutOptions::default(), Durability::Sync).await.unwrap_err();
         assert_eq!(error.reason(), Reason::TooLarge);
         let full: Vec<PutItem> = (0..BATCH_BYTES_MAX / VALUE_BYTES_MAX + 2)
-            .map(|i| PutItem { key: key(&format!("b/{i}")), value: largest.clone(), options: PutOptions::default() })
+            .map(|i| PutItem {
+                key: key(&format!("b/{i}")),
+                value: largest.clone(),
+                options: PutOptions::default(),
+            })
             .collect();
         assert!(client.batch_put(shard, full, false, Durability::Sync).await.is_err());
         put(&client, shard, "after", "v").await;
@@ -266,14 +287,18 @@ fn shards_over_grpc() {
     let cluster = Cluster::shared();
     block_on(async {
         let client = cluster.client();
-        let made = client.new_shard(&NewShard { mode: 0o750, uid: 5, gid: 6, ..new_shard("by-grpc") }).await.unwrap();
+        let made = client
+            .new_shard(&NewShard { mode: 0o750, uid: 5, gid: 6, ..new_shard("by-grpc") })
+            .await
+            .unwrap();
         let on_mount = fs::metadata(cluster.mount().join("by-grpc")).unwrap();
         assert_eq!((on_mount.mode() & 0o7777, on_mount.uid(), on_mount.gid()), (0o750, 5, 6));
         let error = client.new_shard(&new_shard("by-grpc")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::ShardExists);
         // The same request again is answered with the same shard.
         let request = NewShard { request_id: "once".into(), ..new_shard("by-request") };
-        let (one, two) = (client.new_shard(&request).await.unwrap(), client.new_shard(&request).await.unwrap());
+        let (one, two) =
+            (client.new_shard(&request).await.unwrap(), client.new_shard(&request).await.unwrap());
         assert_eq!(one.id, two.id);
         assert!(one.id > made.id, "ids grow");
 
@@ -286,7 +311,10 @@ fn shards_over_grpc() {
         let closed = client.close_shard(made.id).await.unwrap();
         assert_eq!(closed.state, ShardState::ReadOnly);
         client.close_shard(made.id).await.unwrap();
-        let error = client.put(made.id, key("k"), "w".into(), PutOptions::default(), Durability::Sync).await.unwrap_err();
+        let error = client
+            .put(made.id, key("k"), "w".into(), PutOptions::default(), Durability::Sync)
+            .await
+            .unwrap_err();
         assert_eq!((error.reason(), error.shard()), (Reason::ShardReadOnly, Some(made.id)));
         assert_eq!(client.get(made.id, &key("k")).await.unwrap().1, "v");
 
@@ -342,20 +370,29 @@ fn a_gibibyte_streams_through_in_bounded_memory() {
             .unwrap();
         assert_eq!(meta.attr.size, PIECES << 20);
         for number in 0..PIECES {
-            let (_, value) =
-                client.get_range(shard, &key("big"), number << 20, 1 << 20, Some(meta.attr.version)).await.unwrap();
+            let (_, value) = client
+                .get_range(shard, &key("big"), number << 20, 1 << 20, Some(meta.attr.version))
+                .await
+                .unwrap();
             assert!(value == piece(number), "piece {number}");
         }
         let error = client.get(shard, &key("big")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::TooLarge);
 
         // A stream that breaks off, or has another length than promised, leaves nothing.
-        let broken = futures::stream::iter((0..20).map(|n| {
-            if n < 19 { Ok(piece(n)) } else { Err(std::io::Error::other("the source failed")) }
-        }));
-        client.put_stream(shard, key("broken"), PutOptions::default(), Durability::Sync, None, broken).await.unwrap_err();
+        let broken =
+            futures::stream::iter((0..20).map(|n| {
+                if n < 19 { Ok(piece(n)) } else { Err(std::io::Error::other("the source failed")) }
+            }));
+        client
+            .put_stream(shard, key("broken"), PutOptions::default(), Durability::Sync, None, broken)
+            .await
+            .unwrap_err();
         let short = futures::stream::iter((0..2).map(|n| Ok(piece(n))));
-        client.put_stream(shard, key("short"), PutOptions::default(), Durability::Sync, Some(5), short).await.unwrap_err();
+        client
+            .put_stream(shard, key("short"), PutOptions::default(), Durability::Sync, Some(5), short)
+            .await
+            .unwrap_err();
         for name in ["broken", "short"] {
             assert_eq!(client.head(shard, &key(name)).await.unwrap_err().reason(), Reason::NotFound);
         }

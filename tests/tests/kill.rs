@@ -75,7 +75,13 @@ async fn grpc_writer(client: Client, shard: ShardId, writer: u64, seed: u64, loa
             }
             1 if !names.is_empty() => {
                 let (name, value) = (names[random.usize(..names.len())].clone(), content(&mut random));
-                let put = client.put(shard, key(&name), value.clone().into(), PutOptions::default(), Durability::Sync);
+                let put = client.put(
+                    shard,
+                    key(&name),
+                    value.clone().into(),
+                    PutOptions::default(),
+                    Durability::Sync,
+                );
                 put.await.unwrap_or_else(|e| panic!("put over {name}: {e}"));
                 expected.insert(name, Some(value));
             }
@@ -165,7 +171,9 @@ async fn verify_grpc(client: &Client, shard: ShardId, expected: &Expected) {
             let (index, outcome) = answer.unwrap();
             let name = names[index];
             match (&expected[name], outcome) {
-                (Some(value), Ok((_, got))) => assert!(value[..] == got[..], "{name}: other bytes than acknowledged"),
+                (Some(value), Ok((_, got))) => {
+                    assert!(value[..] == got[..], "{name}: other bytes than acknowledged")
+                }
                 (Some(_), Err(error)) => panic!("{name} was acknowledged and is lost: {error}"),
                 (None, Ok(_)) => panic!("{name} was deleted and is back"),
                 (None, Err(error)) => assert_eq!(error.reason(), Reason::NotFound, "{name}"),
@@ -214,7 +222,8 @@ fn kill_under_load(kills: u32) {
                 scope.spawn(move || {
                     block_on(async {
                         let client = cluster.client();
-                        let id = client.shard_by_name(&ShardName::new(shard.clone()).unwrap()).await.unwrap().id;
+                        let id =
+                            client.shard_by_name(&ShardName::new(shard.clone()).unwrap()).await.unwrap().id;
                         grpc_writer(client, id, writer, seed, load).await
                     })
                 })
@@ -233,7 +242,9 @@ fn kill_under_load(kills: u32) {
                 std::thread::sleep(Duration::from_millis(random.u64(300..2_000)));
                 let process = cluster.node(&node);
                 cluster.cli_run(&["dev", "kill", &node]);
-                eventually(Duration::from_secs(10), || if process.is_alive() { Err("still alive".into()) } else { Ok(()) });
+                eventually(Duration::from_secs(10), || {
+                    if process.is_alive() { Err("still alive".into()) } else { Ok(()) }
+                });
                 std::thread::sleep(Duration::from_millis(random.u64(..500)));
                 let before: Vec<u64> = load.done.iter().map(|d| d.load(Ordering::SeqCst)).collect();
                 let down = Instant::now();
@@ -246,7 +257,10 @@ fn kill_under_load(kills: u32) {
                     if waiting.is_empty() { Ok(()) } else { Err(format!("writers {waiting:?} do not go on")) }
                 });
                 let counts: Vec<u64> = load.done.iter().map(|d| d.load(Ordering::SeqCst)).collect();
-                println!("kill {kill}: everybody writes again after {:?}; {counts:?} operations", down.elapsed());
+                println!(
+                    "kill {kill}: everybody writes again after {:?}; {counts:?} operations",
+                    down.elapsed()
+                );
                 for shard in [&grpc_shard, &mount_shard] {
                     let output = cluster.cli_output(&["fsck", shard]);
                     assert!(output.status.success(), "fsck {shard} after kill {kill}: {output:?}");

@@ -50,11 +50,21 @@ fn a_shards_limit_is_enforced_and_deletes_free_space() {
         let shard = client.shard_by_name(&ShardName::new("limited").unwrap()).await.unwrap().id;
         let put = |name: &str, bytes: usize| {
             let (client, key) = (client.clone(), Key::new(name.to_owned()).unwrap());
-            async move { client.put(shard, key, Bytes::from(vec![5u8; bytes]), PutOptions::default(), Durability::Sync).await }
+            async move {
+                client
+                    .put(shard, key, Bytes::from(vec![5u8; bytes]), PutOptions::default(), Durability::Sync)
+                    .await
+            }
         };
         let error = put("big", 3 << 20).await.unwrap_err();
-        assert_eq!((error.reason(), error.shard(), error.is_retryable()), (Reason::ShardFull, Some(shard), false));
-        assert_eq!(client.head(shard, &Key::new("big").unwrap()).await.unwrap_err().reason(), Reason::NotFound);
+        assert_eq!(
+            (error.reason(), error.shard(), error.is_retryable()),
+            (Reason::ShardFull, Some(shard), false)
+        );
+        assert_eq!(
+            client.head(shard, &Key::new("big").unwrap()).await.unwrap_err().reason(),
+            Reason::NotFound
+        );
         // Writing over what is there takes no room.
         for _ in 0..10 {
             put("f0", 1 << 20).await.unwrap();
@@ -94,7 +104,10 @@ fn a_full_volume_refuses_writes_reads_on_and_recovers() {
         let client = cluster.client();
         let shard = client.shard_by_name(&ShardName::new("filler").unwrap()).await.unwrap().id;
         let value = Bytes::from(piece.clone());
-        let error = client.put(shard, Key::new("more").unwrap(), value, PutOptions::default(), Durability::Sync).await.unwrap_err();
+        let error = client
+            .put(shard, Key::new("more").unwrap(), value, PutOptions::default(), Durability::Sync)
+            .await
+            .unwrap_err();
         assert_eq!(error.reason(), Reason::VolumeFull, "{error}");
     });
     for number in 0..whole {

@@ -75,5 +75,9 @@ fn pjdfstest() {
     let known: BTreeSet<&str> = KNOWN_FAILURES.iter().copied().collect();
     let failed: BTreeSet<&str> = failed.keys().map(String::as_str).collect();
     assert_eq!(failed.difference(&known).collect::<Vec<_>>(), [&""; 0], "new failures");
-    assert_eq!(known.difference(&failed).collect::<Vec<_>>(), [&""; 0], "known failures that pass now: take them off");
+    assert_eq!(
+        known.difference(&failed).collect::<Vec<_>>(),
+        [&""; 0],
+        "known failures that pass now: take them off"
+    );
 }

@@ -125,11 +125,14 @@ fn extended_attributes() {
     let big = c_path(&root.join("f"));
     let value = vec![7u8; 65_536];
     // SAFETY: the pointers and lengths are those of live buffers.
-    let set = |len: usize| unsafe { libc::setxattr(big.as_ptr(), c"user.big".as_ptr(), value.as_ptr().cast(), len, 0) };
+    let set = |len: usize| unsafe {
+        libc::setxattr(big.as_ptr(), c"user.big".as_ptr(), value.as_ptr().cast(), len, 0)
+    };
     assert_eq!(set(65_536), 0, "XATTR_SIZE_MAX fits");
     let mut back = vec![0u8; 65_536];
     // SAFETY: as above.
-    let got = unsafe { libc::getxattr(big.as_ptr(), c"user.big".as_ptr(), back.as_mut_ptr().cast(), back.len()) };
+    let got =
+        unsafe { libc::getxattr(big.as_ptr(), c"user.big".as_ptr(), back.as_mut_ptr().cast(), back.len()) };
     assert_eq!((got, &back), (65_536, &value));
     Cluster::shared().assert_clean("xattr");
 }
@@ -168,7 +171,7 @@ fn statfs_shows_the_shard() {
     sh(&root, "sync f");
     let after = at(&root);
     let used = |s: &rustix::fs::StatVfs| (s.f_blocks - s.f_bfree) * s.f_frsize;
-    assert!(used(&after) >= used(&before) + (7 << 20), "{before:?} {after:?}");
+    assert!(used(&after) >= used(&before) + (7 << 20), "{} then {}", used(&before), used(&after));
     sh(&root, "df . && df -i .");
 }
 
@@ -181,7 +184,11 @@ fn open_flags_do_what_they_say() {
     let create = |flags: i32| {
         // SAFETY: a valid C string and plain flags.
         let fd = unsafe { libc::open(c_path(&path).as_ptr(), libc::O_RDWR | libc::O_CREAT | flags, 0o640) };
-        if fd < 0 { Err(std::io::Error::last_os_error()) } else { Ok(unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) }) }
+        if fd < 0 {
+            Err(std::io::Error::last_os_error())
+        } else {
+            Ok(unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) })
+        }
     };
     create(libc::O_EXCL).unwrap().write_all(b"123456").unwrap();
     assert_eq!(errno(create(libc::O_EXCL)), libc::EEXIST);
@@ -201,7 +208,10 @@ fn open_flags_do_what_they_say() {
     sync.write_all(b"x").unwrap();
     assert_eq!(&fs::read(&path).unwrap()[400..], b"\0\0\0\0\0\0\0\0\0\0x");
     symlink("f", root.join("link")).unwrap();
-    assert_eq!(errno(OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(root.join("link"))), libc::ELOOP);
+    assert_eq!(
+        errno(OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(root.join("link"))),
+        libc::ELOOP
+    );
     assert_eq!(errno(OpenOptions::new().write(true).open(&root)), libc::EISDIR);
     assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use shardfs_tests::{Cluster, Shell, sh, tree};
+use shardfs_tests::{Cluster, Shell, tree};
 
 /// The issue's least size of a tree that must survive `cp -a` and `diff -r`.
 const TREE_FILES: usize = 10_000;
@@ -138,7 +138,9 @@ fn editors_save_by_rename() {
                test "$(tail -n1 text)" = 'vim was here' && rm -f text~ && printf 'again\n' >text"#,
         );
     }
-    shell.run("cd $M && sed -i 's/again/edited/' text && test \"$(cat text)\" = edited && test \"$(ls -A)\" = text");
+    shell.run(
+        "cd $M && sed -i 's/again/edited/' text && test \"$(cat text)\" = edited && test \"$(ls -A)\" = text",
+    );
 }
 
 #[test]
@@ -241,7 +243,9 @@ fn a_c_project_builds() {
     let header: String = (0..units).map(|u| format!("int unit_{u}(int);\n")).collect();
     fs::write(mount.join("all.h"), header).unwrap();
     let calls: String = (0..units).map(|u| format!("  x = unit_{u}(x);\n")).collect();
-    let main = format!("#include <stdio.h>\n#include \"all.h\"\nint main(void) {{\n  int x = 0;\n{calls}  printf(\"%d\\n\", x);\n  return 0;\n}}\n");
+    let main = format!(
+        "#include <stdio.h>\n#include \"all.h\"\nint main(void) {{\n  int x = 0;\n{calls}  printf(\"%d\\n\", x);\n  return 0;\n}}\n"
+    );
     fs::write(mount.join("main.c"), main).unwrap();
     fs::write(
         mount.join("Makefile"),
@@ -249,7 +253,9 @@ fn a_c_project_builds() {
          libunits.a: $(filter unit_%,$(OBJ))\n\tar rcs $@ $^\n%.o: %.c all.h\n\t$(CC) -g -c -o $@ $<\n",
     )
     .unwrap();
-    let said = shell.run("cd $M && make -s -j4 && ./program && make -q && touch unit_3.c && ! make -q && make -s && ./program");
+    let said = shell.run(
+        "cd $M && make -s -j4 && ./program && make -q && touch unit_3.c && ! make -q && make -s && ./program",
+    );
     assert_eq!(said, "435\n435\n");
 }
 
@@ -262,7 +268,11 @@ fn a_cargo_project_builds() {
         "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[workspace]\n",
     )
     .unwrap();
-    fs::write(mount.join("hello/src/lib.rs"), "pub fn two() -> u32 { 2 }\n#[test]\nfn t() { assert_eq!(two(), 2) }\n").unwrap();
+    fs::write(
+        mount.join("hello/src/lib.rs"),
+        "pub fn two() -> u32 { 2 }\n#[test]\nfn t() { assert_eq!(two(), 2) }\n",
+    )
+    .unwrap();
     fs::write(mount.join("hello/src/main.rs"), "fn main() { println!(\"{}\", hello::two()) }\n").unwrap();
     // Everything of the build lies on the mount, cargo's locks and incremental state too.
     let said = shell.with("CARGO_TARGET_DIR", mount.join("hello/target")).with("T", &local).run(
@@ -275,7 +285,11 @@ fn a_cargo_project_builds() {
 #[test]
 fn fio_verifies_what_it_wrote() {
     let (_, _, shell) = places("fio");
-    for job in ["--rw=randwrite --bs=4k --size=16m", "--rw=write --bs=1m --size=64m", "--rw=randrw --bsrange=1k-128k --size=16m"] {
+    for job in [
+        "--rw=randwrite --bs=4k --size=16m",
+        "--rw=write --bs=1m --size=64m",
+        "--rw=randrw --bsrange=1k-128k --size=16m",
+    ] {
         shell.clone().with("JOB", job).run(
             "fio --name=verify --directory=$M $JOB --ioengine=psync --verify=crc32c --verify_fatal=1 --do_verify=1 \
              --end_fsync=1 --output=$L/fio.out && rm -f $M/verify*",

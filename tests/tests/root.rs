@@ -5,7 +5,6 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
-use serde_json::Value;
 use shardfs_proto::types::op::ShardState;
 use shardfs_proto::types::{Reason, ShardName};
 use shardfs_tests::cluster::read_json;
@@ -43,7 +42,10 @@ fn mkdir_makes_a_shard_and_rmdir_deletes_an_empty_one() {
     block_on(async {
         let client = cluster.client();
         assert!(client.shard_by_name(&name).await.unwrap().id > id);
-        assert_eq!(client.get_attr(id, shardfs_proto::types::InodeNo::ROOT).await.unwrap_err().reason(), Reason::ShardDeleted);
+        assert_eq!(
+            client.get_attr(id, shardfs_proto::types::InodeNo::ROOT).await.unwrap_err().reason(),
+            Reason::ShardDeleted
+        );
     });
 }
 
@@ -158,7 +160,7 @@ fn the_virtual_directory_holds_json_and_is_not_listed() {
     let volumes = read_json(&folder.join("volumes"));
     let volumes = volumes.get("volumes").unwrap_or(&volumes).as_array().unwrap().clone();
     assert_eq!(volumes.len(), 3);
-    assert!(volumes.iter().all(|v| v["provider"] == Value::from("loop")));
+    assert!(volumes.iter().all(|v| v["provider"] == "loop"));
 }
 
 #[test]
