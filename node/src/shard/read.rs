@@ -462,4 +462,4 @@ impl Dirents for ReadView {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

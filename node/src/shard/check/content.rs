@@ -40,7 +40,7 @@ impl Window {
         Window::starting(0, CONTENTS_TOGETHER)
     }
 
-    fn starting(from: u64, capacity: usize) -> Window {
+    pub(super) fn starting(from: u64, capacity: usize) -> Window {
         Window { from, named: Vec::new(), last: None, capacity }
     }
 
