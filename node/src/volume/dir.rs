@@ -1,116 +1,123 @@
-//! Volumes that are folders, for clusters without root and for tests. An flock on a file in the folder
-//! stands for the write attachment: the kernel gives it back when its holder dies.
+//! A volume that is a folder of another filesystem. Needs no root. An flock stands for the write attachment; a
+//! symlink stands for the mount.
 
-use std::fs::{self, File, OpenOptions};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
 
-use parking_lot::Mutex;
-use rustix::fs::FlockOperation;
-use shardfs_proto::types::{Error, Result};
+use shardfs_proto::types::{Error, Reason, Result};
 
-use super::{Attachment, Description, Provider, VolumeSpec, identity, io_error};
+use super::{Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, verify_identity};
 
-/// The name in volume records.
-pub const NAME: &str = "dir";
-/// The file whose lock is the attachment.
-pub(super) const LOCK_FILE: &str = ".attached";
-
-/// Folders.
+/// The provider `dir`.
 pub struct DirProvider;
 
-struct DirAttachment {
-    source: PathBuf,
-    mount_point: PathBuf,
-    lock: Mutex<Option<File>>,
-}
-
-impl Provider for DirProvider {
-    fn name(&self) -> &'static str {
-        NAME
-    }
-
+impl VolumeProvider for DirProvider {
     fn create(&self, spec: &VolumeSpec) -> Result<()> {
-        fs::create_dir_all(&spec.source).map_err(io_error(format!("making {}", spec.source.display())))
+        if spec.formatted && !spec.source.is_dir() {
+            return Err(Error::corrupt(format!(
+                "{} was volume {} before and is gone: put it back, an empty one is not made in its place",
+                spec.source.display(),
+                spec.id
+            )));
+        }
+        fs::create_dir_all(&spec.source).map_err(|e| io_error(&format!("making {}", spec.source.display()), &e))
     }
 
-    fn attach(&self, spec: &VolumeSpec) -> Result<Box<dyn Attachment>> {
-        self.create(spec)?;
-        let lock = lock(spec)?;
-        identity::check_or_mark(&spec.source, &spec.id)?;
-        link(spec)?;
-        Ok(Box::new(DirAttachment {
-            source: spec.source.clone(),
-            mount_point: spec.mount_point.clone(),
-            lock: Mutex::new(Some(lock)),
-        }))
+    fn attach(&self, spec: &VolumeSpec) -> Result<Attached> {
+        let lock = lock(&spec.source, &spec.id)?;
+        verify_identity(&spec.source, spec)?;
+        link(&spec.source, &spec.mount_point)?;
+        Ok(Attached {
+            root: spec.mount_point.clone(),
+            device: spec.source.display().to_string(),
+            lock: Some(lock),
+        })
+    }
+
+    fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()> {
+        unlink(&spec.mount_point)?;
+        drop(attached.lock);
+        Ok(())
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {
-        let mounted = fs::read_link(&spec.mount_point).is_ok_and(|target| target == spec.source);
-        Ok(Description { exists: spec.source.is_dir(), size_bytes: 0, device: None, mounted })
-    }
-
-    fn delete(&self, spec: &VolumeSpec) -> Result<()> {
-        if !spec.source.exists() {
-            return Ok(());
-        }
-        let _lock = lock(spec)?;
-        fs::remove_dir_all(&spec.source).map_err(io_error(format!("removing {}", spec.source.display())))
+        Ok(Description {
+            exists: spec.source.is_dir(),
+            size_bytes: 0,
+            devices: Vec::new(),
+            mounted: fs::read_link(&spec.mount_point).is_ok_and(|target| target == spec.source),
+        })
     }
 }
 
-fn lock(spec: &VolumeSpec) -> Result<File> {
-    let path = spec.source.join(LOCK_FILE);
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(io_error(format!("opening {}", path.display())))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::unavailable(format!(
-            "volume {} is attached by another process (lock on {})",
-            spec.id,
-            path.display()
-        ))),
-        Err(error) => Err(Error::io(format!("locking {}: {error}", path.display()))),
+fn link(source: &Path, place: &Path) -> Result<()> {
+    if let Some(parent) = place.parent() {
+        fs::create_dir_all(parent).map_err(|e| io_error(&format!("making {}", parent.display()), &e))?;
+    }
+    unlink(place)?;
+    std::os::unix::fs::symlink(source, place).map_err(|e| io_error(&format!("linking {}", place.display()), &e))
+}
+
+fn unlink(place: &Path) -> Result<()> {
+    let doing = format!("removing {}", place.display());
+    match fs::symlink_metadata(place) {
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(io_error(&doing, &e)),
+        Ok(meta) if meta.is_symlink() => fs::remove_file(place).map_err(|e| io_error(&doing, &e)),
+        // An empty mount point of a volume that was a loop volume once; anything in it is not ours to remove.
+        Ok(meta) if meta.is_dir() => fs::remove_dir(place).map_err(|e| io_error(&doing, &e)),
+        Ok(_) => Err(Error::new(Reason::AlreadyExists, format!("{} is in the way: move it", place.display()))),
     }
 }
 
-/// Shows the folder under the mount point, where shards of every volume are looked for.
-fn link(spec: &VolumeSpec) -> Result<()> {
-    let at = &spec.mount_point;
-    if at == &spec.source {
-        return Ok(());
-    }
-    let make = || -> std::io::Result<()> {
-        if let Some(parent) = at.parent() {
-            fs::create_dir_all(parent)?;
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardfs_proto::types::VolumeId;
+
+    fn spec(dir: &Path) -> VolumeSpec {
+        VolumeSpec {
+            id: VolumeId::new("vol-1").unwrap(),
+            cluster_id: "c1".into(),
+            source: dir.join("backing"),
+            size_bytes: 0,
+            formatted: false,
+            mount_point: dir.join("node/volumes/vol-1"),
         }
-        match fs::read_link(at) {
-            Ok(target) if target == spec.source => return Ok(()),
-            Ok(_) => fs::remove_file(at)?,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            // A folder where a loop volume was mounted; removed only if empty.
-            Err(_) => fs::remove_dir(at)?,
-        }
-        std::os::unix::fs::symlink(&spec.source, at)
-    };
-    make().map_err(io_error(format!("linking {} to {}", at.display(), spec.source.display())))
-}
-
-impl Attachment for DirAttachment {
-    fn root(&self) -> &Path {
-        &self.mount_point
     }
 
-    fn source(&self) -> String {
-        self.source.display().to_string()
+    #[test]
+    fn attaches_once_and_again_after_a_crash() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = spec(dir.path());
+        DirProvider.create(&spec).unwrap();
+        let attached = DirProvider.attach(&spec).unwrap();
+        fs::write(attached.root.join("x"), "y").unwrap();
+        assert_eq!(DirProvider.attach(&spec).unwrap_err().reason(), Reason::Unavailable);
+        assert!(DirProvider.describe(&spec).unwrap().mounted);
+        drop(attached);
+        spec.formatted = true;
+        let again = DirProvider.attach(&spec).unwrap();
+        assert_eq!(fs::read(again.root.join("x")).unwrap(), b"y");
+        DirProvider.detach(&spec, again).unwrap();
+        assert!(!spec.mount_point.exists());
+        assert!(spec.source.join("x").exists());
     }
 
-    fn detach(&self) -> Result<()> {
-        self.lock.lock().take();
-        Ok(())
+    #[test]
+    fn foreign_and_lost_volumes_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut spec = spec(dir.path());
+        DirProvider.create(&spec).unwrap();
+        drop(DirProvider.attach(&spec).unwrap());
+        spec.cluster_id = "c2".into();
+        assert_eq!(DirProvider.attach(&spec).unwrap_err().reason(), Reason::InvalidArgument);
+        spec.cluster_id = "c1".into();
+        spec.formatted = true;
+        fs::remove_file(spec.source.join(super::super::IDENTITY_FILE)).unwrap();
+        assert_eq!(DirProvider.attach(&spec).unwrap_err().reason(), Reason::Corrupt);
+        fs::remove_dir_all(&spec.source).unwrap();
+        assert_eq!(DirProvider.create(&spec).unwrap_err().reason(), Reason::Corrupt);
     }
 }

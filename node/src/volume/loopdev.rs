@@ -1,324 +1,486 @@
-//! Volumes on loop devices: a sparse file, a loop device with direct IO over it, an ext4.
+//! A volume that is a sparse file: a loop device of this node's own over it, direct I/O on, ext4 on that.
 //!
-//! Every node that attaches a volume makes a device of its own, with a page cache of its own, as on a real
-//! multi-attach volume. A device of ours is known by the file that it is bound to and by its name, which
-//! holds the node's id: only such a one is ever unmounted or detached.
+//! Every node that attaches a volume has its own loop device and so its own page cache, as on real
+//! multi-attach storage. A device of this node is known by its tag (`lo_file_name`), which is set in the same call that
+//! makes the device: so what a killed process left behind is found for certain and nobody else's is touched.
 //!
-//! Invariants: a device is formatted only if its first MiB is zeros; it is detached only after its
-//! last unmount.
+//! A new volume is formatted under another name and then renamed: a backing file that is there under its own
+//! name is complete. Detaching a device happens only after its last unmount.
 
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::Read;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::io::{ErrorKind, Read};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::process::Command;
 
-use parking_lot::Mutex;
-use shardfs_proto::types::{Error, Reason, Result};
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+use shardfs_proto::types::{Error, Reason, Result, VolumeId};
 
-use super::{Attachment, Description, Provider, VolumeSpec, identity, io_error, ioctl, mounts};
+use super::{Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts, verify_identity};
 
-/// The name in volume records.
-pub const NAME: &str = "loop";
-/// The least size of a volume: an ext4 with its journal, the reserve, and something to use.
-pub const SIZE_BYTES_MIN: u64 = 256 << 20;
-/// Sector size of the devices: what ext4 and every SSD work in.
-const BLOCK_BYTES: u32 = 4096;
-/// How much must be zeros before a device is formatted: every known filesystem, partition table, RAID
-/// and LVM has its signature there.
-const SIGNATURE_BYTES: usize = 1 << 20;
-/// The ext4 label that says "made for ShardFS"; which volume it is stands in its identity file.
-const LABEL: &[u8; 16] = b"shardfs\0\0\0\0\0\0\0\0\0";
-/// Devices that others take between being found free and being configured.
-const CONFIGURE_ATTEMPTS: u32 = 64;
-/// How long a detached device may take to let go of its file.
-const DETACH_ATTEMPTS: u32 = 100;
-/// Between two looks at it.
-const DETACH_PAUSE: Duration = Duration::from_millis(20);
-
-/// Loop devices.
+/// The provider `loop`.
 pub struct LoopProvider;
 
-struct LoopAttachment {
-    spec: VolumeSpec,
-    device: PathBuf,
-    attached: Mutex<bool>,
+/// Logical block size of the devices: that of the filesystem, so that direct I/O is aligned on any backing.
+const BLOCK_BYTES: u32 = 4096;
+/// Other processes may take the free device that the kernel named; then it names another.
+const FREE_DEVICE_ATTEMPTS_MAX: usize = 32;
+/// Bytes at the start that must be zero in a file that is to be formatted: every filesystem and partition table has its
+/// mark there.
+const PROBE_BYTES: usize = 1 << 20;
+/// Bytes of an ext4 label.
+const LABEL_BYTES_MAX: usize = 16;
+/// What labels begin with.
+const LABEL_PREFIX: &str = "sfs-";
+/// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
+const BYTES_PER_INODE: u32 = 16_384;
+
+// From linux/loop.h.
+const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+const LOOP_MAJOR: u32 = 7;
+const LO_NAME_BYTES: usize = 64;
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct LoopInfo64 {
+    lo_device: u64,
+    lo_inode: u64,
+    lo_rdevice: u64,
+    lo_offset: u64,
+    lo_sizelimit: u64,
+    lo_number: u32,
+    lo_encrypt_type: u32,
+    lo_encrypt_key_size: u32,
+    lo_flags: u32,
+    lo_file_name: [u8; LO_NAME_BYTES],
+    lo_crypt_name: [u8; LO_NAME_BYTES],
+    lo_encrypt_key: [u8; 32],
+    lo_init: [u64; 2],
 }
 
-impl Provider for LoopProvider {
-    fn name(&self) -> &'static str {
-        NAME
-    }
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo64,
+    reserved: [u64; 8],
+}
 
+const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
+
+impl LoopInfo64 {
+    fn zeroed() -> LoopInfo64 {
+        LoopInfo64 {
+            lo_device: 0,
+            lo_inode: 0,
+            lo_rdevice: 0,
+            lo_offset: 0,
+            lo_sizelimit: 0,
+            lo_number: 0,
+            lo_encrypt_type: 0,
+            lo_encrypt_key_size: 0,
+            lo_flags: 0,
+            lo_file_name: [0; LO_NAME_BYTES],
+            lo_crypt_name: [0; LO_NAME_BYTES],
+            lo_encrypt_key: [0; 32],
+            lo_init: [0; 2],
+        }
+    }
+}
+
+impl VolumeProvider for LoopProvider {
     fn create(&self, spec: &VolumeSpec) -> Result<()> {
-        if spec.size_bytes < SIZE_BYTES_MIN {
-            return Err(Error::invalid(format!(
-                "volume {}: {} bytes are too few, the least is {SIZE_BYTES_MIN}",
-                spec.id, spec.size_bytes
-            )));
+        let source = &spec.source;
+        match fs::metadata(source) {
+            Ok(meta) if !meta.is_file() => {
+                Err(Error::invalid(format!("volume {}: {} is no file", spec.id, source.display())))
+            }
+            Ok(_) => format_if_empty(spec),
+            Err(e) if e.kind() == ErrorKind::NotFound && spec.formatted => Err(Error::corrupt(format!(
+                "{} was volume {} before and is gone: put it back, an empty one is not made in its place",
+                source.display(),
+                spec.id
+            ))),
+            Err(e) if e.kind() == ErrorKind::NotFound => make_backing(spec),
+            Err(e) => Err(io_error(&format!("looking at {}", source.display()), &e)),
         }
-        let make = || -> std::io::Result<()> {
-            if let Some(parent) = spec.source.parent() {
-                fs::create_dir_all(parent)?;
-            }
-            let file =
-                OpenOptions::new().create(true).truncate(false).read(true).write(true).open(&spec.source)?;
-            // A crash between making and sizing leaves an empty file.
-            if file.metadata()?.len() == 0 {
-                file.set_len(spec.size_bytes)?;
-                file.sync_all()?;
-            }
-            Ok(())
-        };
-        make().map_err(io_error(format!("making {}", spec.source.display())))
     }
 
-    fn attach(&self, spec: &VolumeSpec) -> Result<Box<dyn Attachment>> {
-        self.create(spec)?;
-        clear_stale(spec)?;
-        let device = attach_device(spec)?;
-        match mount(spec, &device) {
-            Ok(()) => Ok(Box::new(LoopAttachment { spec: spec.clone(), device, attached: Mutex::new(true) })),
-            Err(error) => {
-                if let Err(also) = detach_device(spec, &device) {
-                    tracing::warn!(volume = %spec.id, device = %device.display(), error = %also, "not detached");
-                }
-                Err(error)
+    fn attach(&self, spec: &VolumeSpec) -> Result<Attached> {
+        let tag = tag(&spec.mount_point, &spec.id)?;
+        let lock = lock(&spec.source, &spec.id)?;
+        clean_up(spec, &tag)?;
+        make_mount_point(&spec.mount_point)?;
+        let device = attach_device(&spec.source, &tag)?;
+        let mounted = mount(&device, spec).and_then(|()| verify_identity(&spec.mount_point, spec));
+        if let Err(error) = mounted {
+            if let Err(worse) = clean_up(spec, &tag) {
+                tracing::error!(volume = %spec.id, error = %worse, "cleaning up after a failed attach");
             }
+            return Err(error);
         }
+        Ok(Attached { root: spec.mount_point.clone(), device: device.display().to_string(), lock: Some(lock) })
+    }
+
+    fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()> {
+        clean_up(spec, &tag(&spec.mount_point, &spec.id)?)?;
+        drop(attached.lock);
+        Ok(())
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {
-        let (exists, size_bytes) = match fs::metadata(&spec.source) {
-            Ok(meta) => (true, meta.len()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => (false, 0),
-            Err(error) => return Err(io_error(format!("looking at {}", spec.source.display()))(error)),
-        };
-        let device = if exists { own_devices(spec)?.into_iter().next() } else { None };
-        let mounted = mounts::at(&spec.mount_point)?.is_some_and(|m| Some(&m.source) == device.as_ref());
-        Ok(Description { exists, size_bytes, device, mounted })
-    }
-
-    fn delete(&self, spec: &VolumeSpec) -> Result<()> {
-        if let Some(device) = own_devices(spec)?.first() {
-            return Err(Error::unavailable(format!(
-                "volume {} is attached as {}",
-                spec.id,
-                device.display()
-            )));
-        }
-        match fs::remove_file(&spec.source) {
-            Ok(()) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(io_error(format!("removing {}", spec.source.display()))(error)),
-        }
+        let meta = fs::metadata(&spec.source).ok();
+        let devices = devices_with_tag(&tag(&spec.mount_point, &spec.id)?)?;
+        Ok(Description {
+            exists: meta.is_some(),
+            size_bytes: meta.map_or(0, |m| m.len()),
+            devices: devices.iter().map(|d| d.display().to_string()).collect(),
+            mounted: !mounts::at(&spec.mount_point)?.is_empty(),
+        })
     }
 }
 
-impl Attachment for LoopAttachment {
-    fn root(&self) -> &Path {
-        &self.spec.mount_point
-    }
-
-    fn source(&self) -> String {
-        format!("{} ({})", self.device.display(), self.spec.source.display())
-    }
-
-    fn detach(&self) -> Result<()> {
-        let mut attached = self.attached.lock();
-        if !*attached {
-            return Ok(());
-        }
-        if mounts::at(&self.spec.mount_point)?.is_some_and(|m| m.source == self.device) {
-            mounts::unmount(&self.spec.mount_point)?;
-        }
-        detach_device(&self.spec, &self.device)?;
-        *attached = false;
-        Ok(())
-    }
+/// What this node calls its device for a volume: the mount point is this node's alone.
+fn tag(mount_point: &Path, id: &VolumeId) -> Result<[u8; LO_NAME_BYTES]> {
+    // The folder above exists before and after the mount; the mount point itself may not.
+    let parent = mount_point.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(|e| io_error(&format!("making {}", parent.display()), &e))?;
+    let parent = fs::canonicalize(parent).map_err(|e| io_error(&format!("resolving {}", parent.display()), &e))?;
+    let place = parent.join(id.as_str());
+    // Two checksums over different bytes: 64 bits, enough to tell some dozens of devices apart.
+    let bytes = place.as_os_str().as_encoded_bytes();
+    let turned: Vec<u8> = bytes.iter().rev().copied().collect();
+    let text = format!("shardfs-{:08x}{:08x}-{id}", crc32c::crc32c(bytes), crc32c::crc32c(&turned));
+    let mut tag = [0; LO_NAME_BYTES];
+    // The kernel keeps a NUL at the end.
+    let length = text.len().min(LO_NAME_BYTES - 1);
+    tag[..length].copy_from_slice(&text.as_bytes()[..length]);
+    Ok(tag)
 }
 
-/// The name that our devices bear.
-fn device_name(spec: &VolumeSpec) -> Vec<u8> {
-    format!("shardfs {} {}", spec.node, spec.id).into_bytes()
+/// Unmounts and detaches whatever a process of this node has left for the volume.
+fn clean_up(spec: &VolumeSpec, tag: &[u8; LO_NAME_BYTES]) -> Result<()> {
+    let devices = devices_with_tag(tag)?;
+    for mount in mounts::at(&spec.mount_point)? {
+        if !devices.contains(&mount.source) && !is_over(&mount.source, &spec.source) {
+            return Err(Error::new(
+                Reason::AlreadyExists,
+                format!(
+                    "volume {}: {} is mounted at {}; unmount it first",
+                    spec.id,
+                    mount.source.display(),
+                    spec.mount_point.display()
+                ),
+            ));
+        }
+    }
+    mounts::unmount_all(&spec.mount_point)?;
+    // Somebody may have mounted our device elsewhere, to look: it must not be taken away under them.
+    if let Some(mount) = mounts::list()?.into_iter().find(|m| devices.contains(&m.source)) {
+        return Err(Error::unavailable(format!(
+            "volume {}: {} is also mounted at {}: unmount it there",
+            spec.id,
+            mount.source.display(),
+            mount.at.display()
+        )));
+    }
+    devices.iter().try_for_each(|device| detach_device(device))
 }
 
-/// Loop devices of this node over the volume's file.
-fn own_devices(spec: &VolumeSpec) -> Result<Vec<PathBuf>> {
-    let source = match fs::metadata(&spec.source) {
-        Ok(meta) => meta,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io_error(format!("looking at {}", spec.source.display()))(error)),
-    };
-    let mut name = device_name(spec);
-    name.truncate(ioctl::LO_NAME_SIZE - 1);
+/// Whether a loop device stands on this file.
+fn is_over(device: &Path, source: &Path) -> bool {
+    let Some(name) = device.file_name() else { return false };
+    let backing = fs::read_to_string(Path::new("/sys/block").join(name).join("loop/backing_file"));
+    let Ok(source) = fs::canonicalize(source) else { return false };
+    backing.is_ok_and(|path| Path::new(path.trim_end_matches('\n')) == source)
+}
+
+fn devices_with_tag(tag: &[u8; LO_NAME_BYTES]) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    let listing = fs::read_dir("/sys/block").map_err(io_error("reading /sys/block"))?;
-    for entry in listing.flatten() {
-        let block = entry.file_name();
-        if !block.to_string_lossy().starts_with("loop") || !entry.path().join("loop/backing_file").exists() {
+    let entries = fs::read_dir("/sys/block").map_err(|e| io_error("listing /sys/block", &e))?;
+    for entry in entries.flatten() {
+        let name = entry.file_name();
+        // Only devices that are in use have this folder.
+        if !name.as_encoded_bytes().starts_with(b"loop") || !entry.path().join("loop").exists() {
             continue;
         }
-        let device = Path::new("/dev").join(block);
-        // One that vanishes meanwhile is none of ours: ours are detached by this process only.
-        let Ok(status) = File::open(&device).and_then(|file| ioctl::status(&file)) else { continue };
-        if status.lo_inode == source.ino() && status.lo_device == source.dev() && status.name() == name {
-            found.push(device);
+        let path = Path::new("/dev").join(&name);
+        let Ok(file) = open_device(&path, false) else { continue };
+        if status(&file).is_some_and(|info| info.lo_file_name == *tag) {
+            found.push(path);
         }
     }
     Ok(found)
 }
 
-/// Unmounts and detaches what a killed process of this node left.
-fn clear_stale(spec: &VolumeSpec) -> Result<()> {
-    let stale = own_devices(spec)?;
-    while let Some(mount) = mounts::at(&spec.mount_point)? {
-        if !stale.contains(&mount.source) {
-            return Err(Error::unavailable(format!(
-                "{} is taken: {} ({}) is mounted there, which is not volume {}",
-                spec.mount_point.display(),
-                mount.source.display(),
-                mount.filesystem,
-                spec.id
-            )));
-        }
-        tracing::info!(volume = %spec.id, device = %mount.source.display(), "unmounting what a killed node left");
-        mounts::unmount(&spec.mount_point)?;
-    }
-    for device in stale {
-        tracing::info!(volume = %spec.id, device = %device.display(), "detaching what a killed node left");
-        detach_device(spec, &device)?;
-    }
-    Ok(())
+fn status(device: &File) -> Option<LoopInfo64> {
+    let mut info = LoopInfo64::zeroed();
+    // SAFETY: the kernel writes one `loop_info64`, whose layout `LoopInfo64` has.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64 as _, &raw mut info) };
+    (done == 0).then_some(info)
 }
 
-fn attach_device(spec: &VolumeSpec) -> Result<PathBuf> {
+fn open_device(path: &Path, write: bool) -> std::io::Result<File> {
+    let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_CLOEXEC).open(path);
+    match opened {
+        Err(e) if e.kind() == ErrorKind::NotFound => {
+            make_node(path)?;
+            OpenOptions::new().read(true).write(write).custom_flags(libc::O_CLOEXEC).open(path)
+        }
+        opened => opened,
+    }
+}
+
+/// Without devtmpfs (some containers) nobody makes the device's node.
+fn make_node(path: &Path) -> std::io::Result<()> {
+    let number = path.to_str().and_then(|p| p.strip_prefix("/dev/loop")).and_then(|n| n.parse::<u32>().ok());
+    let Some(number) = number else { return Err(ErrorKind::NotFound.into()) };
+    let device = rustix::fs::makedev(LOOP_MAJOR, number);
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    match rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::BlockDevice, mode, device) {
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
     let backing = OpenOptions::new()
         .read(true)
         .write(true)
-        .open(&spec.source)
-        .map_err(io_error(format!("opening {}", spec.source.display())))?;
-    for _ in 0..CONFIGURE_ATTEMPTS {
-        let device = ioctl::free_device().map_err(|error| {
-            Error::io(format!("no free loop device: {error} (is /dev/loop-control there, and are you root?)"))
-        })?;
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(&device)
-            .map_err(io_error(format!("opening {}", device.display())))?;
-        match ioctl::configure(&file, &backing, BLOCK_BYTES, &device_name(spec)) {
+        .open(source)
+        .map_err(|e| io_error(&format!("opening {}", source.display()), &e))?;
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| match e.kind() {
+        ErrorKind::NotFound => Error::new(
+            Reason::Unsupported,
+            "/dev/loop-control is missing: load the module `loop`, or use volumes of kind `dir`",
+        ),
+        ErrorKind::PermissionDenied => Error::new(
+            Reason::NotPermitted,
+            "loop devices need root: run the node as root, or use volumes of kind `dir`",
+        ),
+        _other => io_error("opening /dev/loop-control", &e),
+    })?;
+    for _ in 0..FREE_DEVICE_ATTEMPTS_MAX {
+        // SAFETY: the call takes no argument.
+        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
+        if number < 0 {
+            return Err(io_error("asking for a free loop device", &std::io::Error::last_os_error()));
+        }
+        let path = PathBuf::from(format!("/dev/loop{number}"));
+        let device = open_device(&path, true).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+        match configure(&device, backing.as_raw_fd(), tag) {
             Ok(()) => {
-                let status =
-                    ioctl::status(&file).map_err(io_error(format!("asking {}", device.display())))?;
-                if status.lo_flags & ioctl::LO_FLAGS_DIRECT_IO == 0 {
-                    tracing::warn!(
-                        volume = %spec.id,
-                        "the filesystem below does no direct IO: writes pass through its page cache"
-                    );
+                if status(&device).is_some_and(|info| info.lo_flags & LO_FLAGS_DIRECT_IO == 0) {
+                    tracing::warn!(device = %path.display(), backing = %source.display(),
+                        "the backing file's filesystem allows no direct I/O: its pages are cached twice");
                 }
-                return Ok(device);
+                return Ok(path);
             }
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            Err(error) => {
-                return Err(io_error(format!("binding {} to {}", device.display(), spec.source.display()))(
-                    error,
-                ));
-            }
+            // Somebody else was faster.
+            Err(e) if e.kind() == ErrorKind::ResourceBusy => {}
+            Err(e) => return Err(io_error(&format!("attaching {} to {}", source.display(), path.display()), &e)),
         }
     }
-    Err(Error::unavailable("every free loop device was taken by others while trying"))
+    Err(Error::unavailable("no loop device stays free long enough to be used"))
 }
 
-/// Detaches a device and waits until it has let go.
-fn detach_device(spec: &VolumeSpec, device: &Path) -> Result<()> {
-    if mounts::is_mounted(device)? {
-        return Err(Error::unavailable(format!("{} is still mounted elsewhere", device.display())));
-    }
-    let cleared = File::open(device).and_then(|file| ioctl::clear(&file));
-    match cleared {
-        Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return Ok(()),
-        Err(error) => return Err(io_error(format!("detaching {}", device.display()))(error)),
-    }
-    for _ in 0..DETACH_ATTEMPTS {
-        if !own_devices(spec)?.iter().any(|d| d == device) {
-            return Ok(());
-        }
-        std::thread::sleep(DETACH_PAUSE);
-    }
-    Err(Error::unavailable(format!("{} does not let go of {}", device.display(), spec.source.display())))
+fn configure(device: &File, backing: RawFd, tag: &[u8; LO_NAME_BYTES]) -> std::io::Result<()> {
+    let mut config =
+        LoopConfig { fd: backing as u32, block_size: BLOCK_BYTES, info: LoopInfo64::zeroed(), reserved: [0; 8] };
+    config.info.lo_flags = LO_FLAGS_DIRECT_IO;
+    config.info.lo_file_name = *tag;
+    // SAFETY: the kernel reads one `loop_config`, whose layout `LoopConfig` has; the descriptors are open.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
-fn mount(spec: &VolumeSpec, device: &Path) -> Result<()> {
-    format_if_new(spec, device)?;
-    let at = &spec.mount_point;
-    if fs::symlink_metadata(at).is_ok_and(|meta| meta.is_symlink()) {
-        // Left by a `dir` volume of the same id.
-        fs::remove_file(at).map_err(io_error(format!("removing {}", at.display())))?;
+fn detach_device(path: &Path) -> Result<()> {
+    let device = open_device(path, false).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    // SAFETY: the call takes no argument that is used.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD as _, 0) };
+    let error = std::io::Error::last_os_error();
+    // ENXIO: it is free already.
+    if done == 0 || error.raw_os_error() == Some(libc::ENXIO) {
+        return Ok(());
     }
-    fs::create_dir_all(at).map_err(io_error(format!("making {}", at.display())))?;
-    mounts::mount_ext4(device, at)?;
-    identity::check_or_mark(at, &spec.id).inspect_err(|_| {
-        if let Err(error) = mounts::unmount(at) {
-            tracing::warn!(volume = %spec.id, %error, "not unmounted");
-        }
+    Err(io_error(&format!("detaching {}", path.display()), &error))
+}
+
+fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
+    check_label(device, spec)?;
+    let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID;
+    let options = CString::new("errors=remount-ro").expect("no NUL");
+    rustix::mount::mount(device, &spec.mount_point, "ext4", flags, options.as_c_str()).map_err(|e| {
+        let hint = match e {
+            Errno::BUSY => "it is mounted or held by another process",
+            Errno::PERM => "mounting needs root",
+            Errno::NODEV => "this kernel has no ext4",
+            Errno::INVAL | Errno::UCLEAN | Errno::IO | Errno::BADMSG => {
+                "the filesystem is damaged: see the kernel's log, and run fsck.ext4 on the backing file"
+            }
+            _other => "see the kernel's log",
+        };
+        let reason = if e == Errno::BUSY { Reason::Unavailable } else { Reason::Io };
+        Error::new(
+            reason,
+            format!("volume {}: mounting {} at {}: {e}: {hint}", spec.id, device.display(), spec.mount_point.display()),
+        )
     })
 }
 
+/// What a file's first bytes say.
+#[derive(PartialEq, Eq, Debug)]
 enum Content {
     Zeros,
-    Ours,
-    Foreign(&'static str),
+    Ext4 { label: Vec<u8> },
+    Unknown,
 }
 
-fn look(device: &Path) -> std::io::Result<Content> {
-    let mut file = File::open(device)?;
-    let mut superblock = [0; 1024];
-    file.read_exact_at(&mut superblock, 1024)?;
-    if superblock[0x38..0x3a] == 0xEF53_u16.to_le_bytes() {
-        let ours = &superblock[0x78..0x88] == LABEL;
-        return Ok(if ours {
-            Content::Ours
-        } else {
-            Content::Foreign("an ext filesystem with another label")
-        });
+fn probe(path: &Path) -> Result<Content> {
+    let mut bytes = Vec::new();
+    let doing = || format!("reading {}", path.display());
+    File::open(path)
+        .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut bytes))
+        .map_err(|e| io_error(&doing(), &e))?;
+    Ok(classify(&bytes))
+}
+
+fn classify(bytes: &[u8]) -> Content {
+    // The superblock lies at 1024: magic at 56, label at 120.
+    let Some(superblock) = bytes.get(1024..1024 + 136) else {
+        return if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown };
+    };
+    if superblock[56..58] == [0x53, 0xEF] {
+        let label: Vec<u8> = superblock[120..136].iter().copied().take_while(|b| *b != 0).collect();
+        return Content::Ext4 { label };
     }
-    let mut first = vec![0; SIGNATURE_BYTES];
-    file.read_exact(&mut first)?;
-    let zeros = first.iter().all(|byte| *byte == 0);
-    Ok(if zeros { Content::Zeros } else { Content::Foreign("data of some other kind") })
+    if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown }
 }
 
-/// Makes the filesystem on a fresh device. A format that was interrupted left no superblock (mkfs writes
-/// it last) but may have left other blocks: then the device is refused, and the message says what to do.
-fn format_if_new(spec: &VolumeSpec, device: &Path) -> Result<()> {
-    match look(device).map_err(io_error(format!("reading {}", device.display())))? {
-        Content::Ours => return Ok(()),
-        Content::Zeros => {}
-        Content::Foreign(what) => {
-            return Err(Error::corrupt(format!(
-                "{} holds {what}, no ShardFS volume: it is not formatted. If it is to be given up, remove it",
-                spec.source.display()
-            )));
+fn label(id: &VolumeId) -> String {
+    let mut label = format!("{LABEL_PREFIX}{id}");
+    // Ids are ASCII.
+    label.truncate(LABEL_BYTES_MAX);
+    label
+}
+
+fn check_label(path: &Path, spec: &VolumeSpec) -> Result<()> {
+    let refused = |what: &str| {
+        Err(Error::invalid(format!(
+            "volume {}: {} holds {what}, not the volume's own ext4: it is left alone; if it is of no use, remove it",
+            spec.id,
+            spec.source.display()
+        )))
+    };
+    match probe(path)? {
+        Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => Ok(()),
+        Content::Ext4 { label: found } => refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found))),
+        Content::Unknown => refused("something unknown"),
+        Content::Zeros => Err(Error::corrupt(format!(
+            "{} is empty, but volume {} has been used before: put its backing file back",
+            spec.source.display(),
+            spec.id
+        ))),
+    }
+}
+
+/// A file that an operator made: formatted if it is certainly empty and never was in use.
+fn format_if_empty(spec: &VolumeSpec) -> Result<()> {
+    if spec.formatted {
+        return Ok(());
+    }
+    match probe(&spec.source)? {
+        Content::Zeros => {
+            let length = fs::metadata(&spec.source).map_or(0, |m| m.len());
+            if length < super::LOOP_BYTES_MIN {
+                return Err(Error::invalid(format!(
+                    "volume {}: {} has only {length} bytes; remove it, or give it {} at least",
+                    spec.id,
+                    spec.source.display(),
+                    super::LOOP_BYTES_MIN
+                )));
+            }
+            let _lock = lock(&spec.source, &spec.id)?;
+            make_filesystem(&spec.source, &spec.id, false)
         }
+        Content::Ext4 { .. } | Content::Unknown => check_label(&spec.source, spec),
     }
-    tracing::info!(volume = %spec.id, device = %device.display(), "making an ext4");
-    let label = std::str::from_utf8(LABEL).expect("the label is ASCII").trim_end_matches('\0');
+}
+
+fn make_backing(spec: &VolumeSpec) -> Result<()> {
+    let source = &spec.source;
+    let mut name = source.file_name().unwrap_or_default().to_owned();
+    name.push(".new");
+    let fresh = source.with_file_name(name);
+    let doing = format!("making {}", fresh.display());
+    let parent = source.parent().unwrap_or(Path::new("/"));
+    fs::create_dir_all(parent).map_err(|e| io_error(&doing, &e))?;
+    // What a killed process left is made again from the start.
+    if let Err(e) = fs::remove_file(&fresh)
+        && e.kind() != ErrorKind::NotFound
+    {
+        return Err(io_error(&format!("removing {}", fresh.display()), &e));
+    }
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&fresh)
+        .map_err(|e| io_error(&doing, &e))?;
+    file.set_len(spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES)).map_err(|e| io_error(&doing, &e))?;
+    make_filesystem(&fresh, &spec.id, true)?;
+    let publish = || -> std::io::Result<()> {
+        file.sync_all()?;
+        // No one else makes this name: the volume has one primary. Still, never over anything.
+        rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            &fresh,
+            rustix::fs::CWD,
+            source,
+            rustix::fs::RenameFlags::NOREPLACE,
+        )?;
+        File::open(parent)?.sync_all()
+    };
+    publish().map_err(|e| io_error(&format!("naming {}", source.display()), &e))
+}
+
+/// `sparse`: the file is known to be all zeros, so that the inode tables need not be written.
+fn make_filesystem(path: &Path, id: &VolumeId, sparse: bool) -> Result<()> {
+    let mut extended = String::from("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0");
+    if sparse {
+        extended.push_str(",nodiscard,assume_storage_prezeroed=1");
+    }
+    let search = std::env::var("PATH").unwrap_or_default();
     let output = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-b", "4096", "-m", "0", "-L", label])
-        .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
-        .arg(device)
-        .stdin(Stdio::null())
+        .env("PATH", format!("{search}:/usr/sbin:/sbin"))
+        .args(["-q", "-F", "-b", "4096", "-m", "0", "-i", &BYTES_PER_INODE.to_string(), "-L", &label(id), "-E", &extended])
+        .arg(path)
         .output()
-        .map_err(|error| Error::new(Reason::Io, format!("running mkfs.ext4 (package e2fsprogs): {error}")))?;
+        .map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                Reason::Unsupported,
+                "mkfs.ext4 is not installed: install e2fsprogs, or use volumes of kind `dir`",
+            ),
+            _other => io_error("running mkfs.ext4", &e),
+        })?;
     if !output.status.success() {
         return Err(Error::io(format!(
-            "mkfs.ext4 {}: {}",
-            device.display(),
+            "mkfs.ext4 on {} failed ({}): {}",
+            path.display(),
+            output.status,
             String::from_utf8_lossy(&output.stderr).trim()
         )));
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

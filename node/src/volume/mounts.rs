@@ -1,99 +1,107 @@
-//! What is mounted where, and mounting and unmounting of volumes' filesystems.
+//! What is mounted where, from /proc/self/mountinfo, and unmounting with patience.
 
-use std::fs;
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::mount::{MountFlags, UnmountFlags};
-use shardfs_proto::types::{Error, Result};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+use shardfs_proto::types::{Error, Result, clock};
 
-use super::io_error;
-
-/// How long an unmount waits for a filesystem that is busy.
-const BUSY_MAX: Duration = Duration::from_secs(5);
-/// Between two attempts.
+/// How long an unmount is repeated while something still holds the filesystem.
+const BUSY_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Pause between attempts.
 const BUSY_PAUSE: Duration = Duration::from_millis(50);
+/// Mounts on top of each other at one place.
+const STACKED_MAX: usize = 16;
 
-/// One line of mountinfo.
+/// One mount.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Mount {
-    pub(super) mount_point: PathBuf,
-    pub(super) filesystem: String,
-    /// The device, as mount(8) shows it.
-    pub(super) source: PathBuf,
+pub struct Mount {
+    /// Where.
+    pub at: PathBuf,
+    /// What: a device.
+    pub source: PathBuf,
+    /// The filesystem's kind.
+    pub kind: String,
 }
 
-/// What is mounted at a folder (the topmost), if anything.
-pub(super) fn at(mount_point: &Path) -> Result<Option<Mount>> {
-    let text = fs::read("/proc/self/mountinfo").map_err(io_error("reading /proc/self/mountinfo"))?;
-    Ok(parse(&text).filter(|m| m.mount_point == mount_point).last())
+/// All mounts that this process sees, in order of mounting.
+pub fn list() -> Result<Vec<Mount>> {
+    let text = std::fs::read("/proc/self/mountinfo").map_err(|e| Error::io(format!("reading the mount table: {e}")))?;
+    Ok(text.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
-/// Whether a device is mounted anywhere in this mount namespace.
-pub(super) fn is_mounted(device: &Path) -> Result<bool> {
-    let text = fs::read("/proc/self/mountinfo").map_err(io_error("reading /proc/self/mountinfo"))?;
-    Ok(parse(&text).any(|m| m.source == device))
+/// `id parent major:minor root at options [optional...] - kind source superoptions`
+fn parse(line: &[u8]) -> Option<Mount> {
+    let mut fields = line.split(|b| *b == b' ');
+    let at = fields.nth(4)?;
+    let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
+    let kind = rest.next()?;
+    let source = rest.next()?;
+    Some(Mount { at: unescape(at), source: unescape(source), kind: String::from_utf8_lossy(kind).into_owned() })
 }
 
-fn parse(text: &[u8]) -> impl Iterator<Item = Mount> + '_ {
-    text.split(|b| *b == b'\n').filter_map(|line| {
-        // 36 35 98:0 /root /mount/point options ... - type source super-options
-        let mut fields = line.split(|b| *b == b' ');
-        let mount_point = unescape(fields.nth(4)?);
-        let mut rest = fields.skip_while(|f| *f != b"-").skip(1);
-        let filesystem = String::from_utf8_lossy(rest.next()?).into_owned();
-        let source = unescape(rest.next()?);
-        Some(Mount { mount_point, filesystem, source })
-    })
-}
-
-/// mountinfo writes space, tab, newline and backslash as three octal digits.
+/// Blanks and the like stand as `\040`.
 fn unescape(field: &[u8]) -> PathBuf {
-    let mut out = Vec::with_capacity(field.len());
+    let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
-    while let Some((first, after)) = rest.split_first() {
-        let octal = || {
-            let digits = after.get(..3)?;
-            u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok()
-        };
-        match (*first, octal()) {
-            (b'\\', Some(byte)) => {
-                out.push(byte);
+    while let Some((&first, after)) = rest.split_first() {
+        let code = (first == b'\\')
+            .then(|| after.get(..3))
+            .flatten()
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match code {
+            Some(byte) => {
+                bytes.push(byte);
                 rest = &after[3..];
             }
-            (byte, _) => {
-                out.push(byte);
+            None => {
+                bytes.push(first);
                 rest = after;
             }
         }
     }
-    std::ffi::OsString::from_vec(out).into()
+    OsString::from_vec(bytes).into()
 }
 
-/// Mounts an ext4 for a volume: no devices, programs or set-id bits are ever used from it.
-pub(super) fn mount_ext4(device: &Path, mount_point: &Path) -> Result<()> {
-    let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID | MountFlags::NOEXEC;
-    rustix::mount::mount(device, mount_point, c"ext4", flags, c"errors=remount-ro").map_err(|error| {
-        Error::io(format!("mounting {} at {}: {error}", device.display(), mount_point.display()))
-    })
+/// What is mounted at this very place, topmost last.
+pub fn at(place: &Path) -> Result<Vec<Mount>> {
+    let place = std::fs::canonicalize(place).unwrap_or_else(|_| place.to_owned());
+    Ok(list()?.into_iter().filter(|mount| mount.at == place).collect())
 }
 
-/// Unmounts; waits for what is still being closed.
-pub(super) fn unmount(mount_point: &Path) -> Result<()> {
-    let attempts = BUSY_MAX.as_millis() / BUSY_PAUSE.as_millis();
-    for _ in 0..attempts {
-        match rustix::mount::unmount(mount_point, UnmountFlags::NOFOLLOW) {
+/// Unmounts everything at this place. Waits a little for what is busy.
+pub fn unmount_all(place: &Path) -> Result<()> {
+    for _ in 0..STACKED_MAX {
+        if at(place)?.is_empty() {
+            return Ok(());
+        }
+        unmount(place)?;
+    }
+    Err(Error::unavailable(format!("{}: something keeps being mounted there", place.display())))
+}
+
+fn unmount(place: &Path) -> Result<()> {
+    let begun = clock::monotonic();
+    loop {
+        match rustix::mount::unmount(place, UnmountFlags::NOFOLLOW) {
             Ok(()) => return Ok(()),
-            Err(rustix::io::Errno::BUSY) => std::thread::sleep(BUSY_PAUSE),
-            Err(error) => return Err(Error::io(format!("unmounting {}: {error}", mount_point.display()))),
+            // Not mounted (any more).
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(Errno::BUSY) if begun.elapsed() < BUSY_WAIT_MAX => std::thread::sleep(BUSY_PAUSE),
+            Err(Errno::BUSY) => {
+                return Err(Error::unavailable(format!(
+                    "{} cannot be unmounted: some process uses it (`fuser -vm {}` says which)",
+                    place.display(),
+                    place.display()
+                )));
+            }
+            Err(e) => return Err(Error::io(format!("unmounting {}: {e}", place.display()))),
         }
     }
-    Err(Error::unavailable(format!(
-        "{} stays busy: some process has files open on it (`fuser -vm {}` shows which)",
-        mount_point.display(),
-        mount_point.display()
-    )))
 }
 
 #[cfg(test)]
@@ -101,20 +109,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mountinfo_is_parsed() {
-        let text =
-            b"36 35 98:0 / /mnt/with\\040space rw,noatime master:1 - ext4 /dev/loop0 rw,errors=continue\n\
-                     37 35 0:5 / /proc rw - proc proc rw\nbroken\n";
-        let all: Vec<Mount> = parse(text).collect();
-        assert_eq!(all.len(), 2);
-        assert_eq!(all[0].mount_point, Path::new("/mnt/with space"));
-        assert_eq!(all[0].filesystem, "ext4");
-        assert_eq!(all[0].source, Path::new("/dev/loop0"));
+    fn mountinfo_is_understood() {
+        let line = br"36 35 98:0 /mnt1 /mnt\0402/a\134b rw,noatime master:1 - ext4 /dev/loop7 rw,errors=remount-ro";
+        let mount = parse(line).unwrap();
+        assert_eq!(mount.at, Path::new(r"/mnt 2/a\b"));
+        assert_eq!((mount.source.to_str().unwrap(), mount.kind.as_str()), ("/dev/loop7", "ext4"));
+        assert_eq!(parse(b""), None);
+        assert_eq!(unescape(br"\4x"), Path::new(r"\4x"));
     }
 
     #[test]
     fn the_root_is_mounted() {
-        assert!(at(Path::new("/")).unwrap().is_some());
-        assert!(at(Path::new("/nowhere/at/all")).unwrap().is_none());
+        assert!(!at(Path::new("/")).unwrap().is_empty());
     }
 }

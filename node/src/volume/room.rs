@@ -1,150 +1,173 @@
-//! The room on a volume: what shards may still grow by.
+//! How much shards may still grow on a volume, and what keeps a full volume workable.
 //!
-//! Invariants: growth is refused while less than the reserve is free, so that logs, compactions and
-//! deletions always find room; the figure is at most [`REFRESH_PERIOD`] old. When even the reserve is used
-//! up, the ballast file is given up, once, so that deletions go on; it comes back when there is room.
+//! Shards are refused growth while a reserve is still free, so that deletes, flushes and compactions have
+//! room. Should that be used up all the same, the ballast file is given back and made again when there is room.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardfs_proto::types::{Result, clock};
+use shardfs_proto::types::clock;
 
-use super::io_error;
-
-/// How old the figures may be.
-const REFRESH_PERIOD: Duration = Duration::from_millis(200);
-/// Free bytes below which nothing may grow: at least this, for the logs and compactions of a few shards,
+/// Age that a reading of the filesystem may have.
+const READING_AGE_MAX: Duration = Duration::from_millis(200);
+/// The least reserve: a RocksDB write buffer or two, written out.
 const RESERVE_BYTES_MIN: u64 = 64 << 20;
-/// and at least this part of the volume, since larger ones compact larger files,
-const RESERVE_PART: u64 = 32;
-/// but no more than this.
+/// The most: more than the compactions that run at a time need.
 const RESERVE_BYTES_MAX: u64 = 4 << 30;
-/// Bytes of the ballast file.
-const BALLAST_BYTES: u64 = 32 << 20;
-/// Free bytes below which the ballast is given up.
-const BALLAST_RELEASE_BELOW: u64 = 16 << 20;
-/// The ballast file at the volume's root.
-pub(super) const BALLAST_FILE: &str = ".ballast";
+/// Part of the volume that is reserved between those, in percent.
+const RESERVE_PERCENT: u64 = 3;
+/// A small volume reserves no more than this part of it.
+const RESERVE_SHARE_MAX: u64 = 4;
+/// The ballast's part of the reserve.
+const BALLAST_SHARE: u64 = 4;
+/// The largest ballast.
+const BALLAST_BYTES_MAX: u64 = 64 << 20;
+/// Its name at the volume's root.
+const BALLAST_FILE: &str = ".shardfs-ballast";
 
-/// The room on one mounted volume.
+/// A volume's room. Cheap to ask.
+#[derive(Debug)]
 pub struct VolumeRoom {
     root: PathBuf,
-    figures: Mutex<Figures>,
+    reading: Mutex<Option<(Instant, Reading)>>,
 }
 
-#[derive(Clone, Copy)]
-struct Figures {
-    at: Instant,
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+struct Reading {
     total_bytes: u64,
     free_bytes: u64,
-    ballast: bool,
 }
 
 impl VolumeRoom {
-    /// Of the volume mounted at `root`; makes its ballast file.
-    pub fn new(root: &Path) -> Result<VolumeRoom> {
-        let root = root.to_owned();
-        let (total_bytes, free_bytes) = measure(&root)?;
-        let figures = Figures { at: clock::monotonic(), total_bytes, free_bytes, ballast: false };
-        let room = VolumeRoom { root, figures: Mutex::new(figures) };
-        room.figures.lock().ballast = room.ballast_path().exists();
-        room.keep_ballast(&mut room.figures.lock());
-        Ok(room)
+    /// Of the volume with this root.
+    pub fn new(root: PathBuf) -> VolumeRoom {
+        VolumeRoom { root, reading: Mutex::new(None) }
     }
 
-    /// Bytes of the volume.
-    pub fn total_bytes(&self) -> u64 {
-        self.refreshed().total_bytes
-    }
-
-    /// Bytes free on it.
-    pub fn free_bytes(&self) -> u64 {
-        self.refreshed().free_bytes
-    }
-
-    /// Bytes by which shards may still grow.
+    /// Bytes by which shards may still grow. 0 if the volume cannot be asked.
     pub fn growth_bytes(&self) -> u64 {
-        let figures = self.refreshed();
-        figures.free_bytes.saturating_sub(reserve(figures.total_bytes))
+        let reading = self.read();
+        reading.free_bytes.saturating_sub(reserve_bytes(reading.total_bytes))
     }
 
-    fn refreshed(&self) -> Figures {
-        let mut figures = self.figures.lock();
-        if clock::monotonic().duration_since(figures.at) >= REFRESH_PERIOD {
-            figures.at = clock::monotonic();
-            match measure(&self.root) {
-                Ok((total_bytes, free_bytes)) => {
-                    figures.total_bytes = total_bytes;
-                    figures.free_bytes = free_bytes;
-                    self.keep_ballast(&mut figures);
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the volume's room is not known: keeping the last figures")
-                }
-            }
+    /// Bytes in all.
+    pub fn total_bytes(&self) -> u64 {
+        self.read().total_bytes
+    }
+
+    /// Bytes free, the reserve included.
+    pub fn free_bytes(&self) -> u64 {
+        self.read().free_bytes
+    }
+
+    fn read(&self) -> Reading {
+        let now = clock::monotonic();
+        let mut kept = self.reading.lock();
+        if let Some((when, reading)) = *kept
+            && now.saturating_duration_since(when) < READING_AGE_MAX
+        {
+            return reading;
         }
-        *figures
-    }
-
-    fn ballast_path(&self) -> PathBuf {
-        self.root.join(BALLAST_FILE)
-    }
-
-    fn keep_ballast(&self, figures: &mut Figures) {
-        let path = self.ballast_path();
-        if figures.ballast && figures.free_bytes < BALLAST_RELEASE_BELOW {
-            tracing::warn!(root = %self.root.display(), "the volume is full: giving up its ballast");
-            match fs::remove_file(&path) {
-                Ok(()) => {
-                    figures.ballast = false;
-                    figures.free_bytes += BALLAST_BYTES;
-                }
-                Err(error) => tracing::warn!(%error, "ballast not removed"),
+        let reading = match rustix::fs::statvfs(&self.root) {
+            Ok(stat) => {
+                Reading { total_bytes: stat.f_blocks * stat.f_frsize, free_bytes: stat.f_bavail * stat.f_frsize }
             }
-        } else if !figures.ballast && figures.free_bytes > reserve(figures.total_bytes) + 2 * BALLAST_BYTES {
-            match make_ballast(&path) {
-                Ok(()) => {
-                    figures.ballast = true;
-                    figures.free_bytes -= BALLAST_BYTES;
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "no ballast");
+            Err(error) => {
+                tracing::error!(root = %self.root.display(), %error, "a volume's room cannot be read");
+                Reading::default()
+            }
+        };
+        *kept = Some((now, reading));
+        reading
+    }
+
+    /// Keeps the ballast: gives it back when the volume is nearly full, makes it again when there is room.
+    /// Blocking; called about once a second.
+    pub fn tend(&self) {
+        *self.reading.lock() = None;
+        let reading = self.read();
+        let path = self.root.join(BALLAST_FILE);
+        let bytes = ballast_bytes(reading.total_bytes);
+        match (path.exists(), decide(reading, bytes)) {
+            (true, Ballast::Release) => match fs::remove_file(&path) {
+                Ok(()) => tracing::warn!(root = %self.root.display(), "the volume is full: gave back its ballast"),
+                Err(error) => tracing::error!(path = %path.display(), %error, "the ballast cannot be given back"),
+            },
+            (false, Ballast::Make) => {
+                if let Err(error) = make_ballast(&path, bytes) {
+                    tracing::warn!(path = %path.display(), %error, "the ballast cannot be made");
+                    // What was written of it is of no use.
                     let _ = fs::remove_file(&path);
                 }
             }
+            (true, Ballast::Make | Ballast::Leave) | (false, Ballast::Release | Ballast::Leave) => {}
         }
     }
 }
 
-/// Free bytes that are not for growth.
-fn reserve(total_bytes: u64) -> u64 {
-    (total_bytes / RESERVE_PART).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX)
+enum Ballast {
+    Release,
+    Make,
+    Leave,
 }
 
-fn make_ballast(path: &Path) -> std::io::Result<()> {
+fn decide(reading: Reading, bytes: u64) -> Ballast {
+    if reading.total_bytes == 0 {
+        Ballast::Leave
+    } else if reading.free_bytes < bytes / 2 {
+        Ballast::Release
+    } else if reading.free_bytes > reserve_bytes(reading.total_bytes) + 2 * bytes {
+        Ballast::Make
+    } else {
+        Ballast::Leave
+    }
+}
+
+fn make_ballast(path: &Path, bytes: u64) -> std::io::Result<()> {
     let file = File::create(path)?;
-    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, BALLAST_BYTES)?;
-    Ok(())
+    rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes)?;
+    file.sync_all()
 }
 
-fn measure(root: &Path) -> Result<(u64, u64)> {
-    let stat =
-        rustix::fs::statvfs(root).map_err(|e| io_error(format!("statfs of {}", root.display()))(e.into()))?;
-    Ok((stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize))
+fn reserve_bytes(total: u64) -> u64 {
+    (total / 100 * RESERVE_PERCENT).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX).min(total / RESERVE_SHARE_MAX)
 }
 
-impl crate::shard::Room for VolumeRoom {
-    fn growth_bytes(&self) -> u64 {
-        VolumeRoom::growth_bytes(self)
+fn ballast_bytes(total: u64) -> u64 {
+    (reserve_bytes(total) / BALLAST_SHARE).min(BALLAST_BYTES_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reserve_fits_the_volume() {
+        assert_eq!(reserve_bytes(100 << 20), 25 << 20);
+        assert_eq!(reserve_bytes(1 << 30), 64 << 20);
+        assert_eq!(reserve_bytes(100 << 30) >> 30, 2);
+        assert_eq!(reserve_bytes(100 << 40), 4 << 30);
     }
 
-    fn total_bytes(&self) -> u64 {
-        VolumeRoom::total_bytes(self)
+    #[test]
+    fn the_ballast_goes_last_and_comes_back_late() {
+        let total = 1 << 30;
+        let bytes = ballast_bytes(total);
+        let at = |free_bytes| decide(Reading { total_bytes: total, free_bytes }, bytes);
+        assert!(matches!(at(0), Ballast::Release));
+        assert!(matches!(at(bytes), Ballast::Leave));
+        assert!(matches!(at(reserve_bytes(total)), Ballast::Leave));
+        assert!(matches!(at(total), Ballast::Make));
     }
 
-    fn free_bytes(&self) -> u64 {
-        VolumeRoom::free_bytes(self)
+    #[test]
+    fn reads_a_real_filesystem() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = VolumeRoom::new(dir.path().to_owned());
+        assert!(room.total_bytes() > 0);
+        assert!(room.growth_bytes() <= room.free_bytes());
+        assert_eq!(VolumeRoom::new(dir.path().join("gone")).growth_bytes(), 0);
     }
 }
