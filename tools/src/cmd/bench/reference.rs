@@ -46,7 +46,7 @@ impl Reference {
         drop(file);
         // All of the filesystem is initialised now: a kernel thread that does it later would run during the measurement.
         run(Command::new("mkfs.ext4")
-            .args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
+            .args(["-q", "-F", "-b", "4096", "-m", "0", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
             .arg(&image))?;
         let device = run(Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(&image))?;
         let device = device.trim().to_owned();

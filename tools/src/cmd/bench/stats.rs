@@ -86,6 +86,9 @@ pub enum Unit {
     /// 2^20 bytes per second.
     #[serde(rename = "MiB/s")]
     MebibytesPerSecond,
+    /// Seconds of wall time: less is better.
+    #[serde(rename = "s")]
+    Seconds,
 }
 
 impl Unit {
@@ -94,6 +97,7 @@ impl Unit {
         match self {
             Unit::PerSecond => "/s",
             Unit::MebibytesPerSecond => "MiB/s",
+            Unit::Seconds => "s",
         }
     }
 }
