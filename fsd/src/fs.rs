@@ -1,0 +1,214 @@
+//! What the mount means: every request of the kernel as an operation of its own, free of fuser.
+//!
+//! The root of the mount holds the client id's shards (`root`) and the virtual directory
+//! (`virtual_dir`); below a shard's root, requests become calls of the client (`names`, `attrs`, `files`,
+//! `dirs`).
+//!
+//! What the kernel may keep, and until when:
+//! - Names and attributes in an active shard: not at all, unless the settings say otherwise. A change by
+//!   anyone shows at once. Directories' attributes are good for one clock tick, so that the permission
+//!   check that follows a lookup costs nothing; a lookup always brings fresh ones.
+//! - In a closed shard: [`CLOSED_TTL`], since nothing changes there. The shard's own name is the
+//!   exception: a closed shard can be renamed and deleted.
+//! - Pages: a file's pages outlive its close if its version is the same when it is opened again
+//!   (`pages`); the kernel drops them itself when it sees another size or modification time, and it
+//!   looks at every read.
+//!
+//! Whether a shard is closed is asked *before* the call whose answer is to be kept.
+
+pub mod attrs;
+pub mod dirs;
+mod files;
+mod json;
+mod memo;
+pub mod names;
+mod pages;
+mod root;
+mod shards;
+pub mod types;
+pub mod virtual_dir;
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shardfs_proto::client::Client;
+use shardfs_proto::types::op::{Durability, OpResult, Operation};
+use shardfs_proto::types::{
+    Attr, ClientId, Error, FileKind, GlobalInode, InodeNo, ShardId, Timestamp, clock,
+};
+
+use crate::failure::{Outcome, Posix};
+use crate::handles::{Handles, Releaser};
+use memo::Memo;
+use pages::Pages;
+use root::RootState;
+use shards::Shards;
+use types::{Entry, FileStat, Node, Ttl};
+use virtual_dir::{VirtualNode, VirtualState};
+
+/// How long the kernel may answer from a closed shard by itself.
+pub const CLOSED_TTL: Duration = Duration::from_secs(3600);
+/// The shortest time that the kernel can keep something: until the clock ticks next.
+const ONE_TICK: Duration = Duration::from_nanos(1);
+/// The bits that let somebody write.
+const WRITE_BITS: u32 = 0o222;
+
+/// How a mount behaves.
+#[derive(Clone, Debug)]
+pub struct FsSettings {
+    /// Where it is mounted, for people.
+    pub mount_point: PathBuf,
+    /// For whom it acts.
+    pub client_id: ClientId,
+    /// The nodes it was told of, for people.
+    pub endpoints: Vec<String>,
+    /// How long the kernel may keep attributes of active shards.
+    pub attr_ttl: Duration,
+    /// How long the kernel may keep names of active shards.
+    pub entry_ttl: Duration,
+    /// Permission bits of the root of the mount.
+    pub root_mode: u32,
+    /// Owner of the root and of the virtual directory.
+    pub uid: u32,
+    /// Group of the root and of the virtual directory.
+    pub gid: u32,
+    /// Every change is durable when it is answered (mount options `sync`, `dirsync`).
+    pub sync_changes: bool,
+}
+
+/// A mount.
+pub struct Fs {
+    client: Client,
+    settings: FsSettings,
+    handles: Handles,
+    releaser: Releaser,
+    shards: Shards,
+    memo: Memo,
+    pages: Pages,
+    root: RootState,
+    virtuals: VirtualState,
+    /// Shards with changes that no sync of this mount has covered yet.
+    unsynced: Mutex<HashSet<ShardId>>,
+    started: Timestamp,
+}
+
+impl Fs {
+    /// A mount for a client. To be called on the runtime on which the operations will run.
+    pub fn new(client: Client, settings: FsSettings) -> Fs {
+        let releaser = Releaser::start(client.clone());
+        Fs {
+            client,
+            settings,
+            handles: Handles::default(),
+            releaser,
+            shards: Shards::default(),
+            memo: Memo::default(),
+            pages: Pages::default(),
+            root: RootState::default(),
+            virtuals: VirtualState::default(),
+            unsynced: Mutex::default(),
+            started: clock::now(),
+        }
+    }
+
+    /// How many files and directories are open.
+    pub fn open_handles(&self) -> usize {
+        self.handles.len()
+    }
+
+    /// Whether a node answers.
+    pub async fn reachable(&self, within: Duration) -> bool {
+        self.client.reachable(within).await
+    }
+
+    /// A thread asks something: what it looked up before was for something else.
+    pub fn asks_anew(&self, thread: u32) {
+        self.memo.discard(thread);
+    }
+
+    /// Makes durable what this mount changed, gives back what it holds open, and ends its sessions; gives
+    /// up after `within`.
+    pub async fn shut_down(&self, within: Duration) {
+        let work = async {
+            let shards: Vec<ShardId> = self.unsynced.lock().drain().collect();
+            let syncs = shards.iter().map(|shard| async move {
+                if let Err(error) = self.client.sync(*shard).await {
+                    tracing::warn!(%shard, %error, "cannot sync before leaving; the node syncs within seconds");
+                }
+            });
+            futures::future::join_all(syncs).await;
+            self.releaser.drained().await;
+            self.client.close().await;
+        };
+        if tokio::time::timeout(within, work).await.is_err() {
+            tracing::warn!("left without an answer of every node; sessions end by themselves");
+        }
+    }
+
+    fn node(&self, ino: u64) -> Outcome<Node> {
+        let global = GlobalInode::from_raw(ino);
+        if global == GlobalInode::ROOT {
+            return Ok(Node::Root);
+        }
+        if let Some(node) = VirtualNode::of(global) {
+            return Ok(Node::Virtual(node));
+        }
+        let (shard, inode) = global.split().ok_or(Posix::Stale)?;
+        Ok(Node::InShard(shard, inode))
+    }
+
+    /// What stat shows of an inode: a closed shard's root directory without write permission.
+    fn stat(&self, shard: ShardId, attr: &Attr) -> FileStat {
+        let mut stat = FileStat::of(shard, attr);
+        if attr.inode == InodeNo::ROOT && self.shards.is_closed(shard) {
+            stat.mode &= !WRITE_BITS;
+        }
+        stat
+    }
+
+    /// `closed`: whether the shard was known to be closed before the attributes were asked for.
+    fn ttl(&self, closed: bool, inode: InodeNo, kind: FileKind) -> Ttl {
+        if closed {
+            let entry = if inode == InodeNo::ROOT { self.settings.entry_ttl } else { CLOSED_TTL };
+            return Ttl { attr: CLOSED_TTL, entry };
+        }
+        let least = if kind == FileKind::Directory { ONE_TICK } else { Duration::ZERO };
+        Ttl { attr: self.settings.attr_ttl.max(least), entry: self.settings.entry_ttl }
+    }
+
+    fn entry(&self, shard: ShardId, closed: bool, attr: &Attr) -> Entry {
+        Entry { stat: self.stat(shard, attr), ttl: self.ttl(closed, attr.inode, attr.kind) }
+    }
+
+    /// The entry of something that was made or changed just now, in a shard that is therefore not closed.
+    fn changed_entry(&self, shard: ShardId, result: OpResult) -> Outcome<Entry> {
+        Ok(self.entry(shard, false, &attr_of(result)?))
+    }
+
+    async fn mutate(&self, shard: ShardId, operation: Operation, sync: bool) -> Outcome<OpResult> {
+        let durability =
+            if sync || self.settings.sync_changes { Durability::Sync } else { Durability::Buffered };
+        if durability == Durability::Buffered {
+            self.unsynced.lock().insert(shard);
+        }
+        Ok(self.client.mutate(shard, operation, durability).await?)
+    }
+
+    async fn sync(&self, shard: ShardId) -> Outcome<()> {
+        // Taken out first: what changes meanwhile puts it back in.
+        self.unsynced.lock().remove(&shard);
+        match self.client.sync(shard).await {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                self.unsynced.lock().insert(shard);
+                Err(error.into())
+            }
+        }
+    }
+}
+
+fn attr_of(result: OpResult) -> Outcome<Attr> {
+    Ok(result.attr.ok_or_else(|| Error::internal("the node's answer lacks attributes"))?)
+}

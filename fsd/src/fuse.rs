@@ -1,0 +1,695 @@
+//! The kernel's requests, decoded; each becomes one call of `fs`, whose outcome is the reply.
+//!
+//! - The threads that read /dev/fuse never wait for a node: what needs one runs on the runtime. What needs
+//!   none is answered at once.
+//! - Requests in flight are bounded by their size (`IN_FLIGHT_BYTES_MAX`). At the bound the reading threads
+//!   wait, and the kernel queues; every request ends by the client's deadline, so that they go on.
+//! - A reply that is dropped is answered with EIO by fuser: a task that panics fails its request only.
+//!
+//! Facts of fuser 0.18 that are dealt with here: it refuses a whole set of capabilities for one that the
+//! kernel lacks, so each is asked for alone; it decodes times before 1970 as if their nanoseconds counted
+//! backwards (`convert::timestamp_in`); of the kernel's word that set-id bits must go it passes on that for
+//! writes only (`fs::attrs` decides about the rest).
+
+mod convert;
+
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use fuser::{
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+};
+use shardfs_proto::types::limits::NAME_BYTES_MAX;
+use shardfs_proto::types::op::SetAttr;
+use shardfs_proto::types::{GlobalInode, clock};
+use tokio::runtime::Handle as Runtime;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use convert::{attr_of_name, attr_out, bytes_of, kind_in, kind_out, open_flags, open_mode, set_time};
+
+use crate::errno::{errno, is_trouble};
+use crate::failure::{Failure, Outcome, Posix};
+use crate::fs::Fs;
+use crate::fs::attrs::XattrMode;
+use crate::fs::names::NewNode;
+use crate::fs::types::{BLOCK_BYTES, Caller, DirItem, Entry, FileStat, Opened, RenameMode, WriteMode};
+use crate::metrics::{Metrics, Op};
+
+/// Bytes of requests and of the replies they ask for, in flight.
+const IN_FLIGHT_BYTES_MAX: usize = 256 << 20;
+/// What a request without content counts for; also the unit in which bytes are counted.
+const REQUEST_BYTES: usize = 16 << 10;
+/// The kernel's own bound of a request's content, without `fs.fuse.max_pages_limit` raised.
+const MAX_WRITE_BYTES: u32 = 1 << 20;
+/// Requests that the kernel has in flight for read-ahead and the like.
+const MAX_BACKGROUND: u16 = 64;
+/// Numbers of inodes are never used twice.
+const GENERATION: Generation = Generation(0);
+
+/// What to negotiate with the kernel.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Negotiation {
+    /// Read directories together with attributes. Worth it only when the kernel may keep them.
+    pub readdirplus: bool,
+}
+
+/// The transport's side of a mount.
+pub struct Fuse {
+    fs: Arc<Fs>,
+    runtime: Runtime,
+    metrics: Arc<Metrics>,
+    in_flight: Arc<Semaphore>,
+    negotiation: Negotiation,
+}
+
+impl Fuse {
+    /// Answers the kernel's requests with `fs` on `runtime`.
+    pub fn new(fs: Arc<Fs>, runtime: Runtime, metrics: Arc<Metrics>, negotiation: Negotiation) -> Fuse {
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX / REQUEST_BYTES));
+        Fuse { fs, runtime, metrics, in_flight, negotiation }
+    }
+
+    /// Takes a request's place among those in flight, waiting at the bound.
+    fn place(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let units = (1 + bytes / REQUEST_BYTES) as u32;
+        if let Ok(permit) = self.in_flight.clone().try_acquire_many_owned(units) {
+            return Some(permit);
+        }
+        // None only if the semaphore were closed, which nobody does.
+        self.runtime.block_on(self.in_flight.clone().acquire_many_owned(units)).ok()
+    }
+
+    /// Runs a request on the runtime and replies. `bytes`: of content, either way.
+    fn run<R, T, W>(
+        &self,
+        asked: Asked,
+        bytes: usize,
+        reply: R,
+        work: impl FnOnce(Arc<Fs>) -> W,
+        ok: impl FnOnce(R, T) + Send + 'static,
+    ) where
+        R: Refuse,
+        T: Send + 'static,
+        W: Future<Output = Outcome<T>> + Send + 'static,
+    {
+        let permit = self.place(bytes);
+        let metrics = self.metrics.clone();
+        metrics.in_flight.inc();
+        let work = work(self.fs.clone());
+        self.runtime.spawn(async move {
+            let started = clock::monotonic();
+            let outcome = work.await;
+            let failed = conclude(asked, reply, outcome, ok);
+            metrics.in_flight.dec();
+            metrics.answered(asked.op, started.elapsed(), failed);
+            drop(permit);
+        });
+    }
+
+    /// The same for a reply that the work fills.
+    fn run_filling<R, W>(
+        &self,
+        asked: Asked,
+        reply: R,
+        work: impl FnOnce(Arc<Fs>, R) -> W,
+        ok: impl FnOnce(R) + Send + 'static,
+    ) where
+        R: Refuse,
+        W: Future<Output = (R, Outcome<()>)> + Send + 'static,
+    {
+        let permit = self.place(0);
+        let metrics = self.metrics.clone();
+        metrics.in_flight.inc();
+        let work = work(self.fs.clone(), reply);
+        self.runtime.spawn(async move {
+            let started = clock::monotonic();
+            let (reply, outcome) = work.await;
+            let failed = conclude(asked, reply, outcome, |reply, ()| ok(reply));
+            metrics.in_flight.dec();
+            metrics.answered(asked.op, started.elapsed(), failed);
+            drop(permit);
+        });
+    }
+
+    /// Replies to a request that needs no node.
+    fn at_once<R: Refuse, T>(&self, asked: Asked, reply: R, outcome: Outcome<T>, ok: impl FnOnce(R, T)) {
+        let started = clock::monotonic();
+        let failed = conclude(asked, reply, outcome, ok);
+        self.metrics.answered(asked.op, started.elapsed(), failed);
+    }
+
+    /// Notes that a thread asks for something other than what it looked up last.
+    fn caller(&self, request: &Request) -> Caller {
+        let caller = Caller { uid: request.uid(), gid: request.gid(), thread: request.pid() };
+        self.fs.asks_anew(caller.thread);
+        caller
+    }
+}
+
+/// A request, for logs and metrics.
+#[derive(Clone, Copy)]
+struct Asked {
+    op: Op,
+    ino: u64,
+}
+
+fn asked(op: Op, ino: INodeNo) -> Asked {
+    Asked { op, ino: ino.0 }
+}
+
+/// Replies; gives the number of a failure.
+fn conclude<R: Refuse, T>(asked: Asked, reply: R, outcome: Outcome<T>, ok: impl FnOnce(R, T)) -> Option<i32> {
+    match outcome {
+        Ok(value) => {
+            ok(reply, value);
+            None
+        }
+        Err(failure) => {
+            let number = errno(&failure);
+            tell(asked, &failure);
+            reply.refuse(number);
+            Some(number.code())
+        }
+    }
+}
+
+/// Trouble of the cluster is worth a line; what programs ask in vain is not.
+fn tell(Asked { op, ino }: Asked, failure: &Failure) {
+    let at = GlobalInode::from_raw(ino).split();
+    let (shard, inode) = at.map_or((0, ino), |(shard, inode)| (shard.get(), inode.get()));
+    match failure {
+        Failure::Domain(error) if is_trouble(failure) => {
+            tracing::warn!(op = op.label(), shard, inode, reason = ?error.reason(), %error, "failed");
+        }
+        Failure::Domain(error) => {
+            tracing::debug!(op = op.label(), shard, inode, reason = ?error.reason(), %error, "refused");
+        }
+        Failure::Posix(posix) => tracing::debug!(op = op.label(), shard, inode, ?posix, "refused"),
+    }
+}
+
+/// A reply that can be an error.
+trait Refuse: Send + 'static {
+    fn refuse(self, errno: Errno);
+}
+
+macro_rules! refuse {
+    ($($reply:ty),*) => {
+        $(impl Refuse for $reply {
+            fn refuse(self, errno: Errno) {
+                self.error(errno);
+            }
+        })*
+    };
+}
+
+refuse!(ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry);
+refuse!(ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr);
+
+fn reply_entry(reply: ReplyEntry, entry: Entry) {
+    reply.entry_with_ttls(&entry.ttl.attr, &entry.ttl.entry, &attr_out(&entry.stat), GENERATION);
+}
+
+fn reply_bytes(reply: ReplyXattr, size: u32, value: &[u8]) {
+    match (size, value.len()) {
+        // At most 128 KiB.
+        (0, length) => reply.size(length as u32),
+        (size, length) if length <= size as usize => reply.data(value),
+        _ => reply.error(errno(&Posix::BufferTooSmall.into())),
+    }
+}
+
+impl Filesystem for Fuse {
+    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let mut wanted = vec![
+            InitFlags::FUSE_ASYNC_READ,
+            InitFlags::FUSE_BIG_WRITES,
+            InitFlags::FUSE_PARALLEL_DIROPS,
+            InitFlags::FUSE_ATOMIC_O_TRUNC,
+            InitFlags::FUSE_AUTO_INVAL_DATA,
+            InitFlags::FUSE_ASYNC_DIO,
+            InitFlags::FUSE_CACHE_SYMLINKS,
+            // Without it the kernel asks for `security.capability` before every write.
+            InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+        ];
+        if self.negotiation.readdirplus {
+            wanted.extend([InitFlags::FUSE_DO_READDIRPLUS, InitFlags::FUSE_READDIRPLUS_AUTO]);
+        }
+        // Not asked for: FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS, so that locks hold within this mount.
+        for flag in wanted {
+            if config.add_capabilities(flag).is_err() {
+                tracing::info!(?flag, "this kernel lacks a capability");
+            }
+        }
+        if config.set_max_write(MAX_WRITE_BYTES).is_err()
+            || config.set_max_background(MAX_BACKGROUND).is_err()
+        {
+            tracing::info!("this kernel takes smaller requests");
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let (caller, name) = (self.caller(request), bytes_of(name));
+        let work = |fs: Arc<Fs>| async move { fs.lookup(caller, parent.0, name).await };
+        self.run(asked(Op::Lookup, parent), 0, reply, work, reply_entry);
+    }
+
+    fn getattr(&self, request: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        // Not `self.caller`: this may be the question that the lookup's attributes are kept for.
+        let caller = Caller { uid: request.uid(), gid: request.gid(), thread: request.pid() };
+        let asked = asked(Op::GetAttr, ino);
+        let ok = |reply: ReplyAttr, (stat, ttl): (FileStat, Duration)| reply.attr(&ttl, &attr_out(&stat));
+        if fh.is_none()
+            && let Some(stat) = self.fs.looked_up(caller, ino.0)
+        {
+            return self.at_once(asked, reply, Ok((stat, Duration::ZERO)), ok);
+        }
+        let work = |fs: Arc<Fs>| async move { fs.get_attr(ino.0).await };
+        self.run(asked, 0, reply, work, ok);
+    }
+
+    fn setattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        mode: Option<u32>,
+        uid: Option<u32>,
+        gid: Option<u32>,
+        size: Option<u64>,
+        atime: Option<TimeOrNow>,
+        mtime: Option<TimeOrNow>,
+        _ctime: Option<SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<SystemTime>,
+        _chgtime: Option<SystemTime>,
+        _bkuptime: Option<SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let caller = self.caller(request);
+        let set = SetAttr {
+            mode: mode.map(|mode| mode & 0o7777),
+            uid,
+            gid,
+            size,
+            atime: atime.map(set_time),
+            mtime: mtime.map(set_time),
+            kill_set_id: false,
+        };
+        let work = move |fs: Arc<Fs>| async move { fs.set_attr(caller, ino.0, set).await };
+        self.run(asked(Op::SetAttr, ino), 0, reply, work, |reply, (stat, ttl)| {
+            reply.attr(&ttl, &attr_out(&stat));
+        });
+    }
+
+    fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
+        self.caller(request);
+        let work = |fs: Arc<Fs>| async move { fs.read_link(ino.0).await };
+        self.run(asked(Op::ReadLink, ino), 0, reply, work, |reply, target: Bytes| reply.data(&target));
+    }
+
+    fn mknod(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32,
+        rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        let (caller, name) = (self.caller(request), bytes_of(name));
+        let asked = asked(Op::MakeNode, parent);
+        let Some(kind) = kind_in(mode) else {
+            return self.at_once(asked, reply, Err(Posix::Invalid.into()), reply_entry);
+        };
+        let new = NewNode { kind, mode: mode & 0o7777, rdev };
+        let work = move |fs: Arc<Fs>| async move { fs.make_node(caller, parent.0, name, new).await };
+        self.run(asked, 0, reply, work, reply_entry);
+    }
+
+    fn mkdir(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32, // applied by the kernel: FUSE_DONT_MASK is not asked for
+        reply: ReplyEntry,
+    ) {
+        let (caller, name) = (self.caller(request), bytes_of(name));
+        let work =
+            move |fs: Arc<Fs>| async move { fs.make_directory(caller, parent.0, name, mode & 0o7777).await };
+        self.run(asked(Op::MakeDirectory, parent), 0, reply, work, reply_entry);
+    }
+
+    fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.caller(request);
+        let name = bytes_of(name);
+        let work = |fs: Arc<Fs>| async move { fs.unlink(parent.0, name).await };
+        self.run(asked(Op::Unlink, parent), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.caller(request);
+        let name = bytes_of(name);
+        let work = |fs: Arc<Fs>| async move { fs.remove_directory(parent.0, name).await };
+        self.run(asked(Op::RemoveDirectory, parent), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn symlink(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        link_name: &OsStr,
+        target: &Path,
+        reply: ReplyEntry,
+    ) {
+        let (caller, name, target) =
+            (self.caller(request), bytes_of(link_name), bytes_of(target.as_os_str()));
+        let work = move |fs: Arc<Fs>| async move { fs.make_symlink(caller, parent.0, name, target).await };
+        self.run(asked(Op::Symlink, parent), 0, reply, work, reply_entry);
+    }
+
+    fn rename(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        newparent: INodeNo,
+        newname: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        let asked = asked(Op::Rename, parent);
+        let known = RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE;
+        if !known.contains(flags) {
+            return self.at_once(asked, reply, Err(Posix::Invalid.into()), |reply, ()| reply.ok());
+        }
+        let mode = RenameMode {
+            no_replace: flags.contains(RenameFlags::RENAME_NOREPLACE),
+            exchange: flags.contains(RenameFlags::RENAME_EXCHANGE),
+        };
+        let (name, newname) = (bytes_of(name), bytes_of(newname));
+        let work =
+            move |fs: Arc<Fs>| async move { fs.rename(parent.0, name, newparent.0, newname, mode).await };
+        self.run(asked, 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
+        self.caller(request);
+        let newname = bytes_of(newname);
+        let work = |fs: Arc<Fs>| async move { fs.link(ino.0, newparent.0, newname).await };
+        self.run(asked(Op::Link, ino), 0, reply, work, reply_entry);
+    }
+
+    fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        let caller = self.caller(request);
+        let mode = open_mode(flags.0);
+        let work = move |fs: Arc<Fs>| async move { fs.open(caller, ino.0, mode).await };
+        let metrics = self.metrics.clone();
+        self.run(asked(Op::Open, ino), 0, reply, work, move |reply, opened: Opened| {
+            metrics.open_handles.inc();
+            reply.opened(FileHandle(opened.handle), open_flags(&opened));
+        });
+    }
+
+    fn create(
+        &self,
+        request: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        mode: u32,
+        _umask: u32, // applied by the kernel
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        let (caller, name) = (self.caller(request), bytes_of(name));
+        let (mode, open) = (mode & 0o7777, open_mode(flags));
+        let work = move |fs: Arc<Fs>| async move { fs.create(caller, parent.0, name, mode, open).await };
+        let metrics = self.metrics.clone();
+        self.run(
+            asked(Op::Create, parent),
+            0,
+            reply,
+            work,
+            move |reply, (entry, opened): (Entry, Opened)| {
+                metrics.open_handles.inc();
+                // One time to live for both: the shorter is right.
+                let ttl = entry.ttl.attr.min(entry.ttl.entry);
+                let handle = FileHandle(opened.handle);
+                reply.created(&ttl, &attr_out(&entry.stat), GENERATION, handle, open_flags(&opened));
+            },
+        );
+    }
+
+    fn read(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.caller(request);
+        let work = move |fs: Arc<Fs>| async move { fs.read(ino.0, fh.0, offset, size).await };
+        let metrics = self.metrics.clone();
+        self.run(asked(Op::Read, ino), size as usize, reply, work, move |reply, data: Bytes| {
+            metrics.read_bytes.inc_by(data.len() as u64);
+            reply.data(&data);
+        });
+    }
+
+    fn write(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        write_flags: WriteFlags,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.caller(request);
+        let mode = WriteMode {
+            append: flags.0 & libc::O_APPEND != 0,
+            // O_SYNC includes the bit of O_DSYNC.
+            sync: flags.0 & libc::O_DSYNC != 0,
+            kill_set_id: write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID),
+            from_page_cache: write_flags.contains(WriteFlags::FUSE_WRITE_CACHE),
+        };
+        let length = data.len();
+        let data = Bytes::copy_from_slice(data);
+        let work = move |fs: Arc<Fs>| async move { fs.write(ino.0, fh.0, offset, data, mode).await };
+        let metrics = self.metrics.clone();
+        self.run(asked(Op::Write, ino), length, reply, work, move |reply, written: u32| {
+            metrics.written_bytes.inc_by(u64::from(written));
+            reply.written(written);
+        });
+    }
+
+    fn flush(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        self.at_once(asked(Op::Flush, ino), reply, self.fs.flush(fh.0), |reply, ()| reply.ok());
+    }
+
+    fn release(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        self.metrics.open_handles.dec();
+        let asked = asked(Op::Release, ino);
+        match self.fs.release(fh.0) {
+            None => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
+            Some(held) => {
+                let work = move |fs: Arc<Fs>| async move {
+                    fs.release_waiting(held).await;
+                    Ok(())
+                };
+                self.run(asked, 0, reply, work, |reply, ()| reply.ok());
+            }
+        }
+    }
+
+    fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.caller(request);
+        let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
+        self.run(asked(Op::Fsync, ino), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
+        self.caller(request);
+        let opened = self.fs.open_directory(ino.0);
+        let metrics = &self.metrics;
+        self.at_once(asked(Op::OpenDirectory, ino), reply, opened, |reply, handle| {
+            metrics.open_handles.inc();
+            reply.opened(FileHandle(handle), FopenFlags::empty());
+        });
+    }
+
+    fn readdir(&self, request: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
+        self.caller(request);
+        let work = move |fs: Arc<Fs>, mut reply: ReplyDirectory| async move {
+            let mut full = |item: &DirItem| {
+                let name = OsStr::from_bytes(&item.name);
+                reply.add(INodeNo(item.ino.get()), item.offset, kind_out(item.kind), name)
+            };
+            let outcome = fs.read_directory(fh.0, offset, false, &mut full).await;
+            (reply, outcome)
+        };
+        self.run_filling(asked(Op::ReadDirectory, ino), reply, work, ReplyDirectory::ok);
+    }
+
+    fn readdirplus(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: u64,
+        reply: ReplyDirectoryPlus,
+    ) {
+        self.caller(request);
+        let work = move |fs: Arc<Fs>, mut reply: ReplyDirectoryPlus| async move {
+            let mut full = |item: &DirItem| {
+                let (attr, ttl) = match &item.entry {
+                    // One time to live for both: the shorter is right.
+                    Some(entry) => (attr_out(&entry.stat), entry.ttl.attr.min(entry.ttl.entry)),
+                    None => (attr_of_name(item), Duration::ZERO),
+                };
+                let name = OsStr::from_bytes(&item.name);
+                reply.add(attr.ino, item.offset, name, &ttl, &attr, GENERATION)
+            };
+            let outcome = fs.read_directory(fh.0, offset, true, &mut full).await;
+            (reply, outcome)
+        };
+        self.run_filling(asked(Op::ReadDirectoryPlus, ino), reply, work, ReplyDirectoryPlus::ok);
+    }
+
+    fn releasedir(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        _flags: OpenFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        self.metrics.open_handles.dec();
+        self.fs.release_directory(fh.0);
+        self.at_once(asked(Op::ReleaseDirectory, ino), reply, Ok(()), |reply, ()| reply.ok());
+    }
+
+    fn fsyncdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+        self.caller(request);
+        let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
+        self.run(asked(Op::FsyncDirectory, ino), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn statfs(&self, request: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        self.caller(request);
+        let work = |fs: Arc<Fs>| async move { fs.space(ino.0).await };
+        self.run(asked(Op::StatFs, ino), 0, reply, work, |reply, space| {
+            reply.statfs(
+                space.blocks,
+                space.free_blocks,
+                space.free_blocks,
+                space.inodes,
+                space.free_inodes,
+                BLOCK_BYTES,
+                NAME_BYTES_MAX as u32,
+                BLOCK_BYTES,
+            );
+        });
+    }
+
+    fn setxattr(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        name: &OsStr,
+        value: &[u8],
+        flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        let mode = XattrMode {
+            create_only: flags & libc::XATTR_CREATE != 0,
+            replace_only: flags & libc::XATTR_REPLACE != 0,
+        };
+        let (name, value) = (bytes_of(name), Bytes::copy_from_slice(value));
+        let work = move |fs: Arc<Fs>| async move { fs.set_xattr(ino.0, name, value, mode).await };
+        self.run(asked(Op::SetXattr, ino), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        self.caller(request);
+        let name = bytes_of(name);
+        let work = |fs: Arc<Fs>| async move { fs.get_xattr(ino.0, name).await };
+        self.run(asked(Op::GetXattr, ino), 0, reply, work, move |reply, value: Bytes| {
+            reply_bytes(reply, size, &value);
+        });
+    }
+
+    fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
+        let caller = self.caller(request);
+        let work = move |fs: Arc<Fs>| async move { fs.list_xattrs(caller, ino.0).await };
+        self.run(asked(Op::ListXattr, ino), 0, reply, work, move |reply, names: Bytes| {
+            reply_bytes(reply, size, &names);
+        });
+    }
+
+    fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.caller(request);
+        let name = bytes_of(name);
+        let work = |fs: Arc<Fs>| async move { fs.remove_xattr(ino.0, name).await };
+        self.run(asked(Op::RemoveXattr, ino), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    fn fallocate(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.caller(request);
+        let work = move |fs: Arc<Fs>| async move { fs.allocate(ino.0, offset, length, mode).await };
+        self.run(asked(Op::Allocate, ino), 0, reply, work, |reply, ()| reply.ok());
+    }
+
+    // Left as they are in fuser, which answers ENOSYS, whereupon the kernel does without and asks no more:
+    // lseek (SEEK_DATA and SEEK_HOLE see one extent), copy_file_range (copied by read and write), poll, bmap,
+    // access (the kernel decides, by default_permissions), getlk and setlk (locks hold within this mount).
+}
