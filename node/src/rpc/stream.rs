@@ -34,7 +34,7 @@ pub(super) trait Producer: Send + 'static {
 }
 
 /// A streamed answer.
-pub(super) struct Answer<T> {
+pub struct Answer<T> {
     batches: mpsc::Receiver<Result<Vec<T>, Error>>,
     current: std::vec::IntoIter<T>,
     observation: Observation,
