@@ -1,0 +1,358 @@
+//! The node's settings: flags over the environment over a YAML file over defaults.
+//!
+//! [`Args`] is what the command line and the environment say, [`File`] what a YAML file says, and
+//! [`NodeConfig`] what they come to, checked. Unknown fields of the file are refused by name. Every setting is
+//! explained in `shardfs-node.example.yaml`, which a test keeps complete.
+
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::{Parser, ValueEnum};
+use serde::Deserialize;
+use shardfs_proto::types::NodeId;
+
+use crate::net::ListenAddr;
+
+/// Calls that a shutdown waits for.
+const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(10);
+/// A block cache below this holds not even the indexes of a few shards.
+const BLOCK_CACHE_BYTES_MIN: u64 = 8 << 20;
+/// Write buffers below this make every shard flush all the time.
+const WRITE_BUFFER_BYTES_MIN: u64 = 8 << 20;
+
+/// How log lines look.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// A storage node of ShardFS: attaches volumes, keeps shards, serves gRPC.
+///
+/// Settings come from flags, then the environment, then the YAML file named by --config, then defaults.
+/// The node learns from the metadata store which volumes are its own, attaches and mounts them under
+/// DATA_DIR/volumes, and serves until SIGTERM or SIGINT; a second signal ends it at once.
+#[derive(Parser, Debug, Default)]
+#[command(name = "shardfs-node", version, after_help = EXAMPLES)]
+pub struct Args {
+    /// YAML file with settings (see shardfs-node.example.yaml)
+    #[arg(long, value_name = "FILE", env = "SHARDFS_NODE_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// This node's id, unique in the cluster [default: the instance id, if there is one]
+    #[arg(long, value_name = "ID", env = "NODE_ID")]
+    pub id: Option<String>,
+    /// Id of the machine in its cloud; stands in for --id
+    #[arg(long, value_name = "ID", env = "INSTANCE_ID")]
+    pub instance_id: Option<String>,
+    /// Region of the machine in its cloud; shown in the log
+    #[arg(long, value_name = "REGION", env = "AWS_REGION")]
+    pub region: Option<String>,
+    /// Folder for what this node keeps; volumes are mounted below it
+    #[arg(long, value_name = "DIR", env = "SHARDFS_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Address for gRPC; port 0: any that is free [default: 127.0.0.1:7400]
+    #[arg(long, value_name = "IP:PORT", env = "SHARDFS_LISTEN")]
+    pub listen: Option<String>,
+    /// Unix socket for gRPC from the same machine
+    #[arg(long, value_name = "PATH", env = "SHARDFS_LISTEN_UNIX")]
+    pub listen_unix: Option<PathBuf>,
+    /// Address that other machines reach --listen by [default: that of --listen]
+    #[arg(long, value_name = "HOST:PORT", env = "SHARDFS_ADVERTISE")]
+    pub advertise: Option<String>,
+    /// Address for /metrics and /healthz over HTTP [default: none]
+    #[arg(long, value_name = "IP:PORT", env = "SHARDFS_HTTP")]
+    pub http: Option<String>,
+    /// The metadata store: http://HOST:PORT or unix:/PATH
+    #[arg(long, value_name = "ENDPOINT", env = "SHARDFS_META")]
+    pub meta: Option<String>,
+    /// Memory for cached blocks of all shards, such as 512MiB [default: 256MiB]
+    #[arg(long, value_name = "BYTES", env = "SHARDFS_BLOCK_CACHE")]
+    pub block_cache: Option<String>,
+    /// Memory for writes not yet in files, of all shards [default: 256MiB]
+    #[arg(long, value_name = "BYTES", env = "SHARDFS_WRITE_BUFFER")]
+    pub write_buffer: Option<String>,
+    /// Shards open at a time; the longest idle is closed for the next [default: 512]
+    #[arg(long, value_name = "N", env = "SHARDFS_OPEN_SHARDS")]
+    pub open_shards: Option<usize>,
+    /// Limit on the bytes of a new shard that asks for none; 0: the volume's room [default: 0]
+    #[arg(long, value_name = "BYTES", env = "SHARDFS_DEFAULT_LIMIT")]
+    pub default_limit: Option<String>,
+    /// Seconds that a shutdown waits for calls under way [default: 10]
+    #[arg(long, value_name = "SECONDS", env = "SHARDFS_SHUTDOWN_SECONDS")]
+    pub shutdown_seconds: Option<u64>,
+    /// How log lines look [default: text]
+    #[arg(long, value_name = "FORMAT", env = "SHARDFS_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// What is logged: error, warn, info, debug, trace, or filters such as shardfs_node=debug [default: info]
+    #[arg(long, value_name = "FILTER", env = "SHARDFS_LOG_LEVEL")]
+    pub log_level: Option<String>,
+    /// Write the node's addresses as a line of JSON to this descriptor once it serves
+    #[arg(long, value_name = "FD")]
+    pub ready_fd: Option<RawFd>,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  shardfs-node --id node-1 --data-dir /var/lib/shardfs --meta http://10.0.0.5:7500 --listen 10.0.0.11:7400
+  shardfs-node --config /etc/shardfs/node.yaml
+
+For a whole cluster on one machine, use `shardfs dev up`.";
+
+/// The YAML file. Every field may be left out.
+#[derive(Deserialize, Debug, Default)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    id: Option<String>,
+    region: Option<String>,
+    data_dir: Option<PathBuf>,
+    listen: Option<String>,
+    listen_unix: Option<PathBuf>,
+    advertise: Option<String>,
+    http: Option<String>,
+    meta: Option<String>,
+    block_cache: Option<String>,
+    write_buffer: Option<String>,
+    open_shards: Option<usize>,
+    default_limit: Option<String>,
+    shutdown_seconds: Option<u64>,
+    log_format: Option<LogFormat>,
+    log_level: Option<String>,
+}
+
+/// A node's settings, checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NodeConfig {
+    /// Its id.
+    pub id: NodeId,
+    /// Its cloud's region, for the log.
+    pub region: Option<String>,
+    /// Where it keeps what it keeps.
+    pub data_dir: PathBuf,
+    /// gRPC over TCP.
+    pub listen: SocketAddr,
+    /// gRPC over a unix socket.
+    pub listen_unix: Option<PathBuf>,
+    /// What others reach `listen` by, as HOST:PORT.
+    pub advertise: Option<String>,
+    /// HTTP.
+    pub http: Option<SocketAddr>,
+    /// The metadata store.
+    pub meta: String,
+    /// Bytes of the block cache.
+    pub block_cache_bytes: u64,
+    /// Bytes of write buffers.
+    pub write_buffer_bytes: u64,
+    /// Shards open at a time.
+    pub open_shards_max: usize,
+    /// Limit of a new shard that asks for none.
+    pub default_limit_bytes: Option<u64>,
+    /// Patience of a shutdown.
+    pub shutdown: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// What is logged.
+    pub log_level: String,
+    /// Where to say that it serves.
+    pub ready_fd: Option<RawFd>,
+}
+
+impl NodeConfig {
+    /// Reads the file that `args` name, if any, and puts the layers together.
+    pub fn load(args: Args) -> Result<NodeConfig> {
+        let file = match &args.config {
+            Some(path) => read(path)?,
+            None => File::default(),
+        };
+        resolve(args, file)
+    }
+}
+
+fn read(path: &Path) -> Result<File> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+    parse(&text).with_context(|| format!("in {}", path.display()))
+}
+
+fn parse(text: &str) -> Result<File> {
+    // A file of comments only is no map: it says nothing.
+    let file: Option<File> = serde_saphyr::from_str(text)?;
+    Ok(file.unwrap_or_default())
+}
+
+fn resolve(args: Args, file: File) -> Result<NodeConfig> {
+    let id = args.id.or(file.id).or(args.instance_id).context("no node id: give --id, NODE_ID or `id:`")?;
+    let data_dir =
+        args.data_dir.or(file.data_dir).context("no data folder: give --data-dir or `data_dir:`")?;
+    let meta = args.meta.or(file.meta).context("no metadata store: give --meta or `meta:`")?;
+    ListenAddr::from_str(&meta)
+        .or_else(|e| if meta.starts_with("http://") { Ok(ListenAddr::Unix(PathBuf::new())) } else { Err(e) })
+        .map_err(anyhow::Error::msg)
+        .context("--meta")?;
+    let bytes = |name: &str, flag: Option<String>, file: Option<String>, default: u64| match flag.or(file) {
+        Some(text) => parse_bytes(&text).with_context(|| format!("--{name}")),
+        None => Ok(default),
+    };
+    let block_cache_bytes = bytes("block-cache", args.block_cache, file.block_cache, 256 << 20)?;
+    let write_buffer_bytes = bytes("write-buffer", args.write_buffer, file.write_buffer, 256 << 20)?;
+    if block_cache_bytes < BLOCK_CACHE_BYTES_MIN {
+        bail!("--block-cache: {block_cache_bytes} bytes are too few, the least is {BLOCK_CACHE_BYTES_MIN}");
+    }
+    if write_buffer_bytes < WRITE_BUFFER_BYTES_MIN {
+        bail!(
+            "--write-buffer: {write_buffer_bytes} bytes are too few, the least is {WRITE_BUFFER_BYTES_MIN}"
+        );
+    }
+    let default_limit = bytes("default-limit", args.default_limit, file.default_limit, 0)?;
+    let open_shards_max = args.open_shards.or(file.open_shards).unwrap_or(512);
+    if open_shards_max == 0 {
+        bail!("--open-shards: at least 1 shard must be allowed to be open");
+    }
+    let listen = args.listen.or(file.listen).unwrap_or_else(|| "127.0.0.1:7400".to_owned());
+    let http = args.http.or(file.http);
+    let shutdown = args.shutdown_seconds.or(file.shutdown_seconds).map(Duration::from_secs);
+    Ok(NodeConfig {
+        id: NodeId::new(id).context("--id")?,
+        region: args.region.or(file.region),
+        data_dir: std::path::absolute(&data_dir)
+            .with_context(|| format!("--data-dir {}", data_dir.display()))?,
+        listen: address("listen", &listen)?,
+        listen_unix: args.listen_unix.or(file.listen_unix),
+        advertise: args.advertise.or(file.advertise),
+        http: http.map(|http| address("http", &http)).transpose()?,
+        meta,
+        block_cache_bytes,
+        write_buffer_bytes,
+        open_shards_max,
+        default_limit_bytes: (default_limit != 0).then_some(default_limit),
+        shutdown: shutdown.unwrap_or(SHUTDOWN_DEFAULT),
+        log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
+        log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
+        ready_fd: args.ready_fd,
+    })
+}
+
+fn address(name: &str, text: &str) -> Result<SocketAddr> {
+    text.parse().with_context(|| format!("--{name} {text:?}: expected IP:PORT, such as 127.0.0.1:7400"))
+}
+
+/// A number of bytes: digits, with KiB, MiB, GiB or TiB behind them if wanted.
+pub fn parse_bytes(text: &str) -> Result<u64> {
+    let text = text.trim();
+    let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+    let shift = match text[digits.len()..].trim() {
+        "" | "B" => 0,
+        "KiB" | "K" | "k" => 10,
+        "MiB" | "M" => 20,
+        "GiB" | "G" => 30,
+        "TiB" | "T" => 40,
+        unit => bail!("{text:?}: unit {unit:?} is unknown, there are KiB, MiB, GiB and TiB"),
+    };
+    let number: u64 =
+        digits.parse().with_context(|| format!("{text:?} is no number of bytes, such as 512MiB"))?;
+    number.checked_mul(1 << shift).with_context(|| format!("{text:?} is more bytes than 64 bits count"))
+}
+
+/// Starts logging to standard error.
+pub fn start_logging(config: &NodeConfig) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level)
+        .with_context(|| format!("--log-level {:?}", config.log_level))?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let started = match config.log_format {
+        LogFormat::Text => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).try_init(),
+    };
+    started.map_err(|error| anyhow::anyhow!("logging: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXAMPLE: &str = include_str!("../shardfs-node.example.yaml");
+
+    fn args(words: &[&str]) -> Args {
+        Args::try_parse_from(std::iter::once("shardfs-node").chain(words.iter().copied())).unwrap()
+    }
+
+    fn needed() -> Args {
+        args(&["--id", "n", "--data-dir", "/d", "--meta", "unix:/m"])
+    }
+
+    /// The example with its settings switched on.
+    fn example() -> String {
+        EXAMPLE.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect::<Vec<_>>().join("\n")
+    }
+
+    #[test]
+    fn the_example_is_valid_and_complete() {
+        parse(EXAMPLE).unwrap();
+        let all = parse(&example()).unwrap();
+        let shown = format!("{all:?}");
+        assert!(!shown.contains("None"), "the example lacks a setting: {shown}");
+        resolve(Args::default(), all).unwrap();
+    }
+
+    #[test]
+    fn unknown_fields_are_named() {
+        let error = format!("{:#}", parse("data_dirr: /x\n").unwrap_err());
+        assert!(error.contains("data_dirr") && error.contains("data_dir"), "{error}");
+    }
+
+    #[test]
+    fn flags_override_the_file_and_the_file_overrides_defaults() {
+        let file = parse("open_shards: 7\nblock_cache: 64MiB\n").unwrap();
+        let mut flags = needed();
+        flags.open_shards = Some(9);
+        let config = resolve(flags, file).unwrap();
+        assert_eq!(config.open_shards_max, 9);
+        assert_eq!(config.block_cache_bytes, 64 << 20);
+        assert_eq!(config.write_buffer_bytes, 256 << 20);
+    }
+
+    #[test]
+    fn every_setting_of_the_file_is_a_flag_with_an_environment_variable() {
+        use clap::CommandFactory;
+        let command = Args::command();
+        let fields: Vec<String> = example()
+            .lines()
+            .filter_map(|l| Some(l.split_once(": ")?.0.to_owned()))
+            .filter(|l| !l.starts_with('#'))
+            .collect();
+        assert!(fields.len() >= 15);
+        for field in fields {
+            let arg = command.get_arguments().find(|a| a.get_id().as_str() == field);
+            assert!(arg.unwrap_or_else(|| panic!("no flag for {field}")).get_env().is_some(), "{field}");
+        }
+    }
+
+    #[test]
+    fn what_is_missing_or_wrong_is_named() {
+        let missing = resolve(args(&["--id", "n"]), File::default()).unwrap_err();
+        assert!(missing.to_string().contains("--data-dir"));
+        let mut bad = needed();
+        bad.listen = Some("here".into());
+        assert!(format!("{:#}", resolve(bad, File::default()).unwrap_err()).contains("--listen"));
+        let mut bad = needed();
+        bad.meta = Some("ftp:x".into());
+        assert!(resolve(bad, File::default()).is_err());
+        let mut bad = needed();
+        bad.block_cache = Some("1KiB".into());
+        assert!(resolve(bad, File::default()).is_err());
+    }
+
+    #[test]
+    fn bytes_are_parsed() {
+        assert_eq!(parse_bytes("512MiB").unwrap(), 512 << 20);
+        assert_eq!(parse_bytes(" 3 GiB ").unwrap(), 3 << 30);
+        assert_eq!(parse_bytes("17").unwrap(), 17);
+        for bad in ["", "MiB", "12XB", "-1", "99999999TiB", "1.5GiB"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+}

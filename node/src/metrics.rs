@@ -1,0 +1,175 @@
+//! The node's metrics, in the Prometheus text format.
+//!
+//! Counting is atomic adds on figures that exist beforehand or are made once per label set; nothing here
+//! blocks a call. Gauges of the shards and volumes are read when somebody asks, not kept up to date.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use shardfs_proto::types::cluster::NodeStatus;
+use tonic::Code;
+
+use crate::rpc::CallObserver;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct CallLabels {
+    method: &'static str,
+    code: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct MethodLabels {
+    method: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct VolumeLabels {
+    volume: String,
+}
+
+/// A node's figures.
+pub struct Metrics {
+    registry: Registry,
+    calls: Family<CallLabels, Counter>,
+    call_seconds: Family<MethodLabels, Histogram, fn() -> Histogram>,
+    open_shards: Gauge,
+    block_cache_used: Gauge,
+    block_cache_capacity: Gauge,
+    write_buffer_used: Gauge,
+    store_reachable: Gauge,
+    volume_total: Family<VolumeLabels, Gauge>,
+    volume_free: Family<VolumeLabels, Gauge>,
+    volume_shards: Family<VolumeLabels, Gauge>,
+    volume_trouble: Family<VolumeLabels, Gauge>,
+}
+
+/// 20 us to 10 s, doubling: from a read in memory to a stream of a large value.
+fn latency_buckets() -> Histogram {
+    Histogram::new(exponential_buckets(20e-6, 2.0, 20))
+}
+
+impl Metrics {
+    /// All figures at zero.
+    pub fn new() -> Arc<Metrics> {
+        let mut registry = Registry::with_prefix("shardfs_node");
+        let calls: Family<CallLabels, Counter> = Family::default();
+        registry.register("calls", "gRPC calls by method and status code", calls.clone());
+        let call_seconds: Family<MethodLabels, Histogram, fn() -> Histogram> =
+            Family::new_with_constructor(latency_buckets);
+        let help = "Time from a gRPC call's arrival to its answer";
+        registry.register_with_unit("call_duration", help, Unit::Seconds, call_seconds.clone());
+        let gauge = |registry: &mut Registry, name: &str, help: &str| {
+            let gauge: Gauge = Gauge::default();
+            registry.register(name, help, gauge.clone());
+            gauge
+        };
+        let by_volume = |registry: &mut Registry, name: &str, help: &str| {
+            let family: Family<VolumeLabels, Gauge> = Family::default();
+            registry.register(name, help, family.clone());
+            family
+        };
+        Arc::new(Metrics {
+            open_shards: gauge(&mut registry, "open_shards", "Shards open"),
+            block_cache_used: gauge(&mut registry, "block_cache_used_bytes", "Block cache in use"),
+            block_cache_capacity: gauge(&mut registry, "block_cache_capacity_bytes", "Block cache"),
+            write_buffer_used: gauge(&mut registry, "write_buffer_used_bytes", "Write buffers in use"),
+            store_reachable: gauge(&mut registry, "store_reachable", "1 if the metadata store answers"),
+            volume_total: by_volume(&mut registry, "volume_total_bytes", "Bytes of a volume"),
+            volume_free: by_volume(&mut registry, "volume_free_bytes", "Bytes free on a volume"),
+            volume_shards: by_volume(&mut registry, "volume_shards", "Shards on a volume"),
+            volume_trouble: by_volume(&mut registry, "volume_trouble", "1 if a volume is not served"),
+            registry,
+            calls,
+            call_seconds,
+        })
+    }
+
+    /// The figures as text, with those of `status` in the gauges.
+    pub fn render(&self, status: &NodeStatus) -> String {
+        let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.open_shards.set(status.open_shards.into());
+        self.block_cache_used.set(signed(status.block_cache_used_bytes));
+        self.block_cache_capacity.set(signed(status.block_cache_capacity_bytes));
+        self.write_buffer_used.set(signed(status.write_buffer_used_bytes));
+        self.store_reachable.set(status.store_reachable.into());
+        for volume in &status.volumes {
+            let labels = VolumeLabels { volume: volume.id.to_string() };
+            self.volume_total.get_or_create(&labels).set(signed(volume.total_bytes));
+            self.volume_free.get_or_create(&labels).set(signed(volume.free_bytes));
+            self.volume_shards.get_or_create(&labels).set(volume.shards.into());
+            self.volume_trouble.get_or_create(&labels).set((!volume.trouble.is_empty()).into());
+        }
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string does not fail");
+        text
+    }
+}
+
+impl CallObserver for Metrics {
+    fn call_finished(&self, method: &'static str, code: Code, elapsed: Duration) {
+        self.calls.get_or_create(&CallLabels { method, code: code_name(code) }).inc();
+        self.call_seconds.get_or_create(&MethodLabels { method }).observe(elapsed.as_secs_f64());
+    }
+}
+
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "ok",
+        Code::Cancelled => "cancelled",
+        Code::Unknown => "unknown",
+        Code::InvalidArgument => "invalid_argument",
+        Code::DeadlineExceeded => "deadline_exceeded",
+        Code::NotFound => "not_found",
+        Code::AlreadyExists => "already_exists",
+        Code::PermissionDenied => "permission_denied",
+        Code::ResourceExhausted => "resource_exhausted",
+        Code::FailedPrecondition => "failed_precondition",
+        Code::Aborted => "aborted",
+        Code::OutOfRange => "out_of_range",
+        Code::Unimplemented => "unimplemented",
+        Code::Internal => "internal",
+        Code::Unavailable => "unavailable",
+        Code::DataLoss => "data_loss",
+        Code::Unauthenticated => "unauthenticated",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardfs_proto::types::NodeId;
+
+    #[test]
+    fn figures_are_rendered() {
+        let metrics = Metrics::new();
+        metrics.call_finished("Storage/Put", Code::Ok, Duration::from_millis(1));
+        metrics.call_finished("Storage/Put", Code::NotFound, Duration::from_millis(1));
+        let status = NodeStatus {
+            id: NodeId::new("n").unwrap(),
+            version: String::new(),
+            uptime_ms: 0,
+            volumes: Vec::new(),
+            open_shards: 3,
+            open_shards_max: 4,
+            block_cache_used_bytes: 5,
+            block_cache_capacity_bytes: 6,
+            write_buffer_used_bytes: 7,
+            store_reachable: true,
+            cluster_id: String::new(),
+        };
+        let text = metrics.render(&status);
+        assert!(text.contains("shardfs_node_calls_total{method=\"Storage/Put\",code=\"ok\"} 1"), "{text}");
+        assert!(text.contains("shardfs_node_open_shards 3"), "{text}");
+        assert!(
+            text.contains("shardfs_node_call_duration_seconds_count{method=\"Storage/Put\"} 2"),
+            "{text}"
+        );
+    }
+}
