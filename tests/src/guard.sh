@@ -8,7 +8,7 @@ timeout -k 5 60 "$SHARDFS_TEST_BIN/shardfs" dev down --dir "$root/c" >"$root/gua
 
 for _ in 1 2 3; do
     for process in /proc/[0-9]*; do
-        command=$(tr '\0' ' ' <"$process/cmdline" 2>/dev/null)
+        command=$({ tr '\0' ' ' <"$process/cmdline"; } 2>/dev/null)
         if [[ $command == *"$root/"* ]]; then
             kill -KILL "${process#/proc/}" 2>/dev/null
         fi

@@ -1,5 +1,6 @@
 //! Trees of files that look like real ones, from a seed.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
@@ -25,7 +26,7 @@ pub fn generate(root: &Path, files: usize, seed: u64) -> Made {
     while made.files < files {
         if made.files.is_multiple_of(40) {
             let parent = folders[random.usize(..folders.len())].clone();
-            let folder = parent.join(unusual(&mut random, folders.len()));
+            let folder = parent.join(format!("d-{}", unusual(&mut random, folders.len())));
             let shallow = folder.components().count() < root.components().count() + 12;
             // One in ten stays empty.
             if shallow && fs::create_dir(&folder).is_ok() && random.u8(..10) > 0 {
@@ -98,4 +99,24 @@ pub fn listing(root: &Path) -> String {
            find . -mindepth 1 ! -type d -printf '%P\t%T@ %s\0' | sort -z | tr '\0' '\n'
            find . -type f -print0 | sort -z | xargs -0 -r sha256sum"#,
     )
+}
+
+/// Panics with the first differences unless both trees have the same listing.
+pub fn assert_same(one: &Path, other: &Path) {
+    const SHOWN: usize = 10;
+    let (a, b) = (listing(one), listing(other));
+    if a == b {
+        return;
+    }
+    let (left, right): (BTreeSet<&str>, BTreeSet<&str>) = (a.lines().collect(), b.lines().collect());
+    let only = |of: &BTreeSet<&str>, not: &BTreeSet<&str>| -> String {
+        of.difference(not).take(SHOWN).map(|line| format!("  {line}\n")).collect()
+    };
+    panic!(
+        "the trees differ\nonly in {}:\n{}only in {}:\n{}",
+        one.display(),
+        only(&left, &right),
+        other.display(),
+        only(&right, &left)
+    );
 }

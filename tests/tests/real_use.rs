@@ -36,10 +36,10 @@ fn cp_a_of_a_big_tree() {
     let made = tree::generate(&local.join("tree"), TREE_FILES, seed());
     println!("{} files, {} bytes", made.files, made.bytes);
     shell.run("cp -a tree $M/ && diff -r --no-dereference tree $M/tree");
-    assert_eq!(tree::listing(&local.join("tree")), tree::listing(&mount.join("tree")));
+    tree::assert_same(&local.join("tree"), &mount.join("tree"));
     // And within the mount, and back.
     shell.run("cp -a $M/tree $M/again && cp -a $M/again back && diff -r --no-dereference tree back");
-    assert_eq!(tree::listing(&local.join("tree")), tree::listing(&local.join("back")));
+    tree::assert_same(&local.join("tree"), &local.join("back"));
     let count = |shell: &Shell, place: &str| shell.run(&format!("find {place} -type f -printf x | wc -c"));
     assert_eq!(count(&shell, "tree"), count(&shell, "$M/tree"));
     shell.run("rm -rf $M/again && test ! -e $M/again && rm -rf back");
@@ -50,11 +50,13 @@ fn cp_a_of_a_big_tree() {
 fn tar_out_and_in() {
     let (mount, local, shell) = places("tar");
     tree::generate(&local.join("tree"), 2_000, seed());
-    shell.run("tar cf in.tar tree && tar xf in.tar -C $M && diff -r --no-dereference tree $M/tree");
-    assert_eq!(tree::listing(&local.join("tree")), tree::listing(&mount.join("tree")));
+    shell.run(
+        "tar --format=posix -cf in.tar tree && tar xf in.tar -C $M && diff -r --no-dereference tree $M/tree",
+    );
+    tree::assert_same(&local.join("tree"), &mount.join("tree"));
     // What tar reads from the mount, it finds equal to the mount, and makes the same tree of.
-    shell.run("tar cf out.tar -C $M tree && tar df out.tar -C $M && mkdir back && tar xf out.tar -C back");
-    assert_eq!(tree::listing(&local.join("tree")), tree::listing(&local.join("back/tree")));
+    shell.run("tar --format=posix -cf out.tar -C $M tree && tar df out.tar -C $M && mkdir back && tar xf out.tar -C back");
+    tree::assert_same(&local.join("tree"), &local.join("back/tree"));
     // Hard links are in the archive as links: they were recognised by inode number.
     let links = |file: &str| shell.run(&format!("tar tvf {file} | grep -c ' link to ' || true"));
     assert_eq!(links("in.tar"), links("out.tar"));
@@ -174,7 +176,7 @@ fn find_du_sed_sort() {
         "cd $W/tree && du --apparent-size -b -a --exclude='*' . | wc -l",
         "cd $W/tree && find . -type f -print0 | du -b --files0-from=- -c | tail -n1",
         "cd $W/tree && find . -type f -empty -delete && find . | sort",
-        "cd $W/tree && grep -rlU abc . | sort",
+        "cd $W/tree && { grep -rlU ab . || true; } | sort",
     ] {
         let at = |place: &str| shell.run(&script.replace("$W", place));
         assert_eq!(at("$L"), at("$M"), "{script}");
