@@ -1,0 +1,383 @@
+//! `shardfs dev`: a whole cluster on this machine. What is typed and what is said; the work is in [`devcluster`].
+//!
+//! [`devcluster`]: crate::devcluster
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::{Subcommand, ValueEnum};
+use indicatif::{ProgressBar, ProgressStyle};
+use shardfs_proto::types::clock;
+
+use crate::context::{Context, DEV_FOLDER};
+use crate::devcluster::control::{ClusterStatus, KillSignal, Request};
+use crate::devcluster::launch::{self, Outcome, Wanted};
+use crate::devcluster::member::MOUNT;
+use crate::devcluster::state::{Layout, Settings, VolumeKind};
+use crate::failure::{Failure, OrFail, Result};
+use crate::output::{self, Align, Out, Table, duration_text};
+use crate::size;
+use crate::system;
+
+/// `shardfs dev`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Everything of a cluster lies in one folder: --dir DIR, or SHARDFS_DIR, or the nearest .shardfs above the working directory, or
+.shardfs in it. The nodes are processes of their own: killing one is real.
+
+Examples:
+  shardfs dev up --mount ./mnt
+  shardfs dev kill node-2              as if its power was cut; `dev start node-2` brings it back
+  shardfs dev kill node-2 --signal STOP
+  shardfs dev status
+  shardfs dev down                     the data stays; `dev up` goes on with it")]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Start a cluster: nodes, metadata store, mount
+    Up(UpArgs),
+    /// Stop it, in order; the data stays
+    Down {
+        /// Even if the mount is in use: it is detached
+        #[arg(long, short)]
+        force: bool,
+        /// Then delete the cluster and everything in it
+        #[arg(long)]
+        delete: bool,
+        /// Do not ask (with --delete)
+        #[arg(long, short, requires = "delete")]
+        yes: bool,
+    },
+    /// Show its processes
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Kill, freeze or stop a node (or `mount`); it stays so until `dev start`
+    Kill {
+        /// node-1, node-2, ... or mount
+        member: String,
+        /// What to send
+        #[arg(long, short, value_enum, ignore_case = true, default_value = "KILL")]
+        signal: KillSignal,
+    },
+    /// Start or thaw a node (or `mount`) again
+    Start {
+        /// node-1, node-2, ... or mount
+        member: String,
+    },
+    /// The supervisor itself
+    #[command(hide = true)]
+    Supervise,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Meta {
+    /// A small store on disk, held by the supervisor
+    Embedded,
+}
+
+#[derive(clap::Args, Debug)]
+#[command(after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as
+it was. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays
+down until `dev start`. If the supervisor itself was killed, or the machine was restarted, `dev up` recovers: processes that
+still run are taken over, what they left behind is cleaned up.
+
+Logs: DIR/logs/. Programs: shardfs-node and shardfsd beside this one, in PATH, or SHARDFS_NODE_BIN and SHARDFSD_BIN.
+
+Examples:
+  shardfs dev up --mount ./mnt                       three nodes, in ./.shardfs
+  shardfs dev up --dir /srv/c --nodes 5 --mount /mnt/c
+  shardfs dev up --volumes dir --nodes 1             no root needed; not mounted")]
+struct UpArgs {
+    /// Where to mount it (made if it is not there) [default: as before; a new cluster: nowhere]
+    #[arg(long, value_name = "FOLDER")]
+    mount: Option<PathBuf>,
+    /// Number of node processes [default: 3]
+    #[arg(long, value_name = "N")]
+    nodes: Option<u32>,
+    /// What the volumes are [default: loop as root, else dir]
+    #[arg(long, value_enum)]
+    volumes: Option<VolumeKind>,
+    /// The metadata store
+    #[arg(long, value_enum, default_value = "embedded")]
+    meta: Meta,
+    /// Size of each loop volume, sparse [default: 4GiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    volume_size: Option<u64>,
+    /// Volumes of each node [default: 1]
+    #[arg(long, value_name = "N")]
+    volumes_per_node: Option<u32>,
+    /// Limit of shards that ask for none, e.g. 2GiB [default: the volume's room]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    default_limit: Option<u64>,
+    /// Options for the mount, as for `shardfs mount`
+    #[arg(short = 'o', value_name = "OPTION,...")]
+    options: Vec<String>,
+    /// Supervise in this process until Ctrl-C
+    #[arg(long)]
+    foreground: bool,
+}
+
+/// Runs.
+pub async fn run(args: Args, context: &Context) -> Result<()> {
+    let dir = cluster_dir(context)?;
+    let layout = Layout::new(&dir);
+    match args.command {
+        Command::Up(args) => up(&layout, args, context).await,
+        Command::Down { force, delete, yes } => down(&layout, force, delete, yes).await,
+        Command::Status { json } => {
+            let status = launch::status(&layout).await?;
+            let mut out = Out::new();
+            if json {
+                out.json(&status)?;
+            } else {
+                out.bytes(describe(&status).as_bytes())?;
+            }
+            out.flush()
+        }
+        Command::Kill { member, signal } => say(launch::ask(&layout, &Request::Kill { member, signal }).await?),
+        Command::Start { member } => say(launch::ask(&layout, &Request::Start { member }).await?),
+        Command::Supervise => launch::supervise(&layout).await,
+    }
+}
+
+/// The cluster's folder with symlinks resolved: it is stored in records and compared with the kernel's tables.
+fn cluster_dir(context: &Context) -> Result<PathBuf> {
+    let dir = context.dev_dir()?;
+    if let Ok(resolved) = std::fs::canonicalize(&dir) {
+        return Ok(resolved);
+    }
+    match (dir.parent().map(std::fs::canonicalize), dir.file_name()) {
+        (Some(Ok(parent)), Some(name)) => Ok(parent.join(name)),
+        _ => Ok(dir),
+    }
+}
+
+fn say(text: String) -> Result<()> {
+    let mut out = Out::new();
+    out.line(text)?;
+    out.flush()
+}
+
+async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
+    let Meta::Embedded = args.meta;
+    let mount = match &args.mount {
+        Some(mount) => {
+            if let Some(parent) = std::path::absolute(mount).ok().and_then(|m| m.parent().map(Path::to_owned)) {
+                std::fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
+            }
+            Some(system::mount_point_path(mount)?)
+        }
+        None => None,
+    };
+    let wanted = Wanted {
+        mount,
+        nodes: args.nodes,
+        volumes: args.volumes,
+        volume_size_bytes: args.volume_size,
+        volumes_per_node: args.volumes_per_node,
+        client_id: context.globals().client_id.clone(),
+        default_limit_bytes: args.default_limit.filter(|l| *l > 0),
+        mount_options: args.options,
+    };
+    let began = clock::monotonic();
+    let spinner = std::io::stderr().is_terminal().then(spinner);
+    let mut progress = |what: &str| match &spinner {
+        Some(spinner) => spinner.set_message(what.to_owned()),
+        None => output::note(what),
+    };
+    let foreground = args.foreground;
+    let mut on_up = |settings: &Settings| {
+        if let Some(spinner) = &spinner {
+            spinner.finish_and_clear();
+        }
+        let text = welcome(layout, settings, began, foreground);
+        // A closed stdout must not end what has just started.
+        let _ = Out::new().bytes(text.as_bytes());
+    };
+    let outcome = launch::up(layout, &wanted, foreground, &mut progress, &mut on_up).await;
+    if let Some(spinner) = &spinner {
+        spinner.finish_and_clear();
+    }
+    match outcome? {
+        Outcome::WasUp(status) => {
+            let mut out = Out::new();
+            out.line(format!("The cluster in {} is up already.", layout.dir().display()))?;
+            out.bytes(describe(&status).as_bytes())?;
+            out.flush()
+        }
+        Outcome::Started => Ok(()),
+        Outcome::Ended => say("stopped".to_owned()),
+    }
+}
+
+fn spinner() -> ProgressBar {
+    let spinner = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg}") {
+        spinner.set_style(style);
+    }
+    spinner.enable_steady_tick(std::time::Duration::from_millis(100));
+    spinner
+}
+
+/// What `dev up` says at the end: what there is, and what to try.
+fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: bool) -> String {
+    let volumes = settings.nodes * settings.volumes_per_node;
+    let what = match settings.volumes {
+        VolumeKind::Loop => format!("{volumes} loop volumes of {}", size::human(settings.volume_size_bytes)),
+        VolumeKind::Dir => format!("{volumes} folders as volumes"),
+    };
+    let place = match &settings.mount {
+        Some(mount) => format!("mounted on {}", mount.display()),
+        None => "not mounted".to_owned(),
+    };
+    let took = began.elapsed().as_secs_f64();
+    let mut text = format!("ShardFS is up: {} nodes, {what}, {place} ({took:.1} s).\n", settings.nodes);
+    let program = std::env::args().next().unwrap_or_else(|| "shardfs".to_owned());
+    // Commands that are typed here find .shardfs by themselves.
+    let here = std::env::current_dir().ok().and_then(|d| std::fs::canonicalize(d).ok());
+    let found = here.is_some_and(|h| h.ancestors().any(|a| a.join(DEV_FOLDER) == layout.dir()));
+    let dir = if found { String::new() } else { format!(" --dir {}", layout.dir().display()) };
+    text.push_str("Try:\n");
+    let mut lines = Vec::new();
+    match &settings.mount {
+        Some(mount) => {
+            let mount = relative(mount);
+            lines.push((format!("mkdir {mount}/photos"), "a directory at the top is a shard"));
+            lines.push((format!("cp -r /usr/share/doc {mount}/photos/"), "files are its keys"));
+        }
+        None => lines.push((format!("{program}{dir} shard create photos"), "a shard")),
+    }
+    lines.push((format!("echo hello | {program}{dir} put - photos/greeting"), "the same bytes over gRPC"));
+    lines.push((format!("{program}{dir} ls -l photos"), ""));
+    lines.push((format!("{program}{dir} status"), ""));
+    lines.push((format!("{program}{dir} dev kill node-1"), "then: dev start node-1"));
+    if foreground {
+        lines.push(("Ctrl-C".to_owned(), "stops it; the data stays"));
+    } else {
+        lines.push((format!("{program}{dir} dev down"), "stops it; the data stays"));
+    }
+    let width = lines.iter().map(|(c, _)| c.chars().count()).max().unwrap_or(0);
+    for (command, why) in lines {
+        let line = if why.is_empty() { format!("  {command}") } else { format!("  {command:width$}   # {why}") };
+        text.push_str(&line);
+        text.push('\n');
+    }
+    text
+}
+
+/// A path as one would type it here.
+fn relative(path: &Path) -> String {
+    let here = std::env::current_dir().ok().and_then(|d| std::fs::canonicalize(d).ok());
+    match here.and_then(|h| path.strip_prefix(h).ok().map(Path::to_owned)) {
+        Some(short) if short.components().next().is_some() => short.display().to_string(),
+        _ => path.display().to_string(),
+    }
+}
+
+async fn down(layout: &Layout, force: bool, delete: bool, yes: bool) -> Result<()> {
+    if delete && !yes {
+        launch::settings_of(layout)?;
+        let question = format!("Stop the cluster in {} and delete everything in it?", layout.dir().display());
+        match output::confirm(&question)? {
+            Some(true) => {}
+            Some(false) => return Err(Failure::new("nothing was done")),
+            None => return Err(Failure::usage("--delete destroys data: confirm it with --yes")),
+        }
+    }
+    let ran = launch::down(layout, force).await?;
+    if delete {
+        launch::delete(layout)?;
+        return say(format!("stopped and deleted {}", layout.dir().display()));
+    }
+    say(if ran {
+        format!("stopped; the data stays in {}", layout.dir().display())
+    } else {
+        format!("the cluster in {} was down already", layout.dir().display())
+    })
+}
+
+/// The processes of a cluster, for people.
+fn describe(status: &ClusterStatus) -> String {
+    let mut text = match &status.supervisor {
+        Some(supervisor) => {
+            format!("supervisor  pid {}, up {}\n", supervisor.pid, duration_text(status.uptime_ms))
+        }
+        None if status.members.iter().any(|m| m.pid.is_some()) => {
+            "supervisor  GONE, with processes left running: `dev up` takes them over, `dev down` ends them\n".to_owned()
+        }
+        None => "the cluster is down: `dev up` starts it\n".to_owned(),
+    };
+    text.push_str(&format!("folder      {}\n", status.dir.display()));
+    if let Some(mount) = &status.mount {
+        text.push_str(&format!("mount       {}\n", mount.display()));
+    }
+    text.push('\n');
+    let mut table = Table::new(&[
+        ("PROCESS", Align::Left),
+        ("STATE", Align::Left),
+        ("PID", Align::Right),
+        ("UP", Align::Left),
+        ("RESTARTS", Align::Right),
+        ("ADDRESS", Align::Left),
+        ("LAST END", Align::Left),
+    ]);
+    for member in &status.members {
+        table.row(vec![
+            if member.name == MOUNT { "mount".to_owned() } else { member.name.clone() },
+            member.state.clone(),
+            member.pid.map_or_else(|| "-".to_owned(), |p| p.to_string()),
+            member.uptime_ms.map_or_else(|| "-".to_owned(), duration_text),
+            member.restarts.to_string(),
+            member.endpoints.last().cloned().or_else(|| member.http.as_ref().map(|h| format!("http://{h}/metrics"))).unwrap_or_default(),
+            member.last_end.clone().unwrap_or_default(),
+        ]);
+    }
+    text.push_str(&table.render());
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devcluster::control::MemberStatus;
+
+    #[test]
+    fn statuses_read_well() {
+        let member = |name: &str, state: &str, pid: Option<u32>| MemberStatus {
+            name: name.to_owned(),
+            state: state.to_owned(),
+            pid,
+            uptime_ms: pid.map(|_| 5_000),
+            endpoints: vec!["unix:/s".to_owned(), "http://127.0.0.1:1".to_owned()],
+            http: None,
+            restarts: 1,
+            last_end: pid.is_none().then(|| "killed by signal 9 (KILL)".to_owned()),
+            log: PathBuf::from("/c/logs/x.log"),
+        };
+        let status = ClusterStatus {
+            dir: PathBuf::from("/c"),
+            supervisor: None,
+            uptime_ms: 0,
+            meta: String::new(),
+            members: vec![member("node-1", "running", Some(42)), member("node-2", "stopped", None)],
+            mount: Some(PathBuf::from("/mnt")),
+        };
+        let expected = "\
+supervisor  GONE, with processes left running: `dev up` takes them over, `dev down` ends them
+folder      /c
+mount       /mnt
+
+PROCESS  STATE    PID  UP   RESTARTS  ADDRESS             LAST END
+node-1   running   42  5 s         1  http://127.0.0.1:1
+node-2   stopped    -  -           1  http://127.0.0.1:1  killed by signal 9 (KILL)
+";
+        assert_eq!(describe(&status), expected);
+    }
+}

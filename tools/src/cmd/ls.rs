@@ -1,0 +1,219 @@
+//! `shardfs ls`: shards, or what is in one. Prints as it reads: a million keys need no more memory than ten.
+
+use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use serde_json::{Value, json};
+use shardfs_proto::client::{Client, ListItem, ListOptions};
+use shardfs_proto::types::cluster::ShardInfo;
+use shardfs_proto::types::{Attr, FileKind, ShardId};
+
+use super::remote::{find_shard, resolve};
+use crate::context::Context;
+use crate::failure::{OrFail, Result};
+use crate::output::{self, JsonName, Out, kind_text, mode_text, printable, time_json, time_text};
+use crate::paths::RemotePath;
+
+/// Attributes of directories that are asked for ahead of printing.
+const AHEAD: usize = 32;
+
+/// `shardfs ls`.
+#[derive(clap::Args, Debug)]
+#[command(after_help = "Without PATH: the shards of your client id. Directories end with `/`. Names come in byte order, and are printed as they arrive.
+
+Examples:
+  shardfs ls                        shards
+  shardfs ls photos                 the top of a shard
+  shardfs ls -l photos/2026         with mode, owner, size and time (UTC)
+  shardfs ls -R photos              every key
+  shardfs ls --prefix photos/2026-  keys that begin so, wherever the `/` is
+  shardfs ls -R0 photos | xargs -0 -n1 echo
+
+Control characters, backslashes and bytes that are no UTF-8 are shown as \\xNN and the like; -0 prints names as they are, each
+ended by NUL. --json prints one object a line; a name that is no UTF-8 is `key_hex` there.")]
+pub struct Args {
+    /// SHARD or SHARD/KEY
+    #[arg(value_name = "PATH")]
+    path: Option<OsString>,
+    /// Mode, owner, size and time of modification
+    #[arg(long, short)]
+    long: bool,
+    /// Everything below, as whole keys
+    #[arg(long, short = 'R')]
+    recursive: bool,
+    /// PATH is the beginning of keys, not a file or directory
+    #[arg(long)]
+    prefix: bool,
+    /// Only names after this key (whole, without the shard)
+    #[arg(long, value_name = "KEY")]
+    start_after: Option<OsString>,
+    /// At most so many
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// One JSON object a line
+    #[arg(long, conflicts_with_all = ["null", "long"])]
+    json: bool,
+    /// Names as they are, each ended by NUL
+    #[arg(long, short = '0', conflicts_with = "long")]
+    null: bool,
+}
+
+/// Runs.
+pub async fn run(args: Args, context: &Context) -> Result<()> {
+    let client = context.client()?;
+    let Some(path) = &args.path else { return shards(&client, &args).await };
+    let path = RemotePath::parse(path)?;
+    let shard = find_shard(&client, &path.shard).await?.id;
+    let mut printer = Printer { out: Out::new(), args: &args, cut: 0 };
+
+    let mut prefix = path.rest().to_vec();
+    if args.prefix {
+        if path.trailing_slash && !prefix.is_empty() {
+            prefix.push(b'/');
+        }
+    } else if !prefix.is_empty() {
+        let attr = resolve(&client, shard, &prefix).await.with_context(|| path.to_string())?;
+        if attr.kind != FileKind::Directory {
+            printer.entry(&prefix, attr.kind, Some(&attr))?;
+            return printer.out.flush();
+        }
+        prefix.push(b'/');
+    }
+    if !args.recursive {
+        // Names as in the directory; whole keys with -R.
+        printer.cut = prefix.iter().rposition(|b| *b == b'/').map_or(0, |at| at + 1);
+    }
+    let options = ListOptions {
+        prefix: prefix.clone().into(),
+        delimiter: if args.recursive { Bytes::new() } else { Bytes::from_static(b"/") },
+        start_after: args.start_after.as_ref().map_or_else(Bytes::new, |k| Bytes::copy_from_slice(k.as_bytes())),
+        limit: args.limit.unwrap_or(0),
+        keys_only: !(args.long || args.json),
+        include_directories: true,
+    };
+    if args.limit == Some(0) {
+        return Ok(());
+    }
+    let items = client.list(shard, options);
+    let wants_attr = args.long || args.json;
+    let mut items = std::pin::pin!(with_attributes(&client, shard, items, wants_attr));
+    while let Some(entry) = items.next().await {
+        let (key, kind, attr) = entry?;
+        // The directory that is listed, itself.
+        if key != prefix {
+            printer.entry(&key, kind, attr.as_ref())?;
+        }
+    }
+    printer.out.flush()
+}
+
+/// The items of a listing; directories that stand for what is in them get their attributes, if wanted.
+fn with_attributes<'a>(
+    client: &'a Client,
+    shard: ShardId,
+    items: impl Stream<Item = shardfs_proto::types::Result<ListItem>> + 'a,
+    wanted: bool,
+) -> impl Stream<Item = Result<(Bytes, FileKind, Option<Attr>)>> + 'a {
+    items
+        .map(move |item| async move {
+            match item? {
+                ListItem::Key { key, kind, meta } => Ok((key, kind, meta.map(|m| m.attr))),
+                ListItem::CommonPrefix(prefix) => {
+                    let path = prefix.strip_suffix(b"/").unwrap_or(&prefix);
+                    // One that was removed meanwhile is listed without.
+                    let attr = if wanted { resolve(client, shard, path).await.ok() } else { None };
+                    Ok((prefix, FileKind::Directory, attr))
+                }
+            }
+        })
+        .buffered(AHEAD)
+}
+
+struct Printer<'a> {
+    out: Out,
+    args: &'a Args,
+    /// Bytes at the beginning of keys that are not printed.
+    cut: usize,
+}
+
+impl Printer<'_> {
+    fn entry(&mut self, key: &[u8], kind: FileKind, attr: Option<&Attr>) -> Result<()> {
+        let name = key.get(self.cut..).unwrap_or(key);
+        if self.args.json {
+            return self.out.json_line(&entry_json(key, kind, attr));
+        }
+        if !self.args.long {
+            return self.out.name(name, self.args.null);
+        }
+        self.out.line(match attr {
+            Some(a) => format!(
+                "{} {:>3} {:>5} {:>5} {:>12} {} {}",
+                mode_text(kind, a.mode),
+                a.nlink,
+                a.uid,
+                a.gid,
+                a.size,
+                time_text(a.mtime),
+                printable(name)
+            ),
+            None => format!("{:10} {:>3} {:>5} {:>5} {:>12} {:19} {}", "?", "-", "-", "-", "-", "-", printable(name)),
+        })
+    }
+}
+
+fn entry_json(key: &[u8], kind: FileKind, attr: Option<&Attr>) -> Value {
+    let bare = if kind == FileKind::Directory { key.strip_suffix(b"/").unwrap_or(key) } else { key };
+    let mut value = json!(JsonName::new(bare));
+    value["kind"] = json!(kind_text(kind));
+    if let Some(a) = attr {
+        value["mode"] = json!(format!("{:04o}", a.mode));
+        value["uid"] = json!(a.uid);
+        value["gid"] = json!(a.gid);
+        value["nlink"] = json!(a.nlink);
+        value["size"] = json!(a.size);
+        value["mtime"] = json!(time_json(a.mtime));
+        value["version"] = json!(a.version);
+        value["inode"] = json!(a.inode);
+    }
+    value
+}
+
+async fn shards(client: &Client, args: &Args) -> Result<()> {
+    let shards: Vec<ShardInfo> = client.list_shards().await?;
+    let mut out = Out::new();
+    if shards.is_empty() && out.is_terminal() {
+        output::note("no shards yet: `shardfs shard create NAME`, or mkdir at the top of the mount");
+    }
+    for info in shards.iter().take(args.limit.map_or(usize::MAX, |l| l as usize)) {
+        if args.json {
+            out.json_line(&super::shard::to_json(info))?;
+        } else if args.long {
+            out.line(format!(
+                "{:9} {:>7} {:8} {} {}/",
+                info.state.as_str(),
+                format!("@{}", info.id),
+                info.location.node.as_ref().map_or("-", |n| n.as_str()),
+                time_text(info.created),
+                printable(info.name.as_str().as_bytes())
+            ))?;
+        } else {
+            out.name(format!("{}/", info.name).as_bytes(), args.null)?;
+        }
+    }
+    out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn entries_as_json() {
+        let text = |key: &[u8], kind| entry_json(key, kind, None).to_string();
+        assert_eq!(text(b"a/b", FileKind::Regular), r#"{"key":"a/b","kind":"file"}"#);
+        assert_eq!(text(b"a/b/", FileKind::Directory), r#"{"key":"a/b","kind":"directory"}"#);
+        assert_eq!(text(b"\xff", FileKind::Symlink), r#"{"key_hex":"ff","kind":"symlink"}"#);
+    }
+}

@@ -1,0 +1,184 @@
+//! What several commands ask of a cluster: a shard by what was typed, an inode by its path, trees.
+
+use std::collections::HashMap;
+
+use bytes::Bytes;
+use shardfs_proto::client::Client;
+use shardfs_proto::types::cluster::ShardInfo;
+use shardfs_proto::types::op::{Durability, NewInode, Operation};
+use shardfs_proto::types::{Attr, FileKind, FileName, InodeNo, Key, Reason, ShardId, ShardName};
+
+use crate::failure::{Failure, OrFail, Result};
+
+/// Directories that are remembered; when there are more, all are forgotten.
+const DIRECTORIES_MAX: usize = 4096;
+
+/// The shard that was typed: a name among the client id's shards, or `@ID`.
+pub async fn find_shard(client: &Client, name: &ShardName) -> Result<ShardInfo> {
+    match client.shard_by_name(name).await {
+        Ok(info) => Ok(info),
+        Err(e) if e.reason() == Reason::ShardNotFound => match id_of(name) {
+            Some(id) => client.shard(id).await.map_err(Failure::from),
+            None => Err(e.into()),
+        },
+        Err(e) => Err(e.into()),
+    }
+}
+
+fn id_of(name: &ShardName) -> Option<ShardId> {
+    ShardId::new(name.as_str().strip_prefix('@')?.parse().ok()?).ok()
+}
+
+/// What a path names, whatever its kind; empty: the shard's root. Follows no symlinks.
+pub async fn resolve(client: &Client, shard: ShardId, path: &[u8]) -> Result<Attr> {
+    let mut attr = client.get_attr(shard, InodeNo::ROOT).await?;
+    for component in path.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
+        if attr.kind != FileKind::Directory {
+            return Err(Failure::new(format!("{}: a component is no directory", crate::output::printable(path))));
+        }
+        attr = client.lookup(shard, attr.inode, component).await?;
+    }
+    Ok(attr)
+}
+
+/// Like [`resolve`], with `None` for what is not there.
+pub async fn resolve_if_there(client: &Client, shard: ShardId, key: &Key) -> Result<Option<(InodeNo, Attr)>> {
+    let (directories, name) = key.split_last();
+    let mut parent = InodeNo::ROOT;
+    for directory in directories {
+        match client.lookup(shard, parent, directory.as_bytes()).await {
+            Ok(attr) if attr.kind == FileKind::Directory => parent = attr.inode,
+            Ok(_) => return Ok(None),
+            Err(e) if e.reason() == Reason::NotFound => return Ok(None),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    match client.lookup(shard, parent, name.as_bytes()).await {
+        Ok(attr) => Ok(Some((parent, attr))),
+        Err(e) if e.reason() == Reason::NotFound => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Makes directories and symlinks below a shard's root, which Put cannot.
+pub struct Tree {
+    client: Client,
+    shard: ShardId,
+    root: Attr,
+    known: HashMap<Bytes, InodeNo>,
+}
+
+impl Tree {
+    /// Of a shard; what it makes belongs to the owner of the shard's root.
+    pub async fn new(client: &Client, shard: ShardId) -> Result<Tree> {
+        let root = client.get_attr(shard, InodeNo::ROOT).await?;
+        Ok(Tree { client: client.clone(), shard, root, known: HashMap::new() })
+    }
+
+    /// The directory of a path, made with its parents where they are missing. Empty: the root.
+    pub async fn directory(&mut self, path: &[u8], mode: u32, durability: Durability) -> Result<InodeNo> {
+        let mut at = InodeNo::ROOT;
+        let mut end = 0;
+        for component in path.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
+            end += component.len() + usize::from(end > 0);
+            let so_far = Bytes::copy_from_slice(&path[..end]);
+            if let Some(inode) = self.known.get(&so_far) {
+                at = *inode;
+                continue;
+            }
+            at = self.child_directory(at, component, mode, durability).await.with_context(|| {
+                crate::output::printable(&so_far)
+            })?;
+            if self.known.len() >= DIRECTORIES_MAX {
+                self.known.clear();
+            }
+            self.known.insert(so_far, at);
+        }
+        Ok(at)
+    }
+
+    async fn child_directory(&self, parent: InodeNo, name: &[u8], mode: u32, durability: Durability) -> Result<InodeNo> {
+        let operation = Operation::MakeDirectory {
+            parent,
+            name: FileName::new(Bytes::copy_from_slice(name))?,
+            inode: NewInode { mode, uid: self.root.uid, gid: self.root.gid },
+        };
+        match self.client.mutate(self.shard, operation, durability).await {
+            Ok(result) => result.attr.map(|a| a.inode).ok_or_else(|| Failure::new("the node's answer lacks the directory")),
+            Err(e) if e.reason() == Reason::AlreadyExists => {
+                let attr = self.client.lookup(self.shard, parent, name).await?;
+                if attr.kind == FileKind::Directory {
+                    Ok(attr.inode)
+                } else {
+                    Err(Failure::new("is there and no directory"))
+                }
+            }
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// A symlink, in place of one that is there.
+    pub async fn symlink(&mut self, key: &Key, target: Bytes, durability: Durability) -> Result<()> {
+        let bytes = key.as_bytes();
+        let parent_path = bytes.iter().rposition(|b| *b == b'/').map_or(&[][..], |at| &bytes[..at]);
+        let (_, name) = key.split_last();
+        let parent = self.directory(parent_path, 0o755, durability).await?;
+        let make = Operation::MakeSymlink {
+            parent,
+            name: name.clone(),
+            target: target.clone(),
+            inode: NewInode { mode: 0o777, uid: self.root.uid, gid: self.root.gid },
+        };
+        match self.client.mutate(self.shard, make.clone(), durability).await {
+            Ok(_) => return Ok(()),
+            Err(e) if e.reason() == Reason::AlreadyExists => {}
+            Err(e) => return Err(e.into()),
+        }
+        let there = self.client.lookup(self.shard, parent, name.as_bytes()).await?;
+        if there.kind == FileKind::Directory {
+            return Err(Failure::new("is a directory"));
+        }
+        if there.kind == FileKind::Symlink && self.client.read_link(self.shard, there.inode).await? == target {
+            return Ok(());
+        }
+        self.client.mutate(self.shard, Operation::Unlink { parent, name }, durability).await?;
+        self.client.mutate(self.shard, make, durability).await?;
+        Ok(())
+    }
+}
+
+/// Whether going on with other keys makes no sense after such an error.
+pub fn ends_everything(reason: Reason) -> bool {
+    matches!(
+        reason,
+        Reason::ShardNotFound
+            | Reason::ShardDeleted
+            | Reason::ShardReadOnly
+            | Reason::WrongOwner
+            | Reason::NoClientId
+            | Reason::ShardFull
+            | Reason::VolumeFull
+            | Reason::IdsExhausted
+            | Reason::Unavailable
+            | Reason::NotPrimary
+            | Reason::StaleEpoch
+            | Reason::Busy
+            | Reason::Deadline
+            | Reason::Io
+            | Reason::Internal
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_written_with_an_at() {
+        let id = |name: &str| id_of(&ShardName::new(name).unwrap()).map(ShardId::get);
+        assert_eq!(id("@12"), Some(12));
+        for name in ["12", "@", "@0", "@x", "@99999999999"] {
+            assert_eq!(id(name), None, "{name}");
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! `dev up` and `dev down` from the outside: what is asked for against what is there, checks before anything is
+//! touched, and the supervisor in a process of its own.
+//!
+//! The supervisor's process tells the one that waits for it how far it is, as lines of JSON on its standard output
+//! ([`Report`]), until it is up or has given up.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use shardfs_proto::types::ClientId;
+use tokio::signal::unix::SignalKind;
+use tracing::info;
+
+use super::cleanup;
+use super::control::{self, ClusterStatus, Reply, Request};
+use super::process::{self, Identity};
+use super::state::{self, Layout, NODES_MAX, Ports, Settings, VOLUMES_PER_NODE_MAX, VolumeKind};
+use super::supervisor::{self, Programs, Supervisor};
+use crate::failure::{Failure, OrFail, Result};
+use crate::system::{self, MountHealth};
+
+/// Nodes unless `--nodes` says otherwise.
+const NODES_DEFAULT: u32 = 3;
+/// Size of a loop volume unless `--volume-size` says otherwise (sparse).
+const VOLUME_BYTES_DEFAULT: u64 = 4 << 30;
+/// A volume holds a file system, its reserve and at least one RocksDB.
+const VOLUME_BYTES_MIN: u64 = 256 << 20;
+/// How long a supervisor that was told to stop may take to let go of its lock.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
+
+/// What `dev up` was asked for; what is `None` is as it was, or the default.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// Where to mount.
+    pub mount: Option<PathBuf>,
+    /// Number of nodes.
+    pub nodes: Option<u32>,
+    /// Kind of volumes.
+    pub volumes: Option<VolumeKind>,
+    /// Bytes of a volume.
+    pub volume_size_bytes: Option<u64>,
+    /// Volumes of a node.
+    pub volumes_per_node: Option<u32>,
+    /// The mount's client id.
+    pub client_id: Option<ClientId>,
+    /// Limit of new shards.
+    pub default_limit_bytes: Option<u64>,
+    /// Options for the mount.
+    pub mount_options: Vec<String>,
+}
+
+/// What a supervisor tells its parent while it starts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Report {
+    /// What it does now.
+    Progress(String),
+    /// Everything serves.
+    Up,
+    /// It has given up, and stopped what it had started.
+    Failed {
+        /// Why.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
+}
+
+/// The settings for a start: those that are stored, with what may change changed; or new ones.
+pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bool) -> Result<Settings> {
+    let check = |what: &str, value: u32, max: u32| {
+        if value == 0 || value > max {
+            return Err(Failure::usage(format!("{value} {what}: choose 1 to {max}")));
+        }
+        Ok(value)
+    };
+    let Some(mut settings) = stored else {
+        let volumes = wanted.volumes.unwrap_or(if root { VolumeKind::Loop } else { VolumeKind::Dir });
+        let size = wanted.volume_size_bytes.unwrap_or(VOLUME_BYTES_DEFAULT);
+        if volumes == VolumeKind::Loop && size < VOLUME_BYTES_MIN {
+            return Err(Failure::usage(format!(
+                "a volume of {} is too small: the least is {}",
+                crate::size::human(size),
+                crate::size::human(VOLUME_BYTES_MIN)
+            )));
+        }
+        let client_id = match &wanted.client_id {
+            Some(id) => id.clone(),
+            None => ClientId::new(crate::context::DEFAULT_CLIENT_ID)?,
+        };
+        return Ok(Settings {
+            nodes: check("nodes", wanted.nodes.unwrap_or(NODES_DEFAULT), NODES_MAX)?,
+            volumes,
+            volume_size_bytes: size,
+            volumes_per_node: check("volumes per node", wanted.volumes_per_node.unwrap_or(1), VOLUMES_PER_NODE_MAX)?,
+            client_id,
+            mount: wanted.mount.clone(),
+            default_limit_bytes: wanted.default_limit_bytes,
+            sockets: layout.choose_sockets(&runtime_dir(root)),
+            ports: Ports::default(),
+            mount_options: wanted.mount_options.clone(),
+        });
+    };
+    let fixed = |what: &str, is: String, asked: Option<String>| match asked {
+        Some(asked) if asked != is => Err(Failure::usage(format!(
+            "the cluster in {} was made with {what} {is}, not {asked}",
+            layout.dir().display()
+        ))
+        .hint("this is chosen once: leave the flag out, or make another cluster in another --dir")),
+        _ => Ok(()),
+    };
+    fixed("--nodes", settings.nodes.to_string(), wanted.nodes.map(|n| n.to_string()))?;
+    fixed("--volumes", settings.volumes.as_str().to_owned(), wanted.volumes.map(|v| v.as_str().to_owned()))?;
+    fixed(
+        "--volumes-per-node",
+        settings.volumes_per_node.to_string(),
+        wanted.volumes_per_node.map(|n| n.to_string()),
+    )?;
+    let human = crate::size::human;
+    fixed("--volume-size", human(settings.volume_size_bytes), wanted.volume_size_bytes.map(human))?;
+    let limit = |bytes: u64| human(bytes);
+    fixed(
+        "--default-limit",
+        settings.default_limit_bytes.map_or_else(|| "none".to_owned(), limit),
+        wanted.default_limit_bytes.map(limit),
+    )?;
+    if let Some(id) = &wanted.client_id {
+        settings.client_id = id.clone();
+    }
+    if let Some(mount) = &wanted.mount {
+        settings.mount = Some(mount.clone());
+    }
+    if !wanted.mount_options.is_empty() {
+        settings.mount_options = wanted.mount_options.clone();
+    }
+    Ok(settings)
+}
+
+/// Where short paths for sockets are made.
+fn runtime_dir(root: bool) -> PathBuf {
+    if root {
+        return PathBuf::from("/run");
+    }
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir),
+        _ => PathBuf::from("/tmp"),
+    }
+}
+
+/// What `dev up` found or did.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It ran already.
+    WasUp(Box<ClusterStatus>),
+    /// It is up now.
+    Started,
+    /// It ran in the foreground and is down again.
+    Ended,
+}
+
+/// Brings a cluster up: checks, then a supervisor; `progress` is told what happens.
+pub async fn up(
+    layout: &Layout,
+    wanted: &Wanted,
+    foreground: bool,
+    progress: &mut dyn FnMut(&str),
+    on_up: &mut dyn FnMut(&Settings),
+) -> Result<Outcome> {
+    let root = system::is_root();
+    let stored = layout.read_settings()?;
+    let fresh = stored.is_none();
+    if let Some(settings) = &stored
+        && let Some(Reply::Status(status)) = control::call(&Layout::control_socket(settings), &Request::Status).await?
+    {
+        let planned = plan(layout, stored.clone(), wanted, root)?;
+        if planned != *settings {
+            return Err(Failure::usage(format!("the cluster in {} runs with other settings", layout.dir().display()))
+                .hint(format!("`shardfs dev down --dir {}` first, then `dev up` with the new ones", layout.dir().display())));
+        }
+        return Ok(Outcome::WasUp(status));
+    }
+    let settings = plan(layout, stored, wanted, root)?;
+    let programs = Programs::find()?;
+    if settings.volumes == VolumeKind::Loop && !root {
+        return Err(Failure::new("loop volumes need root").hint("--volumes dir needs none; or run it as root"));
+    }
+    if let Some(mount) = &settings.mount {
+        check_mount_point(layout, mount).await?;
+    }
+    layout.create()?;
+    state::make_private(&settings.sockets)?;
+    let Some(lock) = supervisor::lock(layout)? else {
+        return Err(Failure::new(format!("another `dev up` or `dev down` is at work in {}", layout.dir().display()))
+            .hint("wait for it, then try again"));
+    };
+    layout.write_settings(&settings)?;
+    let result = if foreground {
+        info!("supervising in the foreground");
+        run_foreground(layout, settings.clone(), programs, lock, progress, on_up).await
+    } else {
+        // The supervisor takes it for its own life.
+        drop(lock);
+        spawn_supervisor(layout, progress).await.map(|()| {
+            on_up(&settings);
+            Outcome::Started
+        })
+    };
+    if result.is_err() && fresh {
+        // Nothing was stored in it yet. Its logs stay: they say why.
+        if let Err(e) = cleanup::delete(layout, &settings, true) {
+            crate::output::note(format!("warning: {e}"));
+        }
+    }
+    result
+}
+
+async fn run_foreground(
+    layout: &Layout,
+    settings: Settings,
+    programs: Programs,
+    lock: File,
+    progress: &mut dyn FnMut(&str),
+    on_up: &mut dyn FnMut(&Settings),
+) -> Result<Outcome> {
+    let shown = settings.clone();
+    let supervisor = start_or_stop(layout, settings, programs, lock, progress).await?;
+    on_up(&shown);
+    supervisor.run().await?;
+    Ok(Outcome::Ended)
+}
+
+/// Starts; a signal meanwhile stops what was started.
+async fn start_or_stop(
+    layout: &Layout,
+    settings: Settings,
+    programs: Programs,
+    lock: File,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Supervisor> {
+    let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
+    let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
+    let stop = settings.clone();
+    let interrupted = tokio::select! {
+        result = Supervisor::start(layout.clone(), settings, programs, lock, progress) => return result,
+        _ = terminate.recv() => Failure::interrupted(),
+        _ = interrupt.recv() => Failure::interrupted(),
+    };
+    cleanup::stop_everything(layout, &stop, &layout.read_processes()?, true).await?;
+    Err(interrupted)
+}
+
+/// The supervisor's process: what `dev up` starts, and what nobody types. Reports on standard output.
+pub async fn supervise(layout: &Layout) -> Result<()> {
+    // A session of its own: the terminal's Ctrl-C and hang-up are not for us. Fails only for a session leader.
+    let _ = rustix::process::setsid();
+    let result = async {
+        let settings = layout.read_settings()?.ok_or_else(|| Failure::new("no settings"))?;
+        let lock = supervisor::lock(layout)?.ok_or_else(|| Failure::new("another supervisor has the lock"))?;
+        let mut progress = |what: &str| report(&Report::Progress(what.to_owned()));
+        start_or_stop(layout, settings, Programs::find()?, lock, &mut progress).await
+    }
+    .await;
+    let supervisor = match result {
+        Ok(supervisor) => supervisor,
+        Err(failure) => {
+            let hint = failure.hint_text().map(str::to_owned);
+            report(&Report::Failed { message: failure.message().to_owned(), hint });
+            return Err(failure);
+        }
+    };
+    report(&Report::Up);
+    // Nothing more is written to standard output, whose reader goes away now.
+    supervisor.run().await
+}
+
+/// The parent may be gone; the start goes on all the same.
+fn report(report: &Report) {
+    let mut stdout = std::io::stdout();
+    let _ = stdout.write_all(&control::line(report)).and_then(|()| stdout.flush());
+}
+
+async fn spawn_supervisor(layout: &Layout, progress: &mut dyn FnMut(&str)) -> Result<()> {
+    let log_path = layout.log("supervisor");
+    let log = File::options().create(true).append(true).open(&log_path);
+    let log = log.with_context(|| log_path.display().to_string())?;
+    let exe = std::env::current_exe().context("cannot find this program")?;
+    let mut child = Command::new(exe)
+        .args(["dev", "supervise", "--dir"])
+        .arg(layout.dir())
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .context("cannot start the supervisor")?;
+    let identity = Identity::of(child.id());
+    let stdout = child.stdout.take().expect("stdout is piped");
+    let (send, mut reports) = tokio::sync::mpsc::channel(16);
+    tokio::task::spawn_blocking(move || {
+        for line in BufReader::new(stdout).lines().map_while(std::result::Result::ok) {
+            let Ok(report) = serde_json::from_str::<Report>(&line) else { continue };
+            if send.blocking_send(report).is_err() {
+                return;
+            }
+        }
+    });
+    let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
+    let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
+    let mut was_interrupted = false;
+    loop {
+        let report = tokio::select! {
+            report = reports.recv() => report,
+            _ = async { tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} } } => {
+                was_interrupted = true;
+                progress("interrupted: stopping what was started");
+                // It stops what it has started, says so and ends.
+                if let Some(process) = identity.clone().and_then(|i| process::Watched::new(i).ok().flatten()) {
+                    process.signal(rustix::process::Signal::TERM)?;
+                }
+                continue;
+            }
+        };
+        match report {
+            Some(Report::Progress(what)) => progress(&what),
+            Some(Report::Up) => return Ok(()),
+            Some(Report::Failed { .. }) if was_interrupted => return Err(Failure::interrupted()),
+            Some(Report::Failed { message, hint }) => {
+                // Its last words are said; it is ended when its lock is free.
+                let _ = tokio::task::spawn_blocking(move || child.wait()).await;
+                let failure = Failure::new(message);
+                return Err(match hint {
+                    Some(hint) => failure.hint(hint),
+                    None => failure,
+                });
+            }
+            None => {
+                let mut message = "the supervisor ended before the cluster was up".to_owned();
+                for line in process::log_tail(&log_path, 8) {
+                    message.push_str(&format!("\n  {line}"));
+                }
+                return Err(Failure::new(message).hint(format!("the whole log: {}", log_path.display())));
+            }
+        }
+    }
+}
+
+/// A mount point must be an empty folder of its own; it is made if it is not there.
+async fn check_mount_point(layout: &Layout, mount: &Path) -> Result<()> {
+    if !Path::new("/dev/fuse").exists() {
+        return Err(Failure::new("this machine has no /dev/fuse").hint("load the module (modprobe fuse), or give the container --device /dev/fuse; without --mount the cluster is reached over gRPC only"));
+    }
+    // One path must not hold the other: a cluster inside its own mount could not start, nor one that its mount hides.
+    if mount.starts_with(layout.dir()) || layout.dir().starts_with(mount) {
+        return Err(Failure::usage(format!(
+            "the mount point {} and the cluster's folder {} lie within each other",
+            mount.display(),
+            layout.dir().display()
+        ))
+        .hint("choose a mount point beside the folder"));
+    }
+    if let Some(there) = system::mount_at(mount)? {
+        let ours = layout
+            .read_processes()?
+            .members
+            .get(super::member::MOUNT)
+            .is_some_and(|daemon| daemon.identity.is_running());
+        let dead = there.fs_type.starts_with("fuse") && system::probe(mount).await? == MountHealth::Dead;
+        if dead {
+            system::mend_stale_mount(mount).await?;
+        } else if ours && there.fs_type.starts_with("fuse") {
+            return Ok(());
+        } else {
+            return Err(Failure::new(format!(
+                "something is mounted on {} already: {} ({})",
+                mount.display(),
+                there.source,
+                there.fs_type
+            ))
+            .hint(format!("`shardfs umount {}`, or choose another mount point", mount.display())));
+        }
+    }
+    std::fs::create_dir_all(mount).with_context(|| format!("cannot make {}", mount.display()))?;
+    let mut entries = std::fs::read_dir(mount).with_context(|| format!("mount point {}", mount.display()))?;
+    if entries.next().is_some() {
+        return Err(Failure::new(format!("the mount point {} is not empty", mount.display()))
+            .hint("what is in it would be hidden: choose another, or move it away"));
+    }
+    Ok(())
+}
+
+/// How the cluster is: from its supervisor, or what can be seen without one.
+pub async fn status(layout: &Layout) -> Result<ClusterStatus> {
+    let settings = settings_of(layout)?;
+    if let Some(Reply::Status(status)) = control::call(&Layout::control_socket(&settings), &Request::Status).await? {
+        return Ok(*status);
+    }
+    let processes = layout.read_processes()?;
+    let names = settings.node_names();
+    let names = names.iter().map(String::as_str).chain(settings.mount.is_some().then_some(super::member::MOUNT));
+    let members = names.map(|name| {
+        let pid = processes.members.get(name).filter(|r| r.identity.is_running()).map(|r| r.identity.pid);
+        control::MemberStatus {
+            name: name.to_owned(),
+            state: if pid.is_some() { "running" } else { "stopped" }.to_owned(),
+            pid,
+            uptime_ms: None,
+            endpoints: Vec::new(),
+            http: None,
+            restarts: 0,
+            last_end: None,
+            log: layout.log(name),
+        }
+    });
+    Ok(ClusterStatus {
+        dir: layout.dir().to_owned(),
+        supervisor: None,
+        uptime_ms: 0,
+        meta: format!("unix:{}", Layout::meta_socket(&settings).display()),
+        members: members.collect(),
+        mount: settings.mount.clone(),
+    })
+}
+
+/// Sends a request that needs a running supervisor.
+pub async fn ask(layout: &Layout, request: &Request) -> Result<String> {
+    let settings = settings_of(layout)?;
+    control::ask(&Layout::control_socket(&settings), request).await?.ok_or_else(|| {
+        Failure::new(format!("the cluster in {} is down", layout.dir().display()))
+            .hint(format!("`shardfs dev up --dir {}` starts it", layout.dir().display()))
+    })
+}
+
+/// Takes a cluster down, also one whose supervisor is gone; says whether anything ran.
+pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
+    let settings = settings_of(layout)?;
+    let request = Request::Down { force };
+    let asked = control::ask(&Layout::control_socket(&settings), &request).await?.is_some();
+    let deadline = tokio::time::Instant::now() + LOCK_WAIT;
+    let _lock = loop {
+        if let Some(lock) = supervisor::lock(layout)? {
+            break lock;
+        }
+        if tokio::time::Instant::now() > deadline {
+            return Err(Failure::new(format!("another `dev up` or `dev down` is at work in {}", layout.dir().display()))
+                .hint("wait for it, then try again"));
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    };
+    if asked {
+        return Ok(true);
+    }
+    let processes = layout.read_processes()?;
+    let ran = processes.members.values().any(|r| r.identity.is_running());
+    cleanup::stop_everything(layout, &settings, &processes, force).await?;
+    layout.write_processes(&state::Processes::default())?;
+    Ok(ran)
+}
+
+/// Deletes a cluster that is down.
+pub fn delete(layout: &Layout) -> Result<()> {
+    let settings = settings_of(layout)?;
+    let Some(_lock) = supervisor::lock(layout)? else {
+        return Err(Failure::new("the cluster is being used"));
+    };
+    cleanup::delete(layout, &settings, false)
+}
+
+/// The settings of a cluster that must be there.
+pub fn settings_of(layout: &Layout) -> Result<Settings> {
+    layout.read_settings()?.ok_or_else(|| {
+        Failure::new(format!("there is no cluster in {}", layout.dir().display()))
+            .hint("name its folder with --dir; `shardfs dev up --dir DIR --mount MNT` makes one")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn new_clusters_get_defaults() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        let settings = plan(&layout, None, &Wanted::default(), true).unwrap();
+        assert_eq!((settings.nodes, settings.volumes, settings.volumes_per_node), (3, VolumeKind::Loop, 1));
+        assert_eq!((settings.volume_size_bytes, settings.client_id.as_str()), (4 << 30, "default"));
+        assert_eq!((settings.mount, settings.default_limit_bytes), (None, None));
+        assert_eq!(plan(&layout, None, &Wanted::default(), false).unwrap().volumes, VolumeKind::Dir);
+    }
+
+    #[test]
+    fn wrong_wishes_are_usage_errors() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        for wanted in [
+            Wanted { nodes: Some(0), ..Wanted::default() },
+            Wanted { nodes: Some(NODES_MAX + 1), ..Wanted::default() },
+            Wanted { volumes_per_node: Some(0), ..Wanted::default() },
+            Wanted { volume_size_bytes: Some(1 << 20), ..Wanted::default() },
+        ] {
+            assert_eq!(plan(&layout, None, &wanted, true).unwrap_err().code(), crate::failure::EXIT_USAGE, "{wanted:?}");
+        }
+    }
+
+    #[test]
+    fn stored_clusters_keep_what_is_chosen_once() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        let stored = plan(&layout, None, &Wanted::default(), true).unwrap();
+        assert_eq!(plan(&layout, Some(stored.clone()), &Wanted::default(), true).unwrap(), stored);
+        let again = Wanted { nodes: Some(3), mount: Some("/mnt".into()), ..Wanted::default() };
+        let planned = plan(&layout, Some(stored.clone()), &again, true).unwrap();
+        assert_eq!(planned.mount.as_deref(), Some(Path::new("/mnt")));
+        let failure = plan(&layout, Some(stored), &Wanted { nodes: Some(5), ..Wanted::default() }, true).unwrap_err();
+        assert_eq!(failure.message(), "the cluster in /srv/c was made with --nodes 3, not 5");
+    }
+}

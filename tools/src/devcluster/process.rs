@@ -1,0 +1,230 @@
+//! Processes that must not be mistaken for others: a pid alone is reused, so a process is its pid, its start time
+//! and the boot it runs in. Signals go through a pidfd that was checked after it was opened.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use serde::{Deserialize, Serialize};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// Who a process is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Identity {
+    /// Its pid.
+    pub pid: u32,
+    /// Clock ticks between the boot and its start (field 22 of /proc/PID/stat).
+    pub start_ticks: u64,
+    /// The boot's id.
+    pub boot_id: String,
+}
+
+impl Identity {
+    /// Of a running process; `None` if there is none, or only its corpse.
+    pub fn of(pid: u32) -> Option<Identity> {
+        let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        let (state, start_ticks) = parse_stat(&stat)?;
+        if matches!(state, b'Z' | b'X') {
+            return None;
+        }
+        Some(Identity { pid, start_ticks, boot_id: boot_id()? })
+    }
+
+    /// Whether that very process still runs.
+    pub fn is_running(&self) -> bool {
+        Identity::of(self.pid).as_ref() == Some(self)
+    }
+
+    /// Whether it is stopped by a signal.
+    pub fn is_stopped(&self) -> bool {
+        fs::read(format!("/proc/{}/stat", self.pid))
+            .ok()
+            .and_then(|stat| parse_stat(&stat))
+            .is_some_and(|(state, start)| state == b'T' && start == self.start_ticks)
+    }
+
+    /// The program it runs; `None` if unreadable, or if the file was replaced since.
+    pub fn program(&self) -> Option<PathBuf> {
+        let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).ok()?;
+        (!exe.to_string_lossy().ends_with(" (deleted)")).then_some(exe)
+    }
+}
+
+/// State letter and start time. The command's name, in parentheses, may contain anything.
+fn parse_stat(stat: &[u8]) -> Option<(u8, u64)> {
+    let after = stat.iter().rposition(|b| *b == b')')? + 1;
+    let mut fields = std::str::from_utf8(&stat[after..]).ok()?.split_ascii_whitespace();
+    let state = *fields.next()?.as_bytes().first()?;
+    // The state is field 3; the start time field 22.
+    let start = fields.nth(22 - 3 - 1)?.parse().ok()?;
+    Some((state, start))
+}
+
+fn boot_id() -> Option<String> {
+    Some(fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
+}
+
+/// A process that is watched: a child, or one that an earlier supervisor started.
+pub struct Watched {
+    identity: Identity,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+impl Watched {
+    /// Watches a process that runs; `None` if it does not (any more). Needs a tokio runtime.
+    pub fn new(identity: Identity) -> io::Result<Option<Watched>> {
+        let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+        let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
+            Ok(fd) => fd,
+            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            Err(e) => return Err(e.into()),
+        };
+        // Checked after the pidfd holds the process: the pid cannot have changed hands since.
+        if !identity.is_running() {
+            return Ok(None);
+        }
+        // SAFETY: an `OwnedFd` keeps its descriptor open and the same for as long as it lives, and lives in the `AsyncFd`.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
+        Ok(Some(Watched { identity, pidfd }))
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// Sends a signal; one to a process that is gone is no error.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref().as_fd(), signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Waits for its end. `None`: it was not our child, so its status is not known. Cancel-safe.
+    pub async fn ended(&self) -> io::Result<Option<ExitStatus>> {
+        // A pidfd is readable from the process's end on, for ever.
+        let _ready = self.pidfd.readable().await?;
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        match rustix::process::waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options) {
+            Ok(Some(status)) => {
+                let raw = match (status.exit_status(), status.terminating_signal()) {
+                    (Some(code), _) => (code & 0xff) << 8,
+                    (None, Some(signal)) => signal & 0x7f,
+                    (None, None) => return Ok(None),
+                };
+                Ok(Some(ExitStatus::from_raw(raw)))
+            }
+            Ok(None) | Err(rustix::io::Errno::CHILD) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+/// Starts a program with its output at the end of `log` and `ready` as its standard input: the daemons are told
+/// `--ready-fd 0`. It gets a process group of its own, so that Ctrl-C in a terminal does not reach it.
+pub fn start(program: &Path, args: &[String], log: &Path, ready: Option<OwnedFd>) -> io::Result<Identity> {
+    let log = File::options().create(true).append(true).open(log)?;
+    let mut command = Command::new(program);
+    command.args(args).stdout(log.try_clone()?).stderr(log).process_group(0);
+    match ready {
+        Some(fd) => command.stdin(Stdio::from(fd)),
+        None => command.stdin(Stdio::null()),
+    };
+    // Dropping the handle neither kills nor reaps: `Watched` does the latter.
+    let child = command.spawn()?;
+    Identity::of(child.id()).ok_or_else(|| io::Error::other("ended at once"))
+}
+
+/// "exited with status 1", "killed by signal 9 (KILL)".
+pub fn describe(status: Option<ExitStatus>) -> String {
+    match status {
+        None => "ended".to_owned(),
+        Some(status) => match (status.code(), status.signal()) {
+            (Some(code), _) => format!("exited with status {code}"),
+            (None, Some(signal)) => format!("killed by signal {signal}{}", signal_word(signal)),
+            (None, None) => "ended".to_owned(),
+        },
+    }
+}
+
+fn signal_word(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGKILL => " (KILL)",
+        libc::SIGTERM => " (TERM)",
+        libc::SIGSEGV => " (SEGV)",
+        libc::SIGABRT => " (ABRT)",
+        libc::SIGINT => " (INT)",
+        libc::SIGBUS => " (BUS)",
+        _ => "",
+    }
+}
+
+/// The last lines of a log, at most `lines` and 8 KiB.
+pub fn log_tail(log: &Path, lines: usize) -> Vec<String> {
+    use std::io::{Read, Seek, SeekFrom};
+    const TAIL_BYTES: u64 = 8 << 10;
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(log)?;
+        let size = file.metadata()?.len();
+        file.seek(SeekFrom::Start(size.saturating_sub(TAIL_BYTES)))?;
+        let mut bytes = Vec::new();
+        file.take(TAIL_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let text = String::from_utf8_lossy(&read().unwrap_or_default()).into_owned();
+    let all: Vec<&str> = text.lines().filter(|l| !l.trim().is_empty()).collect();
+    all[all.len().saturating_sub(lines)..].iter().map(|l| (*l).to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stat_lines_parse() {
+        let line = b"42 (a) b) (c) T 1 42 42 0 -1 4194560 1 0 0 0 0 0 0 0 20 0 1 0 987654 10 20 30";
+        assert_eq!(parse_stat(line), Some((b'T', 987_654)));
+        assert_eq!(parse_stat(b"42 (x"), None);
+        assert_eq!(parse_stat(b"42 (x) R 1 2"), None);
+    }
+
+    #[test]
+    fn a_reused_pid_is_another_process() {
+        let me = Identity::of(std::process::id()).unwrap();
+        assert!(me.is_running());
+        let other = Identity { start_ticks: me.start_ticks + 1, ..me.clone() };
+        assert!(!other.is_running());
+        let earlier = Identity { boot_id: "another boot".into(), ..me };
+        assert!(!earlier.is_running());
+    }
+
+    #[tokio::test]
+    async fn ends_are_seen_with_their_status() {
+        let temp = tempfile::tempdir().unwrap();
+        let log = temp.path().join("log");
+        let args = |script: &str| vec!["-c".to_owned(), script.to_owned()];
+        let run = start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, None).unwrap();
+        let watched = Watched::new(run.clone()).unwrap().unwrap();
+        assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(7));
+        assert_eq!(log_tail(&log, 3), ["hello"]);
+        assert!(!run.is_running());
+        assert!(Watched::new(run).unwrap().is_none());
+
+        let sleeper = start(Path::new("/bin/sleep"), &["100".to_owned()], &log, None).unwrap();
+        let watched = Watched::new(sleeper.clone()).unwrap().unwrap();
+        watched.signal(Signal::STOP).unwrap();
+        while !sleeper.is_stopped() {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        watched.signal(Signal::KILL).unwrap();
+        let status = watched.ended().await.unwrap();
+        assert_eq!(describe(status), "killed by signal 9 (KILL)");
+        watched.signal(Signal::KILL).unwrap();
+    }
+}

@@ -1,0 +1,148 @@
+//! `SHARD/KEY` as people type it: what is before the first `/` names the shard, the rest is a key or the
+//! beginning of one.
+//!
+//! A path that ends with `/` means a directory. Bytes are kept as they are: keys need not be UTF-8, so paths
+//! come in as `OsString`.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+
+use bytes::Bytes;
+use shardfs_proto::types::name::quoted;
+use shardfs_proto::types::{Key, ShardName};
+
+use crate::failure::{Failure, Result};
+
+/// A place in a cluster.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RemotePath {
+    /// The shard.
+    pub shard: ShardName,
+    /// What follows the shard's name, without a `/` at either end; may be empty: the shard's root.
+    rest: Bytes,
+    /// Whether it was written with a `/` at the end: a directory.
+    pub trailing_slash: bool,
+}
+
+impl RemotePath {
+    /// Reads `SHARD`, `SHARD/`, `SHARD/KEY` or `SHARD/KEY/`; a leading `/` is allowed (the mount's root).
+    pub fn parse(path: &OsStr) -> Result<RemotePath> {
+        let bytes = path.as_bytes();
+        let wrong = |why: String| Failure::usage(why).hint("write SHARD/KEY, e.g. photos/2026/cat.jpg");
+        let inner = bytes.strip_prefix(b"/").unwrap_or(bytes);
+        if inner.is_empty() {
+            return Err(wrong(format!("{} names no shard", quoted(bytes))));
+        }
+        let (shard, rest) = match inner.iter().position(|b| *b == b'/') {
+            Some(at) => (&inner[..at], &inner[at + 1..]),
+            None => (inner, &[][..]),
+        };
+        let shard = ShardName::from_bytes(shard).map_err(|e| wrong(e.message().to_owned()))?;
+        let trailing_slash = inner.ends_with(b"/");
+        let rest = rest.strip_suffix(b"/").unwrap_or(rest);
+        if !rest.is_empty() {
+            Key::new(Bytes::copy_from_slice(rest)).map_err(|e| wrong(e.message().to_owned()))?;
+        }
+        Ok(RemotePath { shard, rest: Bytes::copy_from_slice(rest), trailing_slash })
+    }
+
+    /// The key, or `None` for the shard's root.
+    pub fn key(&self) -> Option<Key> {
+        // `parse` has checked it; an empty one is the root.
+        Key::new(self.rest.clone()).ok()
+    }
+
+    /// The key of something that must have one.
+    pub fn require_key(&self) -> Result<Key> {
+        self.key().ok_or_else(|| {
+            Failure::usage(format!("{} is a shard, not a key in one", self.shard))
+                .hint(format!("write {}/KEY", self.shard))
+        })
+    }
+
+    /// The bytes after the shard's name, without a `/` at either end.
+    pub fn rest(&self) -> &Bytes {
+        &self.rest
+    }
+
+    /// The last component; the shard's name for its root.
+    pub fn base_name(&self) -> OsString {
+        let last = self.rest.rsplit(|b| *b == b'/').next().unwrap_or_default();
+        let last = if last.is_empty() { self.shard.as_str().as_bytes() } else { last };
+        OsStr::from_bytes(last).to_owned()
+    }
+
+    /// The key `name` below this directory.
+    pub fn join(&self, name: &[u8]) -> Result<Key> {
+        let mut joined = self.rest.to_vec();
+        if !joined.is_empty() {
+            joined.push(b'/');
+        }
+        joined.extend_from_slice(name);
+        Key::new(joined).map_err(Failure::from)
+    }
+}
+
+impl fmt::Display for RemotePath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.shard.as_str())?;
+        if !self.rest.is_empty() {
+            write!(f, "/{}", crate::output::printable(&self.rest))?;
+        }
+        if self.trailing_slash { f.write_str("/") } else { Ok(()) }
+    }
+}
+
+/// A shard's name as an argument.
+pub fn shard_name(name: &str) -> shardfs_proto::types::Result<ShardName> {
+    ShardName::new(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<RemotePath> {
+        RemotePath::parse(OsStr::new(text))
+    }
+
+    #[test]
+    fn paths_parse() {
+        for (text, shard, rest, slash, base) in [
+            ("photos", "photos", "", false, "photos"),
+            ("photos/", "photos", "", true, "photos"),
+            ("/photos/a", "photos", "a", false, "a"),
+            ("photos/a/b", "photos", "a/b", false, "b"),
+            ("photos/a/b/", "photos", "a/b", true, "b"),
+            ("my photos/x y", "my photos", "x y", false, "x y"),
+        ] {
+            let path = parse(text).unwrap();
+            assert_eq!(path.shard.as_str(), shard, "{text:?}");
+            assert_eq!(&path.rest()[..], rest.as_bytes(), "{text:?}");
+            assert_eq!(path.trailing_slash, slash, "{text:?}");
+            assert_eq!(path.base_name(), OsStr::new(base), "{text:?}");
+            assert_eq!(path.to_string(), text.trim_start_matches('/'));
+        }
+    }
+
+    #[test]
+    fn bad_paths_are_usage_errors() {
+        for bad in ["", "/", "//", "photos//a", "photos/../b", "photos/a//", ".shardfs/x", "..", "./a"] {
+            let failure = parse(bad).unwrap_err();
+            assert_eq!(failure.code(), crate::failure::EXIT_USAGE, "{bad:?}");
+        }
+        assert_eq!(
+            parse("photos").unwrap().require_key().unwrap_err().render(),
+            "error: photos is a shard, not a key in one\nhint: write photos/KEY\n"
+        );
+    }
+
+    #[test]
+    fn bytes_survive() {
+        let path = RemotePath::parse(OsStr::from_bytes(b"s/\xff\xfe/x")).unwrap();
+        assert_eq!(path.key().unwrap().as_bytes(), b"\xff\xfe/x");
+        assert_eq!(path.to_string(), "s/\\xff\\xfe/x");
+        assert_eq!(path.join(b"\x80").unwrap().as_bytes(), b"\xff\xfe/x/\x80");
+    }
+}

@@ -1,0 +1,358 @@
+//! What the command line asks of Linux: the mount table, unmounting, who holds a mount busy, whether we are root.
+//!
+//! Nothing here follows a path into a mount that may hang, except where a function says so.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::mount::UnmountFlags;
+
+use crate::failure::{Failure, OrFail, Result};
+
+/// The type under which the daemon mounts.
+pub const FUSE_TYPE: &str = "fuse.shardfs";
+/// Time that a mount gets to answer statfs before it counts as hanging.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Layers of dead mounts over one another that are taken away.
+const STALE_LAYERS_MAX: usize = 64;
+
+/// Whether this process has root's rights.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// One line of the mount table.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MountEntry {
+    /// Where.
+    pub mount_point: PathBuf,
+    /// Type, such as `ext4`.
+    pub fs_type: String,
+    /// Device or name.
+    pub source: String,
+}
+
+/// The mount table, in the order of mounting.
+pub fn mounts() -> Result<Vec<MountEntry>> {
+    let table = fs::read("/proc/self/mountinfo").context("/proc/self/mountinfo")?;
+    Ok(table.split(|b| *b == b'\n').filter_map(parse_mount).collect())
+}
+
+fn parse_mount(line: &[u8]) -> Option<MountEntry> {
+    let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
+    let separator = fields.iter().position(|f| *f == b"-")?;
+    Some(MountEntry {
+        mount_point: PathBuf::from(unescape(fields.get(4)?)),
+        fs_type: String::from_utf8_lossy(fields.get(separator + 1)?).into_owned(),
+        source: unescape(fields.get(separator + 2)?).to_string_lossy().into_owned(),
+    })
+}
+
+/// The kernel writes blanks and backslashes of the mount table as `\ooo`.
+fn unescape(field: &[u8]) -> OsString {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((first, tail)) = rest.split_first() {
+        let octal = tail.get(..3).filter(|d| *first == b'\\' && d.iter().all(|c| (b'0'..=b'7').contains(c)));
+        match octal {
+            Some(d) => {
+                bytes.push(d.iter().fold(0u8, |n, c| n.wrapping_mul(8).wrapping_add(c - b'0')));
+                rest = &tail[3..];
+            }
+            None => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
+/// What is mounted at a path: the topmost.
+pub fn mount_at(mount_point: &Path) -> Result<Option<MountEntry>> {
+    Ok(mounts()?.into_iter().rev().find(|m| m.mount_point == mount_point))
+}
+
+/// The absolute path of a mount point with symlinks resolved, without touching what is mounted there: a dead
+/// mount answers nothing.
+pub fn mount_point_path(path: &Path) -> Result<PathBuf> {
+    let absolute = std::path::absolute(path).with_context(|| path.display().to_string())?;
+    let mut normal = PathBuf::new();
+    for component in absolute.components() {
+        match component {
+            std::path::Component::ParentDir => {
+                normal.pop();
+            }
+            other => normal.push(other),
+        }
+    }
+    // The last component may be a symlink to a folder; where it is, and not a dead mount, it is followed.
+    if mount_at(&normal)?.is_none()
+        && let Ok(resolved) = fs::canonicalize(&normal)
+    {
+        return Ok(resolved);
+    }
+    let (Some(parent), Some(name)) = (normal.parent(), normal.file_name()) else { return Ok(normal) };
+    let parent = fs::canonicalize(parent).with_context(|| parent.display().to_string())?;
+    Ok(parent.join(name))
+}
+
+/// How a mount is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MountHealth {
+    /// It answers.
+    Usable,
+    /// "Transport endpoint is not connected": its daemon is gone.
+    Dead,
+    /// No answer in time.
+    Hanging,
+}
+
+/// Asks a mount for its size, in a thread of its own because it may never answer.
+pub async fn probe(mount_point: &Path) -> Result<MountHealth> {
+    let path = mount_point.to_owned();
+    let (send, receive) = tokio::sync::oneshot::channel();
+    std::thread::Builder::new()
+        .name("probe".to_owned())
+        .spawn(move || {
+            // The receiver may have given up.
+            let _ = send.send(rustix::fs::statvfs(&path).map(|_| ()));
+        })
+        .context("cannot start a thread")?;
+    match tokio::time::timeout(PROBE_TIMEOUT, receive).await {
+        Ok(Ok(Ok(()))) => Ok(MountHealth::Usable),
+        Ok(Ok(Err(rustix::io::Errno::NOTCONN | rustix::io::Errno::CONNABORTED))) => Ok(MountHealth::Dead),
+        Ok(Ok(Err(e))) => Err(Failure::new(format!("{}: {e}", mount_point.display()))),
+        Ok(Err(_)) | Err(_) => Ok(MountHealth::Hanging),
+    }
+}
+
+/// Why an unmount did not happen.
+#[derive(Debug)]
+pub enum UnmountError {
+    /// Somebody uses it.
+    Busy,
+    /// Nothing is mounted there.
+    NotMounted,
+    /// Something else.
+    Other(Failure),
+}
+
+impl UnmountError {
+    /// As a failure that names who holds the mount.
+    pub fn into_failure(self, mount_point: &Path) -> Failure {
+        match self {
+            UnmountError::Busy => busy(mount_point),
+            UnmountError::NotMounted => Failure::new(format!("nothing is mounted on {}", mount_point.display())),
+            UnmountError::Other(failure) => failure,
+        }
+    }
+}
+
+/// Unmounts; `lazy` detaches at once and lets those who use it finish. As root by umount2, else by fusermount3.
+pub fn unmount(mount_point: &Path, lazy: bool) -> std::result::Result<(), UnmountError> {
+    if is_root() {
+        let flags = if lazy { UnmountFlags::DETACH | UnmountFlags::NOFOLLOW } else { UnmountFlags::NOFOLLOW };
+        return match rustix::mount::unmount(mount_point, flags) {
+            Ok(()) => Ok(()),
+            Err(rustix::io::Errno::BUSY) => Err(UnmountError::Busy),
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Err(UnmountError::NotMounted),
+            Err(e) => {
+                Err(UnmountError::Other(Failure::new(format!("cannot unmount {}: {e}", mount_point.display()))))
+            }
+        };
+    }
+    let mut command = Command::new("fusermount3");
+    command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(mount_point);
+    let output = command.output().map_err(|e| {
+        let failure = Failure::new(format!("cannot run fusermount3: {e}"));
+        UnmountError::Other(failure.hint("install fuse3, or unmount as root"))
+    })?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    if words.contains("busy") {
+        Err(UnmountError::Busy)
+    } else if words.contains("not found in /etc/mtab") || words.contains("not mounted") {
+        Err(UnmountError::NotMounted)
+    } else {
+        Err(UnmountError::Other(Failure::new(words)))
+    }
+}
+
+/// Takes away dead ShardFS mounts at a path; says whether there were any. Others are not touched.
+pub async fn mend_stale_mount(mount_point: &Path) -> Result<bool> {
+    for layer in 0..STALE_LAYERS_MAX {
+        let Some(entry) = mount_at(mount_point)? else { return Ok(layer > 0) };
+        if !entry.fs_type.starts_with("fuse.shardfs") || probe(mount_point).await? != MountHealth::Dead {
+            return Ok(layer > 0);
+        }
+        match unmount(mount_point, true) {
+            Ok(()) | Err(UnmountError::NotMounted) => {}
+            Err(other) => return Err(other.into_failure(mount_point)),
+        }
+    }
+    Ok(true)
+}
+
+/// A process that keeps a mount busy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Holder {
+    /// Its pid.
+    pub pid: u32,
+    /// Its command's name.
+    pub command: String,
+    /// What it has there: "working directory", "root", "program", or an open file's path.
+    pub what: String,
+}
+
+/// Processes with a working directory, root, program, mapped or open file below a path. Only reads links in
+/// /proc, which never touch the mount. Processes of other users are seen by root only.
+pub fn holders(mount_point: &Path) -> Vec<Holder> {
+    /// More are of no use to a person.
+    const HOLDERS_MAX: usize = 20;
+    let below = |link: &Path| fs::read_link(link).ok().filter(|target| target.starts_with(mount_point));
+    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+    let mut found = Vec::new();
+    for process in processes.flatten() {
+        let Some(pid) = process.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else { continue };
+        let proc = process.path();
+        let named = [("cwd", "working directory"), ("root", "root"), ("exe", "program")]
+            .into_iter()
+            .find_map(|(link, word)| below(&proc.join(link)).map(|_| word.to_owned()));
+        let files = |folder: &str| {
+            let entries = fs::read_dir(proc.join(folder)).ok()?;
+            entries.flatten().find_map(|e| below(&e.path())).map(|p| p.display().to_string())
+        };
+        if let Some(what) = named.or_else(|| files("fd")).or_else(|| files("map_files")) {
+            let command = fs::read_to_string(proc.join("comm")).unwrap_or_default().trim().to_owned();
+            found.push(Holder { pid, command, what });
+            if found.len() == HOLDERS_MAX {
+                break;
+            }
+        }
+    }
+    found.sort_by_key(|h| h.pid);
+    found
+}
+
+/// "it is busy", and by whom.
+fn busy(mount_point: &Path) -> Failure {
+    let mut message = format!("{} is in use", mount_point.display());
+    let holders = holders(mount_point);
+    if holders.is_empty() {
+        message.push_str(" (by something that is no visible process: a mount below it, a loop device, another user)");
+    }
+    for holder in holders {
+        message.push_str(&format!("\n  pid {} {}: {}", holder.pid, holder.command, holder.what));
+    }
+    Failure::new(message).hint("end these programs or leave the folder; --force detaches it from under them")
+}
+
+/// A program of ours: named by an environment variable, or beside this program, or in PATH.
+pub fn find_program(name: &str, variable: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable).filter(|v| !v.is_empty()) {
+        let path = PathBuf::from(path);
+        return fs::canonicalize(&path).with_context(|| format!("{variable}={}", path.display()));
+    }
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(name)));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    beside
+        .into_iter()
+        .chain(std::env::split_paths(&path).map(|dir| dir.join(name)))
+        .find(|candidate| is_executable(candidate))
+        .and_then(|found| fs::canonicalize(found).ok())
+        .ok_or_else(|| {
+            Failure::new(format!("the program {name} is not there"))
+                .hint(format!("build or install it beside `shardfs` or in PATH, or name it in {variable}"))
+        })
+}
+
+fn is_executable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    fs::metadata(path).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+}
+
+/// Loop devices with their backing files.
+pub fn loop_devices() -> Result<Vec<(PathBuf, PathBuf)>> {
+    let mut found = Vec::new();
+    let entries = match fs::read_dir("/sys/block") {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(found),
+        Err(e) => return Err(Failure::new(format!("/sys/block: {e}"))),
+    };
+    for entry in entries.flatten() {
+        if !entry.file_name().as_bytes().starts_with(b"loop") {
+            continue;
+        }
+        // Absent: the device is free.
+        if let Ok(backing) = fs::read(entry.path().join("loop/backing_file")) {
+            let backing = backing.strip_suffix(b"\n").unwrap_or(&backing);
+            found.push((Path::new("/dev").join(entry.file_name()), PathBuf::from(OsStr::from_bytes(backing))));
+        }
+    }
+    Ok(found)
+}
+
+/// Frees a loop device whose file system is unmounted (LOOP_CLR_FD); one that is free already is no error.
+pub fn detach_loop(device: &Path) -> Result<()> {
+    const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
+    let file = fs::File::open(device).with_context(|| device.display().to_string())?;
+    // SAFETY: the ioctl takes no pointer; the descriptor lives through the call.
+    let result = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&file), LOOP_CLR_FD, 0) };
+    if result == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    if error.raw_os_error() == Some(libc::ENXIO) {
+        return Ok(());
+    }
+    Err(Failure::new(format!("cannot free {}: {error}", device.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_lines_parse() {
+        let line = b"36 35 98:0 /mnt1 /mnt\\0402/x\\134y rw,noatime master:1 - fuse.shardfs shardfs\\040one rw,errors=continue";
+        let entry = parse_mount(line).unwrap();
+        assert_eq!(entry.mount_point, Path::new("/mnt 2/x\\y"));
+        assert_eq!((entry.fs_type.as_str(), entry.source.as_str()), ("fuse.shardfs", "shardfs one"));
+        assert_eq!(parse_mount(b""), None);
+    }
+
+    #[test]
+    fn this_machine_has_a_root() {
+        assert!(mount_at(Path::new("/")).unwrap().is_some());
+        assert!(mount_at(Path::new("/nonexistent")).unwrap().is_none());
+    }
+
+    #[test]
+    fn mount_points_are_normalised() {
+        let temp = tempfile::tempdir().unwrap();
+        let base = fs::canonicalize(temp.path()).unwrap();
+        fs::create_dir(base.join("real")).unwrap();
+        std::os::unix::fs::symlink("real", base.join("link")).unwrap();
+        assert_eq!(mount_point_path(&base.join("link/../link")).unwrap(), base.join("real"));
+        assert_eq!(mount_point_path(&base.join("absent")).unwrap(), base.join("absent"));
+        assert!(mount_point_path(&base.join("no/such")).is_err());
+    }
+
+    #[test]
+    fn holders_are_found() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = fs::canonicalize(temp.path()).unwrap();
+        let _file = fs::File::create(path.join("open")).unwrap();
+        let me = std::process::id();
+        let found = holders(&path);
+        assert!(found.iter().any(|h| h.pid == me && h.what == path.join("open").display().to_string()), "{found:?}");
+    }
+}
