@@ -336,7 +336,7 @@ fn down_and_up_again_keeps_everything() {
     let cluster = Cluster::start(&Default::default());
     let folder = cluster.shard("kept");
     fs::write(folder.join("synced"), "1").unwrap();
-    cluster.cli_run(&["put", "/dev/null", "kept/empty"]);
+    cluster.cli_run(&["put", "-", "kept/empty"]);
     cluster.cli_run(&["dev", "down"]);
     assert!(!folder.exists(), "unmounted");
     assert_eq!(shardfs_tests::process::naming(&cluster.dir()).len(), 0, "no process is left");

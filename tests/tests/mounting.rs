@@ -1,0 +1,118 @@
+//! The ways to mount and unmount: mount(8), fstab, options, signals.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs;
+use std::time::Duration;
+
+use shardfs_tests::cluster::{bin_dir, eventually};
+use shardfs_tests::{Cluster, Options, Shell};
+
+/// A shell in which mount(8) finds shardfsd as its helper, without a change to the machine: /usr/sbin is
+/// overlaid in a mount namespace of the script's own.
+fn with_helper(cluster: &Cluster, name: &str) -> Shell {
+    let scratch = cluster.scratch(name);
+    for folder in ["upper", "work", "point"] {
+        fs::create_dir(scratch.join(folder)).unwrap();
+    }
+    Shell::new(&scratch)
+        .with("BIN", bin_dir())
+        .with("ENDPOINTS", cluster.tcp_addresses().join(","))
+        .with("POINT", scratch.join("point"))
+        .with(
+            "SETUP",
+            r#"mount -t tmpfs tmpfs work && mkdir work/upper work/work
+               mount -t overlay overlay -o lowerdir=/usr/sbin,upperdir=work/upper,workdir=work/work /usr/sbin
+               ln -s "$BIN/shardfsd" /usr/sbin/mount.fuse.shardfs"#,
+        )
+}
+
+#[test]
+fn by_mount_8() {
+    let cluster = Cluster::shared();
+    fs::write(cluster.shard("by-mount").join("k"), "v").unwrap();
+    let said = with_helper(cluster, "mount-8").run(
+        r#"unshare --mount --propagation private bash -euo pipefail -c '
+             eval "$SETUP"
+             mount -t fuse.shardfs "$ENDPOINTS" "$POINT" -o client_id=default
+             test "$(cat "$POINT/by-mount/k")" = v && echo w >"$POINT/by-mount/k2"
+             grep -q " $POINT fuse.shardfs " /proc/self/mounts
+             umount "$POINT"
+             ! test -e "$POINT/by-mount"
+             mount -t fuse.shardfs "$ENDPOINTS" "$POINT" -o ro,client_id=default
+             ! touch "$POINT/by-mount/x" 2>err && grep -qi read-only err
+             umount "$POINT"
+             ! mount -t fuse.shardfs "$ENDPOINTS" "$POINT" -o no_such_option=1 2>err && grep no_such_option err'"#,
+    );
+    assert!(said.contains("no_such_option"), "{said}");
+    assert_eq!(fs::read(cluster.mount().join("by-mount/k2")).unwrap(), b"w\n");
+}
+
+#[test]
+fn by_fstab() {
+    let cluster = Cluster::shared();
+    fs::write(cluster.shard("by-fstab").join("k"), "v").unwrap();
+    with_helper(cluster, "fstab").run(
+        r#"unshare --mount --propagation private bash -euo pipefail -c '
+             eval "$SETUP"
+             echo "$ENDPOINTS $POINT fuse.shardfs client_id=default,_netdev,noatime 0 0" >fstab
+             mount -T fstab "$POINT"
+             test "$(cat "$POINT/by-fstab/k")" = v
+             umount "$POINT"'"#,
+    );
+}
+
+#[test]
+fn a_signal_unmounts_cleanly() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("by-signal");
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        let point = cluster.scratch("signal-mount");
+        cluster.cli_run(&["mount", point.to_str().unwrap()]);
+        // Not synced: a clean end loses nothing.
+        fs::write(point.join("by-signal/k"), signal.to_string()).unwrap();
+        let daemon = shardfs_tests::process::naming(cluster.root())
+            .into_iter()
+            .find(|p| p.arguments.iter().any(|a| a == point.to_str().unwrap()))
+            .unwrap();
+        // SAFETY: a signal to the daemon of this mount, by number.
+        unsafe { libc::kill(daemon.pid as i32, signal) };
+        eventually(Duration::from_secs(10), || if daemon.is_alive() { Err("still alive".into()) } else { Ok(()) });
+        assert_eq!(fs::read_dir(&point).unwrap().count(), 0, "unmounted");
+        assert_eq!(fs::read_to_string(shard.join("k")).unwrap(), signal.to_string());
+    }
+}
+
+#[test]
+fn a_frozen_node_is_waited_for() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("frozen");
+    let node = cluster.primary_of("frozen");
+    cluster.cli_run(&["dev", "kill", &node, "--signal", "STOP"]);
+    let writer = std::thread::spawn({
+        let path = shard.join("k");
+        move || {
+            fs::write(&path, "through")?;
+            fs::File::open(&path)?.sync_all()
+        }
+    });
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(!writer.is_finished(), "a frozen node answers nothing");
+    cluster.cli_run(&["dev", "start", &node]);
+    writer.join().unwrap().unwrap();
+    assert_eq!(fs::read(shard.join("k")).unwrap(), b"through");
+}
+
+#[test]
+fn the_mount_comes_back_when_its_daemon_dies() {
+    let cluster = Cluster::start(&Options { nodes: 1, ..Options::default() });
+    let shard = cluster.shard("daemon-dies");
+    fs::write(shard.join("k"), "v").unwrap();
+    let daemon = cluster.daemon();
+    // SAFETY: a signal to the daemon of this mount, by number.
+    unsafe { libc::kill(daemon.pid as i32, libc::SIGKILL) };
+    eventually(Duration::from_secs(30), || fs::read(shard.join("k")).map(drop).map_err(|e| e.to_string()));
+    assert_ne!(cluster.daemon().pid, daemon.pid);
+    fs::write(shard.join("k"), "w").unwrap();
+    cluster.assert_clean("daemon-dies");
+}
