@@ -26,6 +26,9 @@ const PAGE_ENTRIES_MIN: usize = 64;
 const PAGE_ENTRIES_MAX: usize = 1024;
 /// Directories of a path whose page survives a descent. 16 pages of 1024 names are below 5 MiB.
 const FRAMES_WITH_PAGES: usize = 16;
+/// Directories within each other above which a walk takes the tree for a loop. Renames of whole trees
+/// may nest deeper than [`DEPTH_MAX`], which is checked where names are made; not so much deeper.
+pub const NESTING_MAX: usize = 16 * DEPTH_MAX;
 /// Steps without a key after which a walk pauses, so that its caller can see whether anyone still
 /// listens (a tree of empty directories has no key at all).
 const STEPS_MAX: usize = 4096;
@@ -326,9 +329,9 @@ impl<D: Dirents> KeyWalker<D> {
     }
 
     fn descend(&mut self, name: Vec<u8>, inode: InodeNo) -> Result<()> {
-        if self.frames.len() > DEPTH_MAX {
+        if self.frames.len() > NESTING_MAX {
             return Err(Error::corrupt(format!(
-                "directories are nested more than {DEPTH_MAX} deep at inode {inode}: run `shardfs fsck` on the shard"
+                "directories are nested more than {NESTING_MAX} deep at inode {inode}: run `shardfs fsck` on the shard"
             )));
         }
         if self.frames.len() > FRAMES_WITH_PAGES

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 
 use bytes::Bytes;
 use shardfs_proto::types::attr::MODE_BITS;
-use shardfs_proto::types::limits::{DEPTH_MAX, FILE_BYTES_MAX};
+use shardfs_proto::types::limits::FILE_BYTES_MAX;
 use shardfs_proto::types::name::quoted;
 use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};
 
@@ -15,6 +15,7 @@ use super::content::Window;
 use super::cursor::Cursor;
 use super::{Checker, FindingKind};
 use crate::shard::keys::{self, Cf};
+use crate::shard::list::NESTING_MAX;
 use crate::shard::records::{Content, CookieEntry, Dirent, INLINE_BYTES_MAX, InodeRecord};
 use crate::shard::store::Reader;
 
@@ -281,7 +282,7 @@ fn is_reachable(
             reachable.extend(way);
             return true;
         }
-        if way.len() > DEPTH_MAX {
+        if way.len() > NESTING_MAX {
             return false;
         }
         way.push(at);
