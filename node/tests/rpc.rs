@@ -9,7 +9,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::StreamExt;
 use shardfs_proto::types::Reason;
-use shardfs_proto::wire::{self, batch_get_reply, check_reply, list_entry, operation, put_result, put_stream_request};
+use shardfs_proto::wire::{
+    self, batch_get_reply, check_reply, list_entry, operation, put_result, put_stream_request,
+};
 use tonic::Code;
 
 use support::{Node, reason, selector};
@@ -26,11 +28,19 @@ fn put(shard: u64, key: &str, value: impl Into<Bytes>) -> wire::PutRequest {
 }
 
 fn get(shard: u64, key: &str) -> wire::GetRequest {
-    wire::GetRequest { shard: selector(shard), key: Bytes::copy_from_slice(key.as_bytes()), ..Default::default() }
+    wire::GetRequest {
+        shard: selector(shard),
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        ..Default::default()
+    }
 }
 
 fn delete(shard: u64, key: &str) -> wire::DeleteRequest {
-    wire::DeleteRequest { shard: selector(shard), key: Bytes::copy_from_slice(key.as_bytes()), ..Default::default() }
+    wire::DeleteRequest {
+        shard: selector(shard),
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        ..Default::default()
+    }
 }
 
 fn attr(meta: &Option<wire::ObjectMeta>) -> wire::Attr {
@@ -130,7 +140,11 @@ async fn values_are_put_got_and_deleted() {
     assert_eq!(reason(&storage.get(get(shard, "a/b")).await.unwrap_err()), Reason::IsDirectory);
     assert_eq!(reason(&storage.delete(delete(shard, "a")).await.unwrap_err()), Reason::IsDirectory);
     for bad in ["", "/a", "a/", "a//b", "../a", "a\0"] {
-        assert_eq!(reason(&storage.get(get(shard, bad)).await.unwrap_err()), Reason::InvalidArgument, "{bad:?}");
+        assert_eq!(
+            reason(&storage.get(get(shard, bad)).await.unwrap_err()),
+            Reason::InvalidArgument,
+            "{bad:?}"
+        );
         assert_eq!(reason(&storage.put(put(shard, bad, "x")).await.unwrap_err()), Reason::InvalidArgument);
     }
 
@@ -148,18 +162,26 @@ async fn batches_answer_each_item_in_order() {
     let node = Node::start().await;
     let shard = node.new_shard("s").await;
     let mut storage = node.storage();
-    let item = |key: String, value: String| wire::PutItem { key: key.into(), value: value.into(), options: None };
-    let mut items: Vec<_> = (0..1000).map(|i| item(format!("d{}/k{i:04}", i % 7), format!("value {i}"))).collect();
+    let item =
+        |key: String, value: String| wire::PutItem { key: key.into(), value: value.into(), options: None };
+    let mut items: Vec<_> =
+        (0..1000).map(|i| item(format!("d{}/k{i:04}", i % 7), format!("value {i}"))).collect();
     items.push(item("d0".into(), "in the way of a directory".into()));
-    let batch = |items, atomic| wire::BatchPutRequest { shard: selector(shard), items, atomic, ..Default::default() };
+    let batch =
+        |items, atomic| wire::BatchPutRequest { shard: selector(shard), items, atomic, ..Default::default() };
     let failed = storage.batch_put(batch(items.clone(), true)).await.unwrap_err();
     assert_eq!(reason(&failed), Reason::IsDirectory);
-    assert_eq!(list(&node, wire::ListRequest { shard: selector(shard), ..Default::default() }).await.len(), 0);
+    assert_eq!(
+        list(&node, wire::ListRequest { shard: selector(shard), ..Default::default() }).await.len(),
+        0
+    );
     let results = storage.batch_put(batch(items, false)).await.unwrap().into_inner().results;
     assert_eq!(results.len(), 1001);
     for (i, result) in results.into_iter().enumerate() {
         match result.outcome.unwrap() {
-            put_result::Outcome::Meta(meta) => assert_eq!(attr(&Some(meta)).size as usize, format!("value {i}").len()),
+            put_result::Outcome::Meta(meta) => {
+                assert_eq!(attr(&Some(meta)).size as usize, format!("value {i}").len())
+            }
             put_result::Outcome::Error(detail) => {
                 assert_eq!(i, 1000);
                 assert_eq!(detail.reason(), wire::ErrorReason::IsDirectory);
@@ -179,8 +201,12 @@ async fn batches_answer_each_item_in_order() {
         assert_eq!(reply.index, next);
         match (next, reply.outcome.unwrap()) {
             (500, batch_get_reply::Outcome::Error(e)) => assert_eq!(e.reason(), wire::ErrorReason::NotFound),
-            (700, batch_get_reply::Outcome::Error(e)) => assert_eq!(e.reason(), wire::ErrorReason::InvalidArgument),
-            (900, batch_get_reply::Outcome::Error(e)) => assert_eq!(e.reason(), wire::ErrorReason::IsDirectory),
+            (700, batch_get_reply::Outcome::Error(e)) => {
+                assert_eq!(e.reason(), wire::ErrorReason::InvalidArgument)
+            }
+            (900, batch_get_reply::Outcome::Error(e)) => {
+                assert_eq!(e.reason(), wire::ErrorReason::IsDirectory)
+            }
             (at, batch_get_reply::Outcome::Found(found)) => {
                 let number: u32 = String::from_utf8_lossy(&keys[at as usize][4..]).parse().unwrap();
                 assert_eq!(found.value, format!("value {number}"));
@@ -210,14 +236,16 @@ async fn what_is_too_large_is_refused_with_advice() {
     let request = wire::BatchGetRequest { shard: selector(shard), keys, ..Default::default() };
     too_large(storage.batch_get(request).await.unwrap_err());
     let item = wire::PutItem { key: Bytes::from_static(b"k"), ..Default::default() };
-    let request = wire::BatchPutRequest { shard: selector(shard), items: vec![item; 16_385], ..Default::default() };
+    let request =
+        wire::BatchPutRequest { shard: selector(shard), items: vec![item; 16_385], ..Default::default() };
     too_large(storage.batch_put(request).await.unwrap_err());
     let item = wire::PutItem {
         key: Bytes::from_static(b"k"),
         value: vec![0; VALUE_BYTES_MAX].into(),
         ..Default::default()
     };
-    let request = wire::BatchPutRequest { shard: selector(shard), items: vec![item; 5], ..Default::default() };
+    let request =
+        wire::BatchPutRequest { shard: selector(shard), items: vec![item; 5], ..Default::default() };
     let status = storage.batch_put(request).await.unwrap_err();
     assert!(matches!(status.code(), Code::InvalidArgument | Code::OutOfRange), "{status}");
     // The connection and the shard are as good as before.
@@ -560,7 +588,8 @@ async fn files_work_by_inode() {
         target: Bytes::from_static(b"f"),
         inode: new_inode,
     });
-    let symlink = files.mutate(mutation(symlink)).await.unwrap().into_inner().result.unwrap().attr.unwrap().inode;
+    let symlink =
+        files.mutate(mutation(symlink)).await.unwrap().into_inner().result.unwrap().attr.unwrap().inode;
     let request = wire::ReadLinkRequest { header, inode: symlink };
     assert_eq!(files.read_link(request).await.unwrap().into_inner().target, "f");
     let xattr = operation::Kind::SetXattr(wire::SetXattr {
@@ -574,10 +603,12 @@ async fn files_work_by_inode() {
     assert_eq!(files.get_xattr(request.clone()).await.unwrap().into_inner().value, "1");
     let other = wire::GetXattrRequest { name: Bytes::from_static(b"user.b"), ..request };
     assert_eq!(reason(&files.get_xattr(other).await.unwrap_err()), Reason::NoAttribute);
-    let names = files.list_xattrs(wire::ListXattrsRequest { header, inode: file }).await.unwrap().into_inner().names;
+    let names =
+        files.list_xattrs(wire::ListXattrsRequest { header, inode: file }).await.unwrap().into_inner().names;
     assert_eq!(names, ["user.a"]);
 
-    let lookup = |parent, name: &'static [u8]| wire::LookupRequest { header, parent, name: Bytes::from_static(name) };
+    let lookup =
+        |parent, name: &'static [u8]| wire::LookupRequest { header, parent, name: Bytes::from_static(name) };
     let found = files.lookup(lookup(made.inode, b"f")).await.unwrap().into_inner().attr.unwrap();
     assert_eq!(found.inode, file);
     let up = files.lookup(lookup(made.inode, b"..")).await.unwrap().into_inner().attr.unwrap();
@@ -643,7 +674,8 @@ async fn operators_see_the_node() {
     let other = wire::NewShardRequest { name: "theirs".into(), ..Default::default() };
     let other = node.storage_as(Some("somebody-else")).new_shard(other).await.unwrap().into_inner().id;
     let all = admin.list_all_shards(wire::ListAllShardsRequest::default()).await.unwrap().into_inner();
-    let owners: BTreeMap<u64, String> = all.map(|shard| shard.unwrap()).map(|s| (s.id, s.owner)).collect().await;
+    let owners: BTreeMap<u64, String> =
+        all.map(|shard| shard.unwrap()).map(|s| (s.id, s.owner)).collect().await;
     assert_eq!(owners.keys().copied().collect::<Vec<_>>(), [shard, other]);
     assert_eq!(owners[&other], "somebody-else");
     // Any shard may be checked, whoever owns it.
