@@ -1,0 +1,121 @@
+//! Precedence and checks of settings.
+
+use clap::{CommandFactory, Parser};
+
+use super::*;
+
+const EXAMPLE: &str = include_str!("../../shardfsd.example.yaml");
+
+fn args(words: &[&str]) -> Args {
+    Args::try_parse_from(["shardfsd", "/mnt/x"].iter().chain(words)).unwrap()
+}
+
+fn with_file(args: Args, text: &str) -> Result<Settings> {
+    let options = options::parse(args.options.iter().map(String::as_str), false)?;
+    let mut args = args;
+    for (name, value) in &options.settings {
+        apply(&mut args, name, value)?;
+    }
+    resolve(args, parse(text)?, options)
+}
+
+/// The example with its settings switched on.
+fn example() -> String {
+    EXAMPLE.lines().map(|line| line.strip_prefix("#: ").unwrap_or(line)).collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_example_is_valid_and_complete() {
+    parse(EXAMPLE).unwrap();
+    let all = parse(&example()).unwrap();
+    let shown = format!("{all:?}");
+    assert!(!shown.contains("None"), "the example lacks a setting: {shown}");
+    resolve(args(&[]), all, options::parse([], false).unwrap()).unwrap();
+}
+
+#[test]
+fn every_setting_of_the_file_is_a_flag_a_variable_and_a_mount_option() {
+    let command = Args::command();
+    let text = example();
+    let fields: Vec<&str> =
+        text.lines().filter(|l| !l.starts_with('#')).filter_map(|l| Some(l.split_once(": ")?.0)).collect();
+    assert_eq!(fields.len(), options::SETTINGS.len() - 1, "all but `config`: {fields:?}");
+    for field in fields {
+        let arg = command.get_arguments().find(|a| a.get_id().as_str() == field);
+        assert!(arg.unwrap_or_else(|| panic!("no flag for {field}")).get_env().is_some(), "{field}");
+        assert!(options::SETTINGS.contains(&field), "{field}");
+    }
+    let mut applied = args(&[]);
+    for name in options::SETTINGS {
+        let value = match name {
+            "readdirplus" => "on",
+            "log_format" => "json",
+            _ => "1",
+        };
+        apply(&mut applied, name, value).unwrap();
+    }
+}
+
+#[test]
+fn options_override_flags_override_the_file_overrides_defaults() {
+    let file = "endpoints: [a:1]\nclient_id: from-file\nthreads: 7\nattr_ttl: 2\n";
+    let settings = with_file(args(&[]), file).unwrap();
+    assert_eq!((settings.client_id.as_str(), settings.threads), ("from-file", 7));
+    assert_eq!(settings.endpoints, ["http://a:1"]);
+    assert_eq!(settings.attr_ttl, Duration::from_secs(2));
+    assert!(settings.readdirplus, "auto, with a time to live");
+    assert_eq!(settings.entry_ttl, Duration::ZERO);
+
+    let settings = with_file(args(&["--client-id", "from-flag", "--threads", "2"]), file).unwrap();
+    assert_eq!((settings.client_id.as_str(), settings.threads), ("from-flag", 2));
+
+    let words = ["--client-id", "from-flag", "-o", "client_id=from-option,ro,endpoints=b:2;unix:/s"];
+    let settings = with_file(args(&words), file).unwrap();
+    assert_eq!(settings.client_id.as_str(), "from-option");
+    assert_eq!(settings.endpoints, ["http://b:2", "unix:/s"]);
+    assert!(settings.flags.contains(MountFlags::RDONLY));
+}
+
+#[test]
+fn a_source_is_a_list_of_endpoints() {
+    let of = |source: &str| {
+        let args = Args::try_parse_from(["shardfsd", source, "/mnt/x"]).unwrap();
+        with_file(args, "endpoints: [f:9]").map(|s| (s.endpoints, s.mount_point))
+    };
+    assert_eq!(of("n_1:1,n2:2").unwrap().0, ["http://n_1:1", "http://n2:2"]);
+    assert_eq!(of("unix:/run/a.sock").unwrap().0, ["unix:/run/a.sock"]);
+    assert_eq!(of("none").unwrap(), (vec!["http://f:9".to_owned()], PathBuf::from("/mnt/x")));
+    assert!(of("/dev/sda").is_err());
+}
+
+#[test]
+fn mistakes_are_explained() {
+    let good = ["--endpoints", "a:1"];
+    let cases: &[(&[&str], &str)] = &[
+        (&[], "no node is given"),
+        (&["--endpoints", "a"], "HOST:PORT"),
+        (&["--endpoints", "a:0"], "HOST:PORT"),
+        (&["--endpoints", "unix:x"], "absolute"),
+        (&["--client-id", "a b"], "client id"),
+        (&["--root-mode", "9"], "octal"),
+        (&["--threads", "0"], "1 to 64"),
+        (&["-o", "attr_ttl=-1"], "attr-ttl"),
+        (&["--deadline", "0"], "deadline"),
+        (&["--http", "here"], "IP:PORT"),
+        (&["-o", "readdirplus=maybe"], "auto, on, off"),
+        (&["-o", "threads=x"], "number"),
+    ];
+    for (words, expected) in cases {
+        let given = words.is_empty() || words.contains(&"--endpoints");
+        let all = if given { words.to_vec() } else { [&good[..], words].concat() };
+        let parsed = args(&all);
+        let error = format!("{:#}", with_file(parsed, "").unwrap_err());
+        assert!(error.contains(expected), "{words:?}: {error}");
+    }
+}
+
+#[test]
+fn unknown_fields_are_named() {
+    let error = format!("{:#}", parse("endpoint: [a:1]\n").unwrap_err());
+    assert!(error.contains("endpoint") && error.contains("endpoints"), "{error}");
+}
