@@ -63,7 +63,10 @@ fn head(tag: u8, offset: u32, length: u32) -> [u8; 9] {
 }
 
 /// A chunk with patches applied; `None`: one of them is malformed.
-pub fn apply_patches<'a>(base: Option<&[u8]>, patches: impl IntoIterator<Item = &'a [u8]>) -> Option<Vec<u8>> {
+pub fn apply_patches<'a>(
+    base: Option<&[u8]>,
+    patches: impl IntoIterator<Item = &'a [u8]>,
+) -> Option<Vec<u8>> {
     let mut chunk = base.map(<[u8]>::to_vec).unwrap_or_default();
     for mut patch in patches {
         while !patch.is_empty() {
@@ -147,12 +150,7 @@ pub fn pieces(offset: u64, length: u64, chunk_bytes: u32) -> impl Iterator<Item 
         }
         let number = u32::try_from(at / size).expect("a file has fewer than 2^32 chunks");
         let stop = end.min((at / size + 1) * size);
-        let piece = Piece {
-            number,
-            start: (at % size) as u32,
-            length: (stop - at) as u32,
-            at: at - offset,
-        };
+        let piece = Piece { number, start: (at % size) as u32, length: (stop - at) as u32, at: at - offset };
         at = stop;
         Some(piece)
     })
@@ -210,7 +208,11 @@ mod tests {
             let split = rng.usize(..=patches.len());
             let joined = join_patches(patches[split..].iter().map(|p| &p[..])).unwrap();
             let base = apply_patches(None, patches[..split].iter().map(|p| &p[..])).unwrap();
-            assert_eq!(apply_patches(Some(&base), [&joined[..]]).unwrap(), whole, "seed {seed} round {round}");
+            assert_eq!(
+                apply_patches(Some(&base), [&joined[..]]).unwrap(),
+                whole,
+                "seed {seed} round {round}"
+            );
         }
     }
 

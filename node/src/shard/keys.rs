@@ -395,7 +395,10 @@ mod tests {
             index("n", &IndexValue::Text("a\0b".into()), ino(1)),
             b"n\0\x01a\0\xffb\0\0\0\0\0\0\0\0\0\x01"
         );
-        assert_eq!(index("n", &IndexValue::Integer(-1), ino(1)), b"n\0\x02\x7f\xff\xff\xff\xff\xff\xff\xff\0\0\0\0\0\0\0\x01");
+        assert_eq!(
+            index("n", &IndexValue::Integer(-1), ino(1)),
+            b"n\0\x02\x7f\xff\xff\xff\xff\xff\xff\xff\0\0\0\0\0\0\0\x01"
+        );
         assert_eq!(
             index("n", &IndexValue::Time(Timestamp::new(1, 2).unwrap()), ino(1)),
             b"n\0\x03\x80\0\0\0\0\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0\x01"

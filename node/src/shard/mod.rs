@@ -1,21 +1,73 @@
 //! One shard: a directory tree with its files, on one store, with one writer.
 //!
-//! See ARCHITECTURE.md, "Inside a shard". Arrows: `manager -> shard -> executor -> ops -> txn -> store`;
-//! `read`, `list` and `check` build on a [`ReadView`] and never write.
+//! See ARCHITECTURE.md, "Inside a shard". Arrows: `manager -> handle -> executor -> group -> ops -> txn ->
+//! store`; `read`, `list` and `check` build on a [`ReadView`] and never write.
 
+mod cache;
 pub mod check;
 pub mod chunk;
+mod content;
+mod executor;
+mod group;
+mod handle;
 pub mod keys;
 pub mod list;
+pub mod manager;
 pub mod mem;
+mod ops;
 pub mod read;
 pub mod records;
 pub mod rocks;
+mod session;
 pub mod store;
-pub mod session;
-pub mod txn;
-mod cache;
-mod ops;
+mod sync_log;
+mod txn;
 mod view;
 
+pub use content::{ContentWriter, PutStreamStart};
+pub use handle::{initialize, KeepAnswer, Mutation, Shard};
+pub use manager::{ManagerStatus, ShardManager, ShardSettings};
 pub use view::ReadView;
+
+use shardfs_proto::types::op::ShardState;
+use shardfs_proto::types::{ClientId, ShardId};
+
+/// What a new shard is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardInit {
+    /// Its id.
+    pub id: ShardId,
+    /// The client id that owns it.
+    pub owner: ClientId,
+    /// Limit on its logical bytes.
+    pub limit_bytes: Option<u64>,
+    /// Permission bits of the root directory.
+    pub mode: u32,
+    /// Owner of the root directory.
+    pub uid: u32,
+    /// Group of the root directory.
+    pub gid: u32,
+}
+
+/// What a volume has left. Answers are cached: they cost next to nothing.
+pub trait Room: Send + Sync {
+    /// Bytes that the volume's shards may still grow by.
+    fn growth_bytes(&self) -> u64;
+    /// Bytes of the volume.
+    fn total_bytes(&self) -> u64;
+    /// Bytes free on it.
+    fn free_bytes(&self) -> u64;
+}
+
+/// Figures of a shard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Usage {
+    /// Logical bytes.
+    pub used_bytes: u64,
+    /// Inodes, the root included.
+    pub inodes: u64,
+    /// Limit on the logical bytes.
+    pub limit_bytes: Option<u64>,
+    /// Active or read-only.
+    pub state: ShardState,
+}

@@ -15,9 +15,9 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rocksdb::{
-    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor, CompactOptions,
-    DBCompressionType, DBRawIterator, DBRecoveryMode, Env, ErrorKind, FlushOptions, LogLevel, MergeOperands,
-    Options, ReadOptions, Snapshot, WriteBatch, WriteBufferManager, WriteOptions, DB,
+    BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
+    CompactOptions, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, Env, ErrorKind, FlushOptions,
+    LogLevel, MergeOperands, Options, ReadOptions, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
 };
 use shardfs_proto::types::{Error, Reason, Result, ShardId};
 
@@ -415,7 +415,8 @@ impl Store for RocksStore {
             blob_bytes: sum("rocksdb.total-blob-file-size"),
             memtable_bytes: sum("rocksdb.cur-size-all-mem-tables"),
             pending_compaction_bytes: sum("rocksdb.estimate-pending-compaction-bytes"),
-            write_stalled: sum("rocksdb.is-write-stopped") != 0 || sum("rocksdb.actual-delayed-write-rate") != 0,
+            write_stalled: sum("rocksdb.is-write-stopped") != 0
+                || sum("rocksdb.actual-delayed-write-rate") != 0,
         }
     }
 }

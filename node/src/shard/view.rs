@@ -26,7 +26,11 @@ pub struct ReadView {
 
 impl ReadView {
     /// Of a snapshot; `keeps` lives as long as the view.
-    pub fn new(snapshot: Arc<dyn Reader>, header: Arc<Header>, keeps: Option<Arc<dyn Any + Send + Sync>>) -> ReadView {
+    pub fn new(
+        snapshot: Arc<dyn Reader>,
+        header: Arc<Header>,
+        keeps: Option<Arc<dyn Any + Send + Sync>>,
+    ) -> ReadView {
         ReadView { snapshot, header, _keeps: keeps }
     }
 
@@ -48,7 +52,10 @@ impl ReadView {
     /// The record of an inode.
     pub fn inode(&self, ino: InodeNo) -> Result<Option<InodeRecord>> {
         let value = self.get(Cf::Inode, &keys::inode(ino))?;
-        value.map(|value| InodeRecord::decode(ino, &value)).transpose().map_err(|e| e.with_shard(self.shard_id()))
+        value
+            .map(|value| InodeRecord::decode(ino, &value))
+            .transpose()
+            .map_err(|e| e.with_shard(self.shard_id()))
     }
 
     /// The entry of a name.

@@ -82,7 +82,12 @@ impl<'a> Decoder<'a> {
     }
 
     pub(super) fn bad(&self, why: &str) -> Error {
-        Error::corrupt(format!("{} record of {} bytes: {why} at byte {}", self.what, self.value.len(), self.at))
+        Error::corrupt(format!(
+            "{} record of {} bytes: {why} at byte {}",
+            self.what,
+            self.value.len(),
+            self.at
+        ))
     }
 
     /// Where the next read begins.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use shardfs_proto::types::op::{IndexValue, Indexes, ObjectMeta};
 use shardfs_proto::types::{Attr, Error, FileKind, InodeNo, Result, Timestamp, Version};
 
-use super::codec::{kind_to_u8, Decoder, Encoder};
+use super::codec::{Decoder, Encoder, kind_to_u8};
 use crate::shard::keys::ContentId;
 
 /// Bytes of content that an inode record holds itself: one page. Larger content lies in chunks.
@@ -173,7 +173,11 @@ impl InodeRecord {
             Content::Inline(bytes) => bytes.len(),
             Content::Chunks { .. } => 0,
         };
-        size_of::<InodeRecord>() + inline + self.target.len() + 2 * self.xattr_bytes() + 128 * self.indexes.len()
+        size_of::<InodeRecord>()
+            + inline
+            + self.target.len()
+            + 2 * self.xattr_bytes()
+            + 128 * self.indexes.len()
     }
 
     /// To bytes.
@@ -234,7 +238,8 @@ impl InodeRecord {
     fn decode_parts(value: &Bytes) -> Result<InodeRecord> {
         let mut d = Decoder::new("inode", value, INODE_FORMAT)?;
         let kind = d.kind()?;
-        let (flags, mode, uid, gid, nlink, rdev) = (d.u16()?, d.u32()?, d.u32()?, d.u32()?, d.u32()?, d.u32()?);
+        let (flags, mode, uid, gid, nlink, rdev) =
+            (d.u16()?, d.u32()?, d.u32()?, d.u32()?, d.u32()?, d.u32()?);
         let (size, version) = (d.u64()?, Version::new(d.u64()?));
         let (atime, mtime, ctime, btime) = (d.time()?, d.time()?, d.time()?, d.time()?);
         let (link, count) = (d.u64()?, d.u64()?);

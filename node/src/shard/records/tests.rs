@@ -122,7 +122,15 @@ fn small_records_are_the_golden_bytes() {
     };
     assert_eq!(
         hex(&header.encode()),
-        concat!("01", "0000000000000005", "02", "0000000080000000", "00010000", "000000000000000100000002", "026d65")
+        concat!(
+            "01",
+            "0000000000000005",
+            "02",
+            "0000000080000000",
+            "00010000",
+            "000000000000000100000002",
+            "026d65"
+        )
     );
     let counters = Counters { used_bytes: 1, inodes: 2, next_ino: 3, next_id: 4, op_seq: 5, next_session: 6 };
     assert_eq!(
@@ -139,7 +147,10 @@ fn small_records_are_the_golden_bytes() {
     );
     let session = SessionRecord { opened: at(1, 2), label: "ab".into() };
     assert_eq!(hex(&session.encode()), "01000000000000000100000002026162");
-    let slot = Slot { sequence: shardfs_proto::types::Sequence::new(9).unwrap(), result: Bytes::from_static(b"\x0a") };
+    let slot = Slot {
+        sequence: shardfs_proto::types::Sequence::new(9).unwrap(),
+        result: Bytes::from_static(b"\x0a"),
+    };
     assert_eq!(hex(&slot.encode()), "0100000000000000090a");
     let orphan = Orphan { holders: vec![SessionId::new(1).unwrap(), SessionId::new(2).unwrap()] };
     assert_eq!(hex(&orphan.encode()), "0100000000000000010000000000000002");
@@ -223,7 +234,8 @@ fn records() -> impl Strategy<Value = InodeRecord> {
                 }
                 FileKind::Regular => {
                     record.size = big[1];
-                    record.content = Content::Chunks { id: ContentId::new(big[2].max(1)).unwrap(), count: big[3] };
+                    record.content =
+                        Content::Chunks { id: ContentId::new(big[2].max(1)).unwrap(), count: big[3] };
                 }
                 FileKind::Directory => {
                     record.entries = big[1];

@@ -1,0 +1,555 @@
+//! The one writer of a shard: a bounded queue, group commit, exactly-once answers.
+//!
+//! The first command that comes to an empty queue schedules a drain on the blocking pool; a drain takes
+//! groups until the queue is empty and ends: an idle shard holds no thread. A group's commands run one
+//! after another on one [`Txn`]; what they changed is one batch, one log record, and one sync if anyone
+//! wants it; then all are answered.
+//!
+//! Invariants: memory (counters, [`Live`], the cache) changes with the batch: effects of a group that could
+//! not be written are taken back. A command that fails or panics contributes nothing. A mutation's
+//! result is in the batch of its change. An answer that shows what another session did waits for its
+//! sync.
+//!
+//! Must not: know what operations mean (`ops`), or be called from a thread that may not block
+//! ([`Executor::drain`]).
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+use shardfs_proto::types::op::{Durability, OpResult, Operation};
+use shardfs_proto::types::{Attr, Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::cache::InodeCache;
+use super::group::Group;
+use super::keys::{self, Cf, ContentId};
+use super::ops::{Apply, StagedPut};
+use super::records::{Counters, Header};
+use super::session::Live;
+use super::store::{Batch, Store};
+use super::sync_log::SyncLog;
+use super::txn::Txn;
+use super::{Room, Usage};
+
+/// Commands and bytes that may wait: some groups' worth; more makes callers wait, not go faster.
+const QUEUE_OPS_MAX: usize = 4096;
+const QUEUE_KIB_MAX: usize = 64 << 10;
+/// What a caller waits for a place in the queue.
+const QUEUE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Commands and bytes of one group: bounds how long the first waits for the last.
+const GROUP_OPS_MAX: usize = 1024;
+const GROUP_BYTES_MAX: usize = 8 << 20;
+/// Pauses between attempts to make writes possible again.
+const RESUME_PAUSE_MIN: Duration = Duration::from_millis(100);
+const RESUME_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Failed attempts, not for want of room, after which the shard asks to be opened anew.
+const RESUMES_MAX: u32 = 5;
+
+/// What is asked of the executor.
+pub enum Command {
+    /// An operation or a streamed Put's end; with its exactly-once identity.
+    Mutate { session: Option<SessionId>, sequence: Option<Sequence>, work: Work },
+    /// Begin a session.
+    OpenSession { label: String },
+    /// Keep a session alive; with what it holds open.
+    KeepSession { session: SessionId, resume: Option<Vec<InodeNo>> },
+    /// End a session; one that is unknown has ended already.
+    EndSession { session: SessionId },
+    /// End the sessions that were silent too long.
+    Expire { silent: Duration },
+    /// Register an open.
+    RegisterOpen { session: SessionId, inode: InodeNo },
+    /// Take back opens.
+    Release { session: SessionId, inodes: Vec<InodeNo> },
+    /// Begin a staged content.
+    Stage { session: Option<SessionId> },
+    /// Append to it.
+    StageChunks { content: ContentId, chunks: Vec<bytes::Bytes> },
+    /// Remove it, if it is still staged.
+    Unstage { content: ContentId },
+    /// Close the shard for good.
+    CloseShard,
+}
+
+/// What a mutation does.
+pub enum Work {
+    /// This.
+    Operation(Operation),
+    /// Name a staged content.
+    Staged(StagedPut),
+}
+
+/// What a command brings.
+#[derive(Clone)]
+pub enum Answer {
+    /// Of a mutation.
+    Result(OpResult),
+    /// A new session.
+    Session(SessionId),
+    /// Whether the session should say what it holds.
+    Keep { resume_wanted: bool },
+    /// Of a registered open.
+    Attr(Attr),
+    /// A staged content.
+    Content(ContentId),
+    /// Nothing else to say.
+    Done,
+}
+
+impl Command {
+    /// Whose command it is; `None`: the shard's own, which shows nobody anything.
+    fn asker(&self) -> Option<Option<SessionId>> {
+        match self {
+            Command::Mutate { session, .. } => Some(*session),
+            Command::RegisterOpen { session, .. } => Some(Some(*session)),
+            Command::OpenSession { .. }
+            | Command::KeepSession { .. }
+            | Command::EndSession { .. }
+            | Command::Expire { .. }
+            | Command::Release { .. }
+            | Command::Stage { .. }
+            | Command::StageChunks { .. }
+            | Command::Unstage { .. }
+            | Command::CloseShard => None,
+        }
+    }
+
+    fn size_bytes(&self) -> usize {
+        const BASE: usize = 512;
+        BASE + match self {
+            Command::Mutate { work: Work::Operation(operation), .. } => match operation {
+                Operation::Write { data, .. } => data.len(),
+                Operation::SetXattr { value, .. } => value.len(),
+                Operation::PutValue { item } => item.value.len(),
+                Operation::PutValues { items, .. } => items.iter().map(|i| i.value.len() + BASE).sum(),
+                _ => 0,
+            },
+            Command::StageChunks { chunks, .. } => chunks.iter().map(bytes::Bytes::len).sum(),
+            _ => 0,
+        }
+    }
+}
+
+type Reply = oneshot::Sender<Result<Answer>>;
+
+struct Job {
+    command: Command,
+    durability: Durability,
+    bytes: usize,
+    reply: Reply,
+    _places: Option<[OwnedSemaphorePermit; 2]>,
+}
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// Callers that repeat a mutation which is queued or running: they get its answer.
+    joined: HashMap<(SessionId, Sequence), Vec<Reply>>,
+    draining: bool,
+}
+
+/// What the executor keeps in memory.
+struct Core {
+    counters: Counters,
+    live: Live,
+    cache: InodeCache,
+    room: RoomBudget,
+    trouble: Option<Trouble>,
+}
+
+/// Writes do not work at the moment.
+struct Trouble {
+    error: Error,
+    next_try: Instant,
+    pause: Duration,
+    attempts: u32,
+}
+
+/// What the volume has left, between two looks at it.
+struct RoomBudget {
+    last: u64,
+    written: u64,
+}
+
+impl RoomBudget {
+    fn left(&mut self, room: &dyn Room) -> u64 {
+        let figure = room.growth_bytes();
+        if figure != self.last {
+            *self = RoomBudget { last: figure, written: 0 };
+        }
+        figure.saturating_sub(self.written)
+    }
+}
+
+/// See the module.
+pub struct Executor {
+    store: Arc<dyn Store>,
+    header: RwLock<Arc<Header>>,
+    room: Arc<dyn Room>,
+    queue: Mutex<Queue>,
+    places: Arc<Semaphore>,
+    kib: Arc<Semaphore>,
+    core: Mutex<Core>,
+    log: SyncLog,
+    usage: Mutex<Usage>,
+    broken: AtomicBool,
+    freed_bytes: AtomicU64,
+}
+
+impl Executor {
+    /// Of a store whose header and counters have been read; frees what a crash left behind.
+    pub fn new(
+        store: Arc<dyn Store>,
+        header: Header,
+        counters: Counters,
+        room: Arc<dyn Room>,
+    ) -> Result<Executor> {
+        let live = Live::load(&*store)?;
+        let usage = usage(&header, &counters);
+        let executor = Executor {
+            store,
+            header: RwLock::new(Arc::new(header)),
+            room,
+            queue: Mutex::default(),
+            places: Arc::new(Semaphore::new(QUEUE_OPS_MAX)),
+            kib: Arc::new(Semaphore::new(QUEUE_KIB_MAX)),
+            core: Mutex::new(Core {
+                counters,
+                live,
+                cache: InodeCache::default(),
+                room: RoomBudget { last: u64::MAX, written: 0 },
+                trouble: None,
+            }),
+            log: SyncLog::default(),
+            usage: Mutex::new(usage),
+            broken: AtomicBool::new(false),
+            freed_bytes: 0.into(),
+        };
+        executor.recover()?;
+        Ok(executor)
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The header as it is now.
+    pub fn header(&self) -> Arc<Header> {
+        Arc::clone(&self.header.read())
+    }
+
+    /// What is unsynced.
+    pub fn log(&self) -> &SyncLog {
+        &self.log
+    }
+
+    /// Figures as of the last group.
+    pub fn usage(&self) -> Usage {
+        *self.usage.lock()
+    }
+
+    /// Whether the shard must be opened anew before it can be written.
+    pub fn is_broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    /// Logical bytes freed since the last call.
+    pub fn take_freed_bytes(&self) -> u64 {
+        self.freed_bytes.swap(0, Ordering::Relaxed)
+    }
+
+    /// Logical bytes freed since they were last taken.
+    pub fn freed_bytes(&self) -> u64 {
+        self.freed_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Queues a command and waits for its answer. `schedule` is called when a drain must be started.
+    pub async fn submit(
+        &self,
+        command: Command,
+        durability: Durability,
+        schedule: impl FnOnce(),
+    ) -> Result<Answer> {
+        let bytes = command.size_bytes();
+        let kib = (bytes.div_ceil(1024)).min(QUEUE_KIB_MAX) as u32;
+        let places = async {
+            let place = Arc::clone(&self.places).acquire_owned().await;
+            let kib = Arc::clone(&self.kib).acquire_many_owned(kib).await;
+            (place, kib)
+        };
+        let places = match tokio::time::timeout(QUEUE_WAIT_MAX, places).await {
+            Ok((Ok(place), Ok(kib))) => [place, kib],
+            Ok(_) => return Err(Error::unavailable("the shard is closing")),
+            Err(_) => {
+                return Err(Error::new(
+                    Reason::Busy,
+                    format!("shard {}: its queue is full; try again", self.header().id),
+                )
+                .with_retry_after_ms(100));
+            }
+        };
+        let (reply, answer) = oneshot::channel();
+        if self.enqueue(Job { command, durability, bytes, reply, _places: Some(places) }) {
+            schedule();
+        }
+        answer.await.map_err(|_| {
+            Error::unavailable(format!(
+                "shard {}: the operation was cut off; its outcome is unknown",
+                self.header().id
+            ))
+        })?
+    }
+
+    /// Queues a command that nobody waits for, in the shard's own interest.
+    pub fn submit_detached(&self, command: Command, schedule: impl FnOnce()) {
+        // Takes no place: such commands are few, at most one for each streamed Put, and small.
+        let (reply, _) = oneshot::channel();
+        let bytes = command.size_bytes();
+        let job = Job { command, durability: Durability::Buffered, bytes, reply, _places: None };
+        if self.enqueue(job) {
+            schedule();
+        }
+    }
+
+    /// Whether a drain must be started.
+    fn enqueue(&self, job: Job) -> bool {
+        let mut queue = self.queue.lock();
+        if let Command::Mutate { session: Some(session), sequence: Some(sequence), .. } = &job.command {
+            let id = (*session, *sequence);
+            if let Some(waiting) = queue.joined.get_mut(&id) {
+                waiting.push(job.reply);
+                return false;
+            }
+            queue.joined.insert(id, Vec::new());
+        }
+        queue.jobs.push_back(job);
+        !std::mem::replace(&mut queue.draining, true)
+    }
+
+    /// Runs groups until the queue is empty.
+    pub fn drain(&self) {
+        loop {
+            let group = {
+                let mut queue = self.queue.lock();
+                if queue.jobs.is_empty() {
+                    queue.draining = false;
+                    return;
+                }
+                let mut bytes = 0;
+                let mut group = Vec::new();
+                while let Some(job) = queue.jobs.front() {
+                    if !group.is_empty()
+                        && (group.len() >= GROUP_OPS_MAX || bytes + job.bytes > GROUP_BYTES_MAX)
+                    {
+                        break;
+                    }
+                    bytes += job.bytes;
+                    group.extend(queue.jobs.pop_front());
+                }
+                group
+            };
+            let ids: Vec<_> = group.iter().filter_map(Job::identity).collect();
+            if catch_unwind(AssertUnwindSafe(|| self.run_group(group))).is_err() {
+                // Between batch and memory anything may have happened: only a new open tells.
+                tracing::error!(shard = %self.header().id, "the executor panicked; the shard will be opened anew");
+                self.broken.store(true, Ordering::Release);
+                let mut queue = self.queue.lock();
+                ids.iter().for_each(|id| {
+                    queue.joined.remove(id);
+                });
+            }
+        }
+    }
+
+    fn run_group(&self, group: Vec<Job>) {
+        let mut core = self.core.lock();
+        let core = &mut *core;
+        let header = self.header();
+        if let Err(error) = self.check_writable(core) {
+            group.into_iter().for_each(|job| self.answer(job, &Err(error.clone())));
+            return;
+        }
+        let Core { counters, live, cache, room, .. } = core;
+        let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
+        let mut run = Group::new(txn, live, &*self.store, &header, room.left(&*self.room));
+        let mut outcomes = Vec::with_capacity(group.len());
+        let mut changed_by: Vec<Option<SessionId>> = Vec::new();
+        let mut sync = false;
+        for job in &group {
+            let outcome = run.apply(&job.command);
+            if outcome.is_ok() {
+                sync |= job.durability == Durability::Sync;
+            }
+            if let Some(asker) = job.command.asker() {
+                sync |= self.log.of_others(asker).is_some();
+                if !changed_by.contains(&asker) {
+                    changed_by.push(asker);
+                }
+            }
+            outcomes.push(outcome);
+        }
+        sync |= changed_by.len() > 1;
+        let (txn, undo, closed) = run.finish();
+        let written = match txn.finish() {
+            None if sync => self.log.sync_blocking(&*self.store).map(|()| None),
+            None => Ok(None),
+            Some((batch, after, records)) => self
+                .write(&batch, changed_by.into_iter(), sync)
+                .map(|()| Some((batch.size_bytes(), after, records))),
+        };
+        match written {
+            Ok(None) => {}
+            Ok(Some((bytes, after, records))) => {
+                core.room.written += bytes;
+                let freed = core.counters.used_bytes.saturating_sub(after.used_bytes);
+                self.freed_bytes.fetch_add(freed, Ordering::Relaxed);
+                core.counters = after;
+                for (ino, record) in records {
+                    match record {
+                        Some(record) => core.cache.put(ino, record),
+                        None => core.cache.remove(ino),
+                    }
+                }
+                if let Some(header) = closed {
+                    *self.header.write() = Arc::new(header);
+                }
+                *self.usage.lock() = usage(&self.header.read(), &core.counters);
+            }
+            Err(error) => {
+                tracing::warn!(shard = %header.id, %error, "a write failed; the group was taken back");
+                undo.into_iter().rev().for_each(|undo| core.live.undo(undo));
+                core.live.forget_slots();
+                core.cache.clear();
+                let next_try = clock::monotonic() + RESUME_PAUSE_MIN;
+                core.trouble =
+                    Some(Trouble { error: error.clone(), next_try, pause: RESUME_PAUSE_MIN, attempts: 0 });
+                for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_ok()) {
+                    *outcome = Err(error.clone());
+                }
+            }
+        }
+        for (job, outcome) in group.into_iter().zip(outcomes) {
+            self.answer(job, &outcome);
+        }
+    }
+
+    fn write(&self, batch: &Batch, by: impl Iterator<Item = Option<SessionId>>, sync: bool) -> Result<()> {
+        fail::fail_point!("shard::commit::before_write");
+        fail::fail_point!("shard::commit::write_fails", |_| Err(Error::new(
+            Reason::VolumeFull,
+            "the volume has no room (failpoint)"
+        )));
+        let group = self.log.begin(by);
+        self.store.write(batch, sync)?;
+        self.log.written(group, sync);
+        fail::fail_point!("shard::commit::after_write");
+        Ok(())
+    }
+
+    /// Fails while writes do not work; tries to mend that, now and then.
+    fn check_writable(&self, core: &mut Core) -> Result<()> {
+        if self.is_broken() {
+            return Err(Error::unavailable(format!("shard {} is being opened anew", self.header().id))
+                .with_retry_after_ms(200));
+        }
+        let Some(trouble) = &mut core.trouble else { return Ok(()) };
+        let now = clock::monotonic();
+        if now < trouble.next_try {
+            let wait = trouble.next_try - now;
+            return Err(trouble.error.clone().with_retry_after_ms(wait.as_millis() as u32 + 1));
+        }
+        match self.store.resume() {
+            Ok(()) => {
+                tracing::info!(shard = %self.header().id, "writes work again");
+                core.trouble = None;
+                Ok(())
+            }
+            Err(error) => {
+                trouble.attempts += u32::from(error.reason() != Reason::VolumeFull);
+                trouble.pause = (trouble.pause * 2).min(RESUME_PAUSE_MAX);
+                trouble.next_try = clock::monotonic() + trouble.pause;
+                trouble.error = error.clone();
+                if trouble.attempts >= RESUMES_MAX {
+                    self.broken.store(true, Ordering::Release);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    fn answer(&self, job: Job, outcome: &Result<Answer>) {
+        let waiting = job.identity().and_then(|id| self.queue.lock().joined.remove(&id));
+        for reply in waiting.into_iter().flatten().chain([job.reply]) {
+            // A caller that has left needs no answer.
+            let _ = reply.send(outcome.clone());
+        }
+    }
+
+    /// Frees staged contents that a crash left behind and orphans whose sessions are gone.
+    fn recover(&self) -> Result<()> {
+        let mut staged = Vec::new();
+        self.store.scan_prefix(Cf::Sys, keys::STAGED_ALL, &mut |key, _| {
+            staged.push(keys::parse_staged(key)?);
+            Ok(std::ops::ControlFlow::Continue(()))
+        })?;
+        let mut core = self.core.lock();
+        let Core { counters, live, cache, .. } = &mut *core;
+        let stale = live.stale_orphans();
+        if staged.is_empty() && stale.is_empty() {
+            return Ok(());
+        }
+        let header = self.header();
+        let mut txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
+        let mut effects = Vec::new();
+        let mut apply = Apply {
+            txn: &mut txn,
+            live,
+            effects: &mut effects,
+            session: None,
+            now: clock::now(),
+            header: &header,
+            room_bytes: u64::MAX,
+        };
+        for content in staged {
+            apply.unstage(content, u32::MAX);
+        }
+        for (ino, holders) in stale {
+            apply.set_holders(ino, holders)?;
+        }
+        if let Some((batch, after, _)) = txn.finish() {
+            self.store.write(&batch, true)?;
+            for effect in effects {
+                live.apply(effect);
+            }
+            *counters = after;
+            cache.clear();
+            *self.usage.lock() = usage(&header, counters);
+        }
+        Ok(())
+    }
+}
+
+impl Job {
+    fn identity(&self) -> Option<(SessionId, Sequence)> {
+        match &self.command {
+            Command::Mutate { session: Some(session), sequence: Some(sequence), .. } => {
+                Some((*session, *sequence))
+            }
+            _ => None,
+        }
+    }
+}
+
+fn usage(header: &Header, counters: &Counters) -> Usage {
+    Usage {
+        used_bytes: counters.used_bytes,
+        inodes: counters.inodes,
+        limit_bytes: header.limit_bytes,
+        state: header.state,
+    }
+}

@@ -1,0 +1,450 @@
+//! Which shards are open: opened at the first use, closed when others need the place, deleted for good.
+//!
+//! Owns: the block cache and write-buffer budget that all shards share, the table of shards, and the
+//! task that syncs what was answered as buffered, ends silent sessions and gives freed space back.
+//!
+//! Invariants: a shard's database is open at most once: opening, closing and deleting one hold its
+//! slot's lock. A shard that anyone still holds is not closed for want of places. A folder with the name
+//! `shard-N` is a whole shard: it is built under another name and renamed; one that is deleted is renamed
+//! first, so a crash leaves nothing that looks like a shard.
+//!
+//! Must not: decide which shards exist or who may use them (`catalog`).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use shardfs_proto::types::limits::SESSION_TTL;
+use shardfs_proto::types::{Error, Reason, Result, ShardId, clock};
+use tokio::runtime::Handle;
+
+use super::handle::{Shard, initialize};
+use super::rocks::{RocksShared, RocksStore};
+use super::store::{Store, StoreProperties};
+use super::{Room, ShardInit};
+
+/// Age at which buffered operations are synced, and how often that is looked at: together, with a slow
+/// sync, below UNSYNCED_AGE_MAX.
+const UNSYNCED_AGE: Duration = Duration::from_secs(2);
+const TICK: Duration = Duration::from_millis(500);
+/// Ticks between two looks at sessions and at space to give back.
+const SLOW_TICKS: u64 = 30;
+/// Freed logical bytes after which a shard's files are rewritten at once.
+const RECLAIM_BYTES: u64 = 256 << 20;
+/// The same while the volume is short of room, and what short means.
+const RECLAIM_BYTES_SHORT: u64 = 1 << 20;
+const SHORT_ROOM_BYTES: u64 = 512 << 20;
+/// How long an open waits for a place, and a close for its callers to leave.
+const PLACE_WAIT_MAX: Duration = Duration::from_secs(5);
+const LEAVE_WAIT_MAX: Duration = Duration::from_secs(10);
+const WAIT_STEP: Duration = Duration::from_millis(10);
+
+/// Sizes of what the shards of a node share.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ShardSettings {
+    /// Block cache, bytes.
+    pub block_cache_bytes: usize,
+    /// Memtables of all shards, bytes.
+    pub write_buffer_bytes: usize,
+    /// Shards that are open at a time.
+    pub open_shards_max: usize,
+    /// Silence after which a session ends.
+    pub session_ttl: Duration,
+}
+
+impl Default for ShardSettings {
+    fn default() -> ShardSettings {
+        ShardSettings {
+            block_cache_bytes: 256 << 20,
+            write_buffer_bytes: 128 << 20,
+            open_shards_max: 256,
+            session_ttl: SESSION_TTL,
+        }
+    }
+}
+
+/// Figures of the manager and, summed, of the open shards' stores.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ManagerStatus {
+    /// Shards open.
+    pub open_shards: usize,
+    /// Shards that may be open.
+    pub open_shards_max: usize,
+    /// Block cache in use, bytes.
+    pub block_cache_used_bytes: u64,
+    /// Block cache, bytes.
+    pub block_cache_capacity_bytes: u64,
+    /// Memtables, bytes.
+    pub write_buffer_used_bytes: u64,
+    /// Memtables' budget, bytes.
+    pub write_buffer_capacity_bytes: u64,
+    /// Of the open shards' stores.
+    pub stores: StoreProperties,
+}
+
+/// One shard's place in the table.
+#[derive(Default)]
+struct Slot {
+    /// Locked while the shard is being opened, closed or deleted.
+    shard: tokio::sync::Mutex<Option<(Arc<Shard>, Arc<dyn Room>)>>,
+    /// The open shard again, for the fast path: dead while it is closed.
+    open: Mutex<Weak<Shard>>,
+    last_used: AtomicU64,
+}
+
+impl Slot {
+    fn open(&self) -> Option<Arc<Shard>> {
+        self.open.lock().upgrade().filter(|shard| !shard.is_broken())
+    }
+}
+
+/// See the module.
+pub struct ShardManager {
+    settings: ShardSettings,
+    shared: RocksShared,
+    slots: Mutex<HashMap<ShardId, Arc<Slot>>>,
+    clock: AtomicU64,
+    started: AtomicBool,
+}
+
+impl ShardManager {
+    /// With nothing open.
+    pub fn new(settings: ShardSettings) -> Arc<ShardManager> {
+        let shared = RocksShared::new(settings.block_cache_bytes, settings.write_buffer_bytes);
+        Arc::new(ShardManager {
+            settings,
+            shared,
+            slots: Mutex::default(),
+            clock: AtomicU64::new(0),
+            started: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes a shard in a folder. Blocks; durable when it returns; done already: no error.
+    pub fn create(&self, dir: &Path, init: &ShardInit) -> Result<()> {
+        if is_whole(dir) {
+            return Ok(());
+        }
+        let building = with_suffix(dir, "creating")?;
+        remove_tree(&building)?;
+        io("make", &building, std::fs::create_dir_all(&building))?;
+        fail::fail_point!("shard::create::made_dir");
+        {
+            let store = RocksStore::create(&self.shared, init.id, &building)?;
+            fail::fail_point!("shard::create::made_db");
+            initialize(&store, init)?;
+            store.flush()?;
+        }
+        fail::fail_point!("shard::create::initialized");
+        sync_dir(&building)?;
+        io("rename", &building, std::fs::rename(&building, dir))?;
+        sync_dir(parent(dir)?)?;
+        fail::fail_point!("shard::create::renamed");
+        Ok(())
+    }
+
+    fn slot(&self, id: ShardId) -> Arc<Slot> {
+        Arc::clone(self.slots.lock().entry(id).or_default())
+    }
+
+    /// The shard in a folder, opened if need be. Whoever holds it keeps it open.
+    pub async fn open(self: &Arc<Self>, id: ShardId, dir: &Path, room: Arc<dyn Room>) -> Result<Arc<Shard>> {
+        let slot = self.slot(id);
+        slot.last_used.store(self.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
+        if let Some(shard) = slot.open() {
+            return Ok(shard);
+        }
+        self.start_background();
+        let mut guard = slot.shard.lock().await;
+        if let Some((shard, _)) = &*guard {
+            if !shard.is_broken() {
+                return Ok(Arc::clone(shard));
+            }
+            self.close_locked(id, &slot, &mut guard).await?;
+        }
+        self.make_place(id).await?;
+        let (shared, path, room_too) = (self.shared.clone(), dir.to_owned(), Arc::clone(&room));
+        let runtime = Handle::current();
+        let opened = tokio::task::spawn_blocking(move || -> Result<Arc<Shard>> {
+            if !is_whole(&path) {
+                return Err(Error::corrupt(format!(
+                    "shard {id}: {} is not a shard's folder",
+                    path.display()
+                ))
+                .with_shard(id));
+            }
+            let store = RocksStore::open(&shared, id, &path)?;
+            Shard::open(id, Arc::new(store), room_too, runtime)
+        })
+        .await;
+        let shard = opened.map_err(|e| Error::internal(format!("shard {id}: the open was lost: {e}")))??;
+        *slot.open.lock() = Arc::downgrade(&shard);
+        *guard = Some((Arc::clone(&shard), room));
+        tracing::debug!(shard = %id, "opened");
+        Ok(shard)
+    }
+
+    /// Closes idle shards until there is a place for one more.
+    async fn make_place(&self, opening: ShardId) -> Result<()> {
+        let begun = clock::monotonic();
+        loop {
+            let mut candidates: Vec<(u64, ShardId, Arc<Slot>)> = {
+                let slots = self.slots.lock();
+                let open = |slot: &&Arc<Slot>| slot.open.lock().strong_count() > 0;
+                if slots.values().filter(open).count() < self.settings.open_shards_max {
+                    return Ok(());
+                }
+                slots
+                    .iter()
+                    .filter(|(id, slot)| **id != opening && slot.open.lock().strong_count() == 1)
+                    .map(|(id, slot)| (slot.last_used.load(Ordering::Relaxed), *id, Arc::clone(slot)))
+                    .collect()
+            };
+            candidates.sort_unstable_by_key(|(used, ..)| *used);
+            let mut closed = false;
+            for (_, id, slot) in candidates {
+                let Ok(mut guard) = slot.shard.try_lock() else { continue };
+                if self.close_if_idle(id, &slot, &mut guard).await? {
+                    closed = true;
+                    break;
+                }
+            }
+            if closed {
+                continue;
+            }
+            if clock::monotonic().saturating_duration_since(begun) > PLACE_WAIT_MAX {
+                return Err(Error::new(
+                    Reason::Busy,
+                    format!(
+                        "shard {opening}: {} shards are open and in use, the limit: try again, or raise open_shards_max",
+                        self.settings.open_shards_max
+                    ),
+                )
+                .with_retry_after_ms(500));
+            }
+            tokio::time::sleep(WAIT_STEP).await;
+        }
+    }
+
+    /// Closes a shard unless anyone holds it; whether it did.
+    async fn close_if_idle(
+        &self,
+        id: ShardId,
+        slot: &Slot,
+        guard: &mut Option<(Arc<Shard>, Arc<dyn Room>)>,
+    ) -> Result<bool> {
+        let Some((shard, _)) = guard.as_ref() else { return Ok(false) };
+        shard.sync().await?;
+        // With the weak handle emptied under its lock nobody can come by any more.
+        {
+            let mut open = slot.open.lock();
+            if Arc::strong_count(shard) > 1 {
+                return Ok(false);
+            }
+            *open = Weak::new();
+        }
+        let taken = guard.take();
+        let dropped = tokio::task::spawn_blocking(move || drop(taken)).await;
+        dropped.map_err(|e| Error::internal(format!("shard {id}: the close was lost: {e}")))?;
+        tracing::debug!(shard = %id, "closed");
+        Ok(true)
+    }
+
+    /// Closes a shard for certain: nobody gets it any more, those who hold it are waited for.
+    async fn close_locked(
+        &self,
+        id: ShardId,
+        slot: &Slot,
+        guard: &mut Option<(Arc<Shard>, Arc<dyn Room>)>,
+    ) -> Result<()> {
+        let Some((shard, _)) = guard.as_ref() else { return Ok(()) };
+        if !shard.is_broken() {
+            shard.sync().await?;
+        }
+        *slot.open.lock() = Weak::new();
+        let begun = clock::monotonic();
+        while Arc::strong_count(shard) > 1 {
+            if clock::monotonic().saturating_duration_since(begun) > LEAVE_WAIT_MAX {
+                *slot.open.lock() = Arc::downgrade(shard);
+                return Err(Error::unavailable(format!(
+                    "shard {id} is in use and cannot be closed yet: try again"
+                ))
+                .with_retry_after_ms(500));
+            }
+            tokio::time::sleep(WAIT_STEP).await;
+        }
+        let taken = guard.take();
+        let dropped = tokio::task::spawn_blocking(move || drop(taken)).await;
+        dropped.map_err(|e| Error::internal(format!("shard {id}: the close was lost: {e}")))
+    }
+
+    /// Syncs and closes a shard if it is open.
+    pub async fn close(&self, id: ShardId) -> Result<()> {
+        let Some(slot) = self.slots.lock().get(&id).cloned() else { return Ok(()) };
+        let mut guard = slot.shard.lock().await;
+        self.close_locked(id, &slot, &mut guard).await
+    }
+
+    /// Syncs and closes all shards; the first error after all were tried.
+    pub async fn close_all(&self) -> Result<()> {
+        let ids: Vec<ShardId> = self.slots.lock().keys().copied().collect();
+        let closed = futures::future::join_all(ids.into_iter().map(|id| self.close(id))).await;
+        closed.into_iter().collect()
+    }
+
+    /// Removes a shard with its folder. Durable when it returns; a deletion that was cut off goes on.
+    pub async fn delete(&self, id: ShardId, dir: &Path) -> Result<()> {
+        let slot = self.slot(id);
+        let mut guard = slot.shard.lock().await;
+        self.close_locked(id, &slot, &mut guard).await?;
+        let dir = dir.to_owned();
+        let deleted = tokio::task::spawn_blocking(move || delete_dir(&dir)).await;
+        deleted.map_err(|e| Error::internal(format!("shard {id}: the deletion was lost: {e}")))??;
+        drop(guard);
+        let mut slots = self.slots.lock();
+        // Somebody may have come by meanwhile; their open finds no folder.
+        if slots.get(&id).is_some_and(|there| Arc::ptr_eq(there, &slot) && Arc::strong_count(&slot) == 2) {
+            slots.remove(&id);
+        }
+        Ok(())
+    }
+
+    /// Figures; a moment's work for each open shard.
+    pub fn status(&self) -> ManagerStatus {
+        let open = self.open_shards();
+        let mut stores = StoreProperties::default();
+        for (shard, _) in &open {
+            let p = shard.properties();
+            stores.sst_bytes += p.sst_bytes;
+            stores.blob_bytes += p.blob_bytes;
+            stores.memtable_bytes += p.memtable_bytes;
+            stores.pending_compaction_bytes += p.pending_compaction_bytes;
+            stores.write_stalled |= p.write_stalled;
+        }
+        ManagerStatus {
+            open_shards: open.len(),
+            open_shards_max: self.settings.open_shards_max,
+            block_cache_used_bytes: self.shared.cache_used_bytes(),
+            block_cache_capacity_bytes: self.shared.cache_capacity_bytes(),
+            write_buffer_used_bytes: self.shared.write_buffer_used_bytes(),
+            write_buffer_capacity_bytes: self.settings.write_buffer_bytes as u64,
+            stores,
+        }
+    }
+
+    /// The open shards whose slots are not being changed just now.
+    fn open_shards(&self) -> Vec<(Arc<Shard>, Option<Arc<dyn Room>>)> {
+        let slots: Vec<Arc<Slot>> = self.slots.lock().values().cloned().collect();
+        let of = |slot: &Arc<Slot>| {
+            let shard = slot.open()?;
+            let room = slot.shard.try_lock().ok().and_then(|g| g.as_ref().map(|(_, room)| Arc::clone(room)));
+            Some((shard, room))
+        };
+        slots.iter().filter_map(of).collect()
+    }
+
+    fn start_background(self: &Arc<Self>) {
+        if self.started.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let manager = Arc::downgrade(self);
+        tokio::spawn(async move {
+            let mut ticks = 0u64;
+            loop {
+                tokio::time::sleep(TICK).await;
+                let Some(manager) = manager.upgrade() else { return };
+                ticks += 1;
+                manager.keep_up(ticks.is_multiple_of(SLOW_TICKS)).await;
+            }
+        });
+    }
+
+    async fn keep_up(&self, slow: bool) {
+        let shards = self.open_shards();
+        let ttl = self.settings.session_ttl;
+        futures::future::join_all(shards.into_iter().map(|(shard, room)| async move {
+            if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
+                tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
+            }
+            if !slow {
+                return;
+            }
+            if let Err(error) = shard.expire_sessions(ttl).await {
+                tracing::debug!(shard = %shard.id(), %error, "sessions could not be looked at");
+            }
+            let short = room.is_some_and(|room| room.growth_bytes() < SHORT_ROOM_BYTES);
+            let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
+            if shard.executor().freed_bytes() >= enough {
+                shard.executor().take_freed_bytes();
+                let store = Arc::clone(shard.executor().store());
+                // Not waited for: it may take minutes. The shard stays open meanwhile.
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = store.reclaim() {
+                        tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet");
+                    }
+                });
+            }
+        }))
+        .await;
+    }
+}
+
+/// Whether a folder holds a whole database.
+fn is_whole(dir: &Path) -> bool {
+    dir.join("CURRENT").is_file()
+}
+
+fn with_suffix(dir: &Path, suffix: &str) -> Result<PathBuf> {
+    let name =
+        dir.file_name().ok_or_else(|| Error::internal(format!("{}: no folder's name", dir.display())))?;
+    let mut name = name.to_owned();
+    name.push(".");
+    name.push(suffix);
+    Ok(dir.with_file_name(name))
+}
+
+fn parent(dir: &Path) -> Result<&Path> {
+    dir.parent().ok_or_else(|| Error::internal(format!("{}: a folder without a parent", dir.display())))
+}
+
+fn delete_dir(dir: &Path) -> Result<()> {
+    let doomed = with_suffix(dir, "deleted")?;
+    if dir.exists() {
+        // One that was cut off goes first, so that the name is free.
+        remove_tree(&doomed)?;
+        io("rename", dir, std::fs::rename(dir, &doomed))?;
+        sync_dir(parent(dir)?)?;
+    }
+    fail::fail_point!("shard::delete::renamed");
+    remove_tree(&doomed)?;
+    remove_tree(&with_suffix(dir, "creating")?)?;
+    if parent(dir)?.exists() {
+        sync_dir(parent(dir)?)?;
+    }
+    Ok(())
+}
+
+fn remove_tree(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        result => io("remove", dir, result),
+    }
+}
+
+fn sync_dir(dir: &Path) -> Result<()> {
+    io("sync", dir, File::open(dir).and_then(|file| file.sync_all()))
+}
+
+fn io<T>(what: &str, path: &Path, result: std::io::Result<T>) -> Result<T> {
+    result.map_err(|e| {
+        let reason = match e.kind() {
+            std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Reason::VolumeFull,
+            _ => Reason::Io,
+        };
+        Error::new(reason, format!("{what} {}: {e}", path.display()))
+    })
+}

@@ -1,0 +1,393 @@
+//! What lives beside the records while a shard is open: sessions, result slots, who holds what open,
+//! orphans, staged contents.
+//!
+//! Sessions, slots and orphans are copies of `sys` records; what is held open is known in memory alone.
+//! After an open of the shard no session has said what it holds: until it has (`resumed`), it counts as
+//! a holder of everything.
+//!
+//! Invariants: only the executor changes it, through [`Effect`]s of operations that succeeded; each
+//! effect gives its [`Undo`], which is applied, last first, when the group's batch cannot be written.
+//!
+//! Must not: write to the store.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use shardfs_proto::types::limits::SESSION_WINDOW;
+use shardfs_proto::types::{Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
+
+use super::keys::{self, Cf, ContentId};
+use super::records::{Orphan, SessionRecord, Slot};
+use super::store::Reader;
+
+/// Opens that one session may hold: what the kernel's own limit on open files allows a busy machine.
+pub const OPENS_PER_SESSION_MAX: u64 = 1 << 20;
+
+/// The slot of a sequence number.
+pub fn slot_of(sequence: Sequence) -> u16 {
+    (sequence.get() % SESSION_WINDOW) as u16
+}
+
+/// What the shard knows of a sequence number.
+pub enum Seen {
+    /// Never seen: apply it.
+    New,
+    /// Its answer is in the store.
+    Answered,
+    /// It failed with this.
+    Failed(Error),
+}
+
+struct Session {
+    last_seen: Instant,
+    /// Whether it has said what it holds since the shard was opened.
+    resumed: bool,
+    /// Sum of its opens.
+    opens: u64,
+    /// The sequence in each slot, 0 = none; read from the store at the first need.
+    slots: Option<Box<[u64]>>,
+    /// Failures by slot: at most as many as there are slots.
+    failures: HashMap<u16, (Sequence, Error)>,
+}
+
+impl Session {
+    fn new(now: Instant, resumed: bool) -> Session {
+        Session { last_seen: now, resumed, opens: 0, slots: None, failures: HashMap::new() }
+    }
+}
+
+/// A streamed Put that is under way.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StagedContent {
+    /// Bytes so far.
+    pub bytes: u64,
+    /// Chunks so far.
+    pub chunks: u64,
+}
+
+/// A change of [`Live`] that an operation makes when it succeeds.
+#[derive(Clone, Debug)]
+pub enum Effect {
+    /// A session begins.
+    Begin(SessionId),
+    /// A session ends, with its opens.
+    End(SessionId),
+    /// A session has said what it holds.
+    Resumed(SessionId),
+    /// A session's opens of an inode change by this.
+    Opens(SessionId, InodeNo, i64),
+    /// The holders of an orphan; none: it is gone.
+    Orphan(InodeNo, Vec<SessionId>),
+    /// A staged content; `None`: it is gone.
+    Staged(ContentId, Option<StagedContent>),
+}
+
+/// How to take an [`Effect`] back.
+pub enum Undo {
+    /// Apply these.
+    Effects(Vec<Effect>),
+    /// Put a session back, with its opens.
+    Session(SessionId, Box<Ended>),
+}
+
+/// A session that ended.
+pub struct Ended {
+    session: Session,
+    held: Vec<(InodeNo, u64)>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub struct Live {
+    sessions: HashMap<SessionId, Session>,
+    unresumed: BTreeSet<SessionId>,
+    held: HashMap<InodeNo, BTreeMap<SessionId, u64>>,
+    orphans: BTreeMap<InodeNo, Vec<SessionId>>,
+    staged: HashMap<ContentId, StagedContent>,
+    staged_bytes: u64,
+}
+
+impl Live {
+    /// Reads what the store has. All sessions are unresumed and their time begins anew.
+    pub fn load(reader: &dyn Reader) -> Result<Live> {
+        let now = clock::monotonic();
+        let mut live = Live::default();
+        reader.scan_prefix(Cf::Sys, keys::SESSIONS, &mut |key, value| {
+            let id = keys::parse_session(key)?;
+            SessionRecord::decode(value).map_err(|e| e.context(format!("session {id}")))?;
+            live.sessions.insert(id, Session::new(now, false));
+            live.unresumed.insert(id);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        reader.scan_prefix(Cf::Sys, keys::ORPHANS, &mut |key, value| {
+            let ino = keys::parse_orphan(key)?;
+            let orphan = Orphan::decode(value).map_err(|e| e.context(format!("orphan {ino}")))?;
+            live.orphans.insert(ino, orphan.holders);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(live)
+    }
+
+    /// Sessions.
+    pub fn session_count(&self) -> usize {
+        self.sessions.len()
+    }
+
+    /// Whether there is such a session.
+    pub fn is_known(&self, session: SessionId) -> bool {
+        self.sessions.contains_key(&session)
+    }
+
+    /// Notes that a session is alive. An error if there is no such session.
+    pub fn touch(&mut self, session: SessionId) -> Result<()> {
+        match self.sessions.get_mut(&session) {
+            Some(s) => {
+                s.last_seen = clock::monotonic();
+                Ok(())
+            }
+            None => Err(unknown(session)),
+        }
+    }
+
+    /// Sessions that were silent for longer.
+    pub fn silent_for(&self, ttl: Duration) -> Vec<SessionId> {
+        let now = clock::monotonic();
+        let silent = |s: &Session| now.saturating_duration_since(s.last_seen) > ttl;
+        self.sessions.iter().filter(|(_, s)| silent(s)).map(|(id, _)| *id).collect()
+    }
+
+    /// Whether a session has yet to say what it holds.
+    pub fn wants_resume(&self, session: SessionId) -> bool {
+        self.unresumed.contains(&session)
+    }
+
+    /// Opens that a session holds of an inode, as far as it has said.
+    pub fn opens(&self, session: SessionId, ino: InodeNo) -> u64 {
+        self.held.get(&ino).and_then(|holders| holders.get(&session)).copied().unwrap_or(0)
+    }
+
+    /// Fails if a session may not open one more.
+    pub fn check_open(&self, session: SessionId) -> Result<()> {
+        let s = self.sessions.get(&session).ok_or_else(|| unknown(session))?;
+        if s.opens >= OPENS_PER_SESSION_MAX {
+            return Err(Error::new(
+                Reason::Busy,
+                format!("session {session} holds {OPENS_PER_SESSION_MAX} files open, the limit: close some"),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The sessions that hold an inode open, or may: ascending.
+    pub fn holders(&self, ino: InodeNo) -> Vec<SessionId> {
+        let mut holders = self.unresumed.clone();
+        if let Some(held) = self.held.get(&ino) {
+            holders.extend(held.keys());
+        }
+        holders.into_iter().collect()
+    }
+
+    /// The holders of an orphan; `None`: the inode is none.
+    pub fn orphan(&self, ino: InodeNo) -> Option<&[SessionId]> {
+        self.orphans.get(&ino).map(Vec::as_slice)
+    }
+
+    /// Orphans that a session holds.
+    pub fn orphans_of(&self, session: SessionId) -> Vec<InodeNo> {
+        self.orphans.iter().filter(|(_, holders)| holders.contains(&session)).map(|(ino, _)| *ino).collect()
+    }
+
+    /// Orphans with a holder that is no session any more.
+    pub fn stale_orphans(&self) -> Vec<(InodeNo, Vec<SessionId>)> {
+        let alive = |holders: &[SessionId]| -> Vec<SessionId> {
+            holders.iter().copied().filter(|s| self.sessions.contains_key(s)).collect()
+        };
+        self.orphans
+            .iter()
+            .map(|(ino, holders)| (*ino, holders.len(), alive(holders)))
+            .filter(|(_, before, now)| now.len() < *before)
+            .map(|(ino, _, now)| (ino, now))
+            .collect()
+    }
+
+    /// A staged content.
+    pub fn staged(&self, content: ContentId) -> Option<StagedContent> {
+        self.staged.get(&content).copied()
+    }
+
+    /// Bytes of all staged contents.
+    pub fn staged_bytes(&self) -> u64 {
+        self.staged_bytes
+    }
+
+    /// Slots of a session that hold a result.
+    pub fn used_slots(&mut self, reader: &dyn Reader, session: SessionId) -> Result<Vec<u16>> {
+        let slots = self.slots(reader, session)?;
+        Ok((0u16..).zip(slots.iter()).filter(|(_, sequence)| **sequence != 0).map(|(slot, _)| slot).collect())
+    }
+
+    fn slots(&mut self, reader: &dyn Reader, session: SessionId) -> Result<&mut [u64]> {
+        let s = self.sessions.get_mut(&session).ok_or_else(|| unknown(session))?;
+        if s.slots.is_none() {
+            let mut slots = vec![0; SESSION_WINDOW as usize].into_boxed_slice();
+            reader.scan_prefix(Cf::Sys, &keys::results(session), &mut |key, value| {
+                let (_, slot) = keys::parse_result(key)?;
+                let sequence =
+                    Slot::decode(value).map_err(|e| e.context(format!("session {session}")))?.sequence;
+                let place = slots.get_mut(usize::from(slot)).ok_or_else(|| {
+                    Error::corrupt(format!("session {session}: slot {slot} is not below {SESSION_WINDOW}"))
+                })?;
+                *place = sequence.get();
+                Ok(ControlFlow::Continue(()))
+            })?;
+            s.slots = Some(slots);
+        }
+        Ok(s.slots.as_deref_mut().expect("filled above"))
+    }
+
+    /// What is known of a mutation.
+    pub fn seen(&mut self, reader: &dyn Reader, session: SessionId, sequence: Sequence) -> Result<Seen> {
+        let slot = slot_of(sequence);
+        let stored = self.slots(reader, session)?[usize::from(slot)];
+        if stored == sequence.get() {
+            return Ok(Seen::Answered);
+        }
+        let failed = self.sessions.get(&session).and_then(|s| s.failures.get(&slot));
+        let newest = stored.max(failed.map_or(0, |(sequence, _)| sequence.get()));
+        if newest > sequence.get() {
+            return Err(Error::new(
+                Reason::SequenceStale,
+                format!(
+                    "session {session}: mutation {sequence} is older than {newest}, which took its slot: it was \
+                     answered long ago, or more than {SESSION_WINDOW} are outstanding"
+                ),
+            ));
+        }
+        match failed {
+            Some((at, error)) if *at == sequence => Ok(Seen::Failed(error.clone())),
+            Some(_) | None => Ok(Seen::New),
+        }
+    }
+
+    /// Notes that a mutation was applied.
+    pub fn note_answered(&mut self, session: SessionId, sequence: Sequence) {
+        if let Some(s) = self.sessions.get_mut(&session)
+            && let Some(slots) = s.slots.as_deref_mut()
+        {
+            slots[usize::from(slot_of(sequence))] = sequence.get();
+        }
+    }
+
+    /// Notes that a mutation failed for good.
+    pub fn note_failed(&mut self, session: SessionId, sequence: Sequence, error: Error) {
+        if let Some(s) = self.sessions.get_mut(&session) {
+            s.failures.insert(slot_of(sequence), (sequence, error));
+        }
+    }
+
+    /// Forgets copies of result slots: they are read from the store again.
+    pub fn forget_slots(&mut self) {
+        for s in self.sessions.values_mut() {
+            s.slots = None;
+        }
+    }
+
+    /// Applies an effect.
+    pub fn apply(&mut self, effect: Effect) -> Undo {
+        match effect {
+            Effect::Begin(session) => {
+                self.sessions.insert(session, Session::new(clock::monotonic(), true));
+                Undo::Effects(vec![Effect::End(session)])
+            }
+            Effect::End(session) => self.end(session),
+            Effect::Resumed(session) => {
+                self.unresumed.remove(&session);
+                if let Some(s) = self.sessions.get_mut(&session) {
+                    s.resumed = true;
+                }
+                // Nothing to take back: a session that spoke has spoken.
+                Undo::Effects(Vec::new())
+            }
+            Effect::Opens(session, ino, change) => {
+                self.change_opens(session, ino, change);
+                Undo::Effects(vec![Effect::Opens(session, ino, -change)])
+            }
+            Effect::Orphan(ino, holders) => {
+                let before = if holders.is_empty() {
+                    self.orphans.remove(&ino)
+                } else {
+                    self.orphans.insert(ino, holders)
+                };
+                Undo::Effects(vec![Effect::Orphan(ino, before.unwrap_or_default())])
+            }
+            Effect::Staged(content, staged) => {
+                let before = match staged {
+                    Some(staged) => self.staged.insert(content, staged),
+                    None => self.staged.remove(&content),
+                };
+                let bytes = |staged: Option<StagedContent>| staged.map_or(0, |s| s.bytes);
+                self.staged_bytes = self.staged_bytes + bytes(staged) - bytes(before);
+                Undo::Effects(vec![Effect::Staged(content, before)])
+            }
+        }
+    }
+
+    /// Takes an effect back.
+    pub fn undo(&mut self, undo: Undo) {
+        match undo {
+            Undo::Effects(effects) => {
+                for effect in effects {
+                    self.apply(effect);
+                }
+            }
+            Undo::Session(id, ended) => {
+                for (ino, count) in ended.held {
+                    self.held.entry(ino).or_default().insert(id, count);
+                }
+                if !ended.session.resumed {
+                    self.unresumed.insert(id);
+                }
+                self.sessions.insert(id, ended.session);
+            }
+        }
+    }
+
+    fn end(&mut self, id: SessionId) -> Undo {
+        let Some(session) = self.sessions.remove(&id) else { return Undo::Effects(Vec::new()) };
+        self.unresumed.remove(&id);
+        let mut held = Vec::new();
+        self.held.retain(|ino, holders| {
+            if let Some(count) = holders.remove(&id) {
+                held.push((*ino, count));
+            }
+            !holders.is_empty()
+        });
+        Undo::Session(id, Box::new(Ended { session, held }))
+    }
+
+    fn change_opens(&mut self, id: SessionId, ino: InodeNo, change: i64) {
+        let Some(session) = self.sessions.get_mut(&id) else { return };
+        let holders = self.held.entry(ino).or_default();
+        let count = holders.entry(id).or_default();
+        let before = *count;
+        *count = before.saturating_add_signed(change);
+        session.opens = session.opens - before + *count;
+        if *count == 0 {
+            holders.remove(&id);
+            if holders.is_empty() {
+                self.held.remove(&ino);
+            }
+        }
+    }
+}
+
+/// The error of a session that the shard does not know.
+pub fn unknown(session: SessionId) -> Error {
+    Error::new(
+        Reason::SessionUnknown,
+        format!(
+            "the shard does not know session {session}: it was closed or silent too long; open a new one"
+        ),
+    )
+}
