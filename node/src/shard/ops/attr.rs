@@ -20,7 +20,8 @@ impl Apply<'_, '_> {
         if let Some(mode) = set.mode {
             record.mode = mode & MODE_BITS;
         }
-        if set.kill_set_id {
+        // On a directory the set-group-id bit says what new entries inherit, and stays.
+        if set.kill_set_id && record.kind != FileKind::Directory {
             record.mode = Self::kill_set_id(record.mode);
         }
         record.uid = set.uid.unwrap_or(record.uid);
