@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::{PipeReader, Read, Write, pipe};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
@@ -28,12 +28,24 @@ impl Waiting {
     /// Nobody, or the holder of the other end of this descriptor, which the caller gives up.
     pub fn new(fd: Option<RawFd>) -> Result<Waiting> {
         let Some(fd) = fd else { return Ok(Waiting::default()) };
-        // SAFETY: fcntl takes no pointers; a number that is no descriptor is an error.
-        if fd <= 2 || unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } != 0 {
-            bail!("descriptor {fd} is not open for telling that the mount is usable");
+        if fd < 0 {
+            bail!("descriptor {fd}: no descriptor has this number");
         }
-        // SAFETY: it is open, and was handed to this process for this one use.
-        let to = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        // SAFETY: it was handed to this process for this one use; that it is not open is an error of the call.
+        let copy = rustix::io::fcntl_dupfd_cloexec(unsafe { BorrowedFd::borrow_raw(fd) }, 3);
+        let copy = copy.with_context(|| format!("descriptor {fd}, for telling that the mount is usable"))?;
+        // The copy alone shall hold the pipe open; a standard descriptor must lead somewhere, though.
+        if fd > 2 {
+            // SAFETY: as above; nobody else uses it.
+            drop(unsafe { OwnedFd::from_raw_fd(fd) });
+        } else {
+            let null = File::options().read(true).write(true).open("/dev/null").context("/dev/null")?;
+            // SAFETY: takes no pointers, and changes a standard descriptor only.
+            if unsafe { libc::dup2(null.as_raw_fd(), fd) } < 0 {
+                return Err(std::io::Error::last_os_error()).context("/dev/null");
+            }
+        }
+        let to = File::from(copy);
         Ok(Waiting { to: Some(to) })
     }
 
@@ -140,6 +152,6 @@ mod tests {
     #[test]
     fn a_descriptor_that_is_not_open_is_refused() {
         assert!(Waiting::new(Some(1_000_000)).is_err());
-        assert!(Waiting::new(Some(1)).is_err());
+        assert!(Waiting::new(Some(-1)).is_err());
     }
 }
