@@ -64,7 +64,10 @@ pub async fn bind_tcp(address: SocketAddr) -> Result<TcpListener> {
 /// A bound unix socket.
 pub fn bind_unix(path: &Path) -> Result<UnixListener> {
     if path.as_os_str().len() > UNIX_PATH_BYTES_MAX {
-        bail!("the socket path {} is longer than the {UNIX_PATH_BYTES_MAX} bytes that Linux allows", path.display());
+        bail!(
+            "the socket path {} is longer than the {UNIX_PATH_BYTES_MAX} bytes that Linux allows",
+            path.display()
+        );
     }
     if let Ok(meta) = std::fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
@@ -73,7 +76,8 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener> {
         if std::os::unix::net::UnixStream::connect(path).is_ok() {
             bail!("{} is in use by another process: stop it, or choose another path", path.display());
         }
-        std::fs::remove_file(path).with_context(|| format!("removing the stale socket {}", path.display()))?;
+        std::fs::remove_file(path)
+            .with_context(|| format!("removing the stale socket {}", path.display()))?;
     }
     UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))
 }

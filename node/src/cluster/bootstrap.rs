@@ -42,7 +42,10 @@ pub async fn ensure_cluster_id(store: &dyn MetaStore) -> Result<String> {
 /// provider or source is an error: volumes do not move that way.
 pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<VolumeRecord> {
     if !spec.source.starts_with('/') {
-        return Err(Error::invalid(format!("volume {}: the source {:?} is no absolute path", spec.id, spec.source)));
+        return Err(Error::invalid(format!(
+            "volume {}: the source {:?} is no absolute path",
+            spec.id, spec.source
+        )));
     }
     crate::volume::check_spec(&spec.id, &spec.provider, spec.size_bytes)?;
     let record = VolumeRecord {

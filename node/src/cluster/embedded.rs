@@ -18,11 +18,12 @@ use tonic::{Code, Status};
 
 use super::embedded_server::MESSAGE_BYTES_MAX;
 use super::store::{
-    KeyRange, LeaseId, MetaStore, RangeAnswer, Revision, StoreError, StoreResult, Txn, TxnAnswer, WatchStream,
-    check_range,
+    KeyRange, LeaseId, MetaStore, RangeAnswer, Revision, StoreError, StoreResult, Txn, TxnAnswer,
+    WatchStream, check_range,
 };
 use super::wire::{
-    batch_from_wire, error_from_status, range_answer_from_wire, range_to_wire, txn_answer_from_wire, txn_to_wire,
+    batch_from_wire, error_from_status, range_answer_from_wire, range_to_wire, txn_answer_from_wire,
+    txn_to_wire,
 };
 
 /// How long one connection attempt may take.
@@ -110,7 +111,10 @@ impl EmbeddedStore {
     /// What a call's end says about the connection.
     fn judge(&self, generation: u64, status: Option<&Status>) {
         let broken = status.is_some_and(|s| {
-            matches!(s.code(), Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::DeadlineExceeded)
+            matches!(
+                s.code(),
+                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::DeadlineExceeded
+            )
         });
         self.shared.reachable.store(!broken, Ordering::Relaxed);
         if broken {
@@ -138,7 +142,9 @@ impl EmbeddedStore {
         };
         self.judge(generation, Some(&status));
         Err(match error_from_status(&status) {
-            StoreError::OutcomeUnknown(why) => StoreError::OutcomeUnknown(format!("{}: {why}", self.shared.address)),
+            StoreError::OutcomeUnknown(why) => {
+                StoreError::OutcomeUnknown(format!("{}: {why}", self.shared.address))
+            }
             // Only a watch can be too old; elsewhere this code is the transport's word for a message too large.
             StoreError::Compacted => StoreError::Invalid(status.message().to_owned()),
             error @ (StoreError::Unavailable(_)
@@ -227,7 +233,8 @@ impl MetaStore for EmbeddedStore {
         Box::pin(async move {
             txn.check()?;
             // What only reads may be repeated like a read.
-            let reads = |ops: &[super::store::Op]| ops.iter().all(|op| matches!(op, super::store::Op::Range(_)));
+            let reads =
+                |ops: &[super::store::Op]| ops.iter().all(|op| matches!(op, super::store::Op::Range(_)));
             let repeatable = reads(&txn.success) && reads(&txn.failure);
             let request = txn_to_wire(txn);
             let call = |mut client: MetaClient<Channel>| {
@@ -288,7 +295,8 @@ impl MetaStore for EmbeddedStore {
 
     fn lease_grant(&self, ttl: Duration) -> BoxFuture<'_, StoreResult<LeaseId>> {
         Box::pin(async move {
-            let ttl_ms = u32::try_from(ttl.as_millis()).map_err(|_| StoreError::Invalid(format!("a lease of {ttl:?}")))?;
+            let ttl_ms = u32::try_from(ttl.as_millis())
+                .map_err(|_| StoreError::Invalid(format!("a lease of {ttl:?}")))?;
             // Granting twice is harmless: a lease that nobody keeps alive ends.
             let call = |mut client: MetaClient<Channel>| async move {
                 client.lease_grant(wire::LeaseGrantRequest { ttl_ms }).await

@@ -33,7 +33,9 @@ use super::store::{
     KeyRange, LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseId, RANGE_BYTES_MAX, Revision, StoreError, StoreResult,
     TXN_BYTES_MAX, WatchBatch, check_range,
 };
-use super::wire::{batch_to_wire, error_to_status, range_answer_to_wire, range_from_wire, txn_answer_to_wire, txn_from_wire};
+use super::wire::{
+    batch_to_wire, error_to_status, range_answer_to_wire, range_from_wire, txn_answer_to_wire, txn_from_wire,
+};
 use crate::net::{self, ListenAddr};
 use db::{Command, Outcome, Reader, Writer};
 use log::Log;
@@ -52,7 +54,8 @@ const WATCH_PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
 /// Watches at a time; one a node, and some for tools.
 const WATCHES_MAX: usize = 256;
 /// Bytes of a message either way: what one transaction or one page of a range may hold, and its framing.
-pub(super) const MESSAGE_BYTES_MAX: usize = 2 * if TXN_BYTES_MAX > RANGE_BYTES_MAX { TXN_BYTES_MAX } else { RANGE_BYTES_MAX } + (8 << 20);
+pub(super) const MESSAGE_BYTES_MAX: usize =
+    2 * if TXN_BYTES_MAX > RANGE_BYTES_MAX { TXN_BYTES_MAX } else { RANGE_BYTES_MAX } + (8 << 20);
 /// How long a stop waits for connections to end.
 const STOP_WAIT_MAX: Duration = Duration::from_secs(3);
 
@@ -76,7 +79,12 @@ pub async fn serve(path: PathBuf, listen: ListenAddr) -> Result<Handle> {
     let log = Arc::new(Log::new(opened.revision));
     let leases = Leases::new(opened.leases);
     let (queue, messages) = sync_channel(QUEUE_MAX);
-    let writer_loop = WriterLoop { writer: opened.writer, log: log.clone(), leases: leases.clone(), flushed: clock::monotonic() };
+    let writer_loop = WriterLoop {
+        writer: opened.writer,
+        log: log.clone(),
+        leases: leases.clone(),
+        flushed: clock::monotonic(),
+    };
     let stop = CancellationToken::new();
     let service = Service {
         reader: opened.reader,
@@ -154,7 +162,9 @@ impl Handle {
             // A writer that has ended needs no message.
             let _ = queue.send(Message::Stop { clean });
             drop(queue);
-            writer.map_or(Ok(()), |w| w.join().map_err(|_| anyhow::anyhow!("the metadata store's writer panicked")))
+            writer.map_or(Ok(()), |w| {
+                w.join().map_err(|_| anyhow::anyhow!("the metadata store's writer panicked"))
+            })
         })
         .await
         .context("stopping the metadata store")?
@@ -228,7 +238,8 @@ impl WriterLoop {
                     tracing::error!(%error, "metadata store: a flush failed");
                 }
             }
-            let wake = next_end.map_or(self.flushed + VOLATILE_AGE_MAX, |end| end.min(self.flushed + VOLATILE_AGE_MAX));
+            let wake = next_end
+                .map_or(self.flushed + VOLATILE_AGE_MAX, |end| end.min(self.flushed + VOLATILE_AGE_MAX));
             let first = match messages.recv_timeout(wake.saturating_duration_since(now)) {
                 Ok(message) => message,
                 Err(RecvTimeoutError::Timeout) => continue,
@@ -313,7 +324,9 @@ impl Service {
         match self.queue.try_send(Message::Call { command, answer }) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => {
-                return Err(error_to_status(StoreError::Unavailable(format!("{QUEUE_MAX} calls are waiting already"))));
+                return Err(error_to_status(StoreError::Unavailable(format!(
+                    "{QUEUE_MAX} calls are waiting already"
+                ))));
             }
             Err(TrySendError::Disconnected(_)) => {
                 return Err(error_to_status(StoreError::Unavailable("it is stopping".into())));
@@ -337,7 +350,10 @@ type WatchReplies = Pin<Box<dyn Stream<Item = Result<wire::WatchReply, Status>> 
 impl Meta for Service {
     type WatchStream = WatchReplies;
 
-    async fn range(&self, request: Request<wire::RangeRequest>) -> Result<Response<wire::RangeReply>, Status> {
+    async fn range(
+        &self,
+        request: Request<wire::RangeRequest>,
+    ) -> Result<Response<wire::RangeReply>, Status> {
         let request = request.into_inner();
         let range = range_from_wire(request.key, request.range_end);
         check_range(&range).map_err(error_to_status)?;
@@ -367,7 +383,9 @@ impl Meta for Service {
         check_range(&range).map_err(error_to_status)?;
         let start = self.log.start(Revision::new(request.start_revision)).map_err(error_to_status)?;
         let Ok(permit) = self.watches.clone().try_acquire_owned() else {
-            return Err(error_to_status(StoreError::Unavailable(format!("{WATCHES_MAX} watches are running already"))));
+            return Err(error_to_status(StoreError::Unavailable(format!(
+                "{WATCHES_MAX} watches are running already"
+            ))));
         };
         let batches = watch(self.log.clone(), range, start, self.stop.clone());
         let replies = async_stream::stream! {

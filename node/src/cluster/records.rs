@@ -276,7 +276,9 @@ mod tests {
 
     #[test]
     fn unknown_fields_pass_and_newer_formats_do_not() {
-        let more = String::from_utf8(encode(&shard()).to_vec()).unwrap().replace(r#""v":1"#, r#""v":1,"later":true"#);
+        let more = String::from_utf8(encode(&shard()).to_vec())
+            .unwrap()
+            .replace(r#""v":1"#, r#""v":1,"later":true"#);
         assert_eq!(decode::<ShardRecord>(b"k", more.as_bytes()).unwrap(), shard());
         let newer = more.replace(r#""v":1"#, r#""v":2"#);
         assert!(decode::<ShardRecord>(b"k", newer.as_bytes()).is_err());

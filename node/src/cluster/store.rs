@@ -19,9 +19,6 @@ use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use shardfs_proto::types::{Error, Reason};
 
-#[cfg(test)]
-mod tests;
-
 /// Bytes of a key.
 pub const KEY_BYTES_MAX: usize = 1 << 10;
 /// Bytes of a value: a metadata record, never file content.
@@ -72,7 +69,9 @@ pub enum StoreError {
 impl From<StoreError> for Error {
     fn from(error: StoreError) -> Error {
         let reason = match &error {
-            StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) | StoreError::Compacted => Reason::Unavailable,
+            StoreError::Unavailable(_) | StoreError::OutcomeUnknown(_) | StoreError::Compacted => {
+                Reason::Unavailable
+            }
             StoreError::LeaseUnknown => Reason::NotFound,
             StoreError::Invalid(_) => Reason::InvalidArgument,
             StoreError::Failed(_) => Reason::Io,
@@ -293,11 +292,15 @@ impl Txn {
 
     /// Checks the limits.
     pub fn check(&self) -> StoreResult<()> {
-        for (what, count) in
-            [("compares", self.compares.len()), ("operations", self.success.len()), ("operations", self.failure.len())]
-        {
+        for (what, count) in [
+            ("compares", self.compares.len()),
+            ("operations", self.success.len()),
+            ("operations", self.failure.len()),
+        ] {
             if count > TXN_OPS_MAX {
-                return Err(StoreError::Invalid(format!("{count} {what} in a transaction; the limit is {TXN_OPS_MAX}")));
+                return Err(StoreError::Invalid(format!(
+                    "{count} {what} in a transaction; the limit is {TXN_OPS_MAX}"
+                )));
             }
         }
         let mut bytes = 0;
@@ -338,7 +341,10 @@ impl Txn {
 /// Checks a range's keys. Its ends may be one byte longer than a key: see [`KeyRange::after`].
 pub fn check_range(range: &KeyRange) -> StoreResult<()> {
     if range.start.is_empty() || range.start.len() > KEY_BYTES_MAX + 1 {
-        return Err(StoreError::Invalid(format!("a range that starts at a key of {} bytes", range.start.len())));
+        return Err(StoreError::Invalid(format!(
+            "a range that starts at a key of {} bytes",
+            range.start.len()
+        )));
     }
     if range.end.as_ref().is_some_and(|end| end.len() > KEY_BYTES_MAX + 1) {
         return Err(StoreError::Invalid(format!("the end of a range has more than {KEY_BYTES_MAX} bytes")));
@@ -348,7 +354,10 @@ pub fn check_range(range: &KeyRange) -> StoreResult<()> {
 
 fn check_key(key: &Bytes) -> StoreResult<()> {
     if key.is_empty() || key.len() > KEY_BYTES_MAX {
-        return Err(StoreError::Invalid(format!("a key of {} bytes; the limits are 1 and {KEY_BYTES_MAX}", key.len())));
+        return Err(StoreError::Invalid(format!(
+            "a key of {} bytes; the limits are 1 and {KEY_BYTES_MAX}",
+            key.len()
+        )));
     }
     Ok(())
 }

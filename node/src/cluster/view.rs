@@ -18,8 +18,8 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::records::{
-    self, CLUSTER_KEY, ClusterRecord, HEARTBEATS, NODES, NodeRecord, PREFIX, SHARDS, ShardRecord, StateWord, VOLUMES,
-    VolumeRecord,
+    self, CLUSTER_KEY, ClusterRecord, HEARTBEATS, NODES, NodeRecord, PREFIX, SHARDS, ShardRecord, StateWord,
+    VOLUMES, VolumeRecord,
 };
 use super::store::{Event, KeyRange, KeyValue, MetaStore, Revision, StoreError, get, range_all};
 
@@ -79,7 +79,9 @@ impl View {
                 ended = self.follow(&*store) => ended,
             };
             match ended {
-                StoreError::Compacted => tracing::info!("the metadata store no longer has what was missed: reading all anew"),
+                StoreError::Compacted => {
+                    tracing::info!("the metadata store no longer has what was missed: reading all anew")
+                }
                 error => tracing::warn!(%error, "following the metadata store: once more"),
             }
             tokio::select! {

@@ -6,8 +6,8 @@ use shardfs_proto::wire::meta as wire;
 use tonic::{Code, Status};
 
 use super::store::{
-    Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RangeAnswer, Revision, StoreError, StoreResult, Txn,
-    TxnAnswer, WatchBatch,
+    Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RangeAnswer, Revision, StoreError, StoreResult,
+    Txn, TxnAnswer, WatchBatch,
 };
 
 pub(super) fn range_from_wire(key: Bytes, range_end: Bytes) -> KeyRange {
@@ -157,7 +157,10 @@ pub(super) fn batch_from_wire(reply: wire::WatchReply) -> WatchBatch {
         Some(kv) => Event::Put(kv_from_wire(kv)),
         None => Event::Delete(event.key),
     };
-    WatchBatch { revision: Revision::new(reply.revision), events: reply.events.into_iter().map(event).collect() }
+    WatchBatch {
+        revision: Revision::new(reply.revision),
+        events: reply.events.into_iter().map(event).collect(),
+    }
 }
 
 /// `Unavailable` becomes ABORTED, which no transport makes up: only the server itself can say that

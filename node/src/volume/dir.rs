@@ -21,7 +21,8 @@ impl VolumeProvider for DirProvider {
                 spec.id
             )));
         }
-        fs::create_dir_all(&spec.source).map_err(|e| io_error(&format!("making {}", spec.source.display()), &e))
+        fs::create_dir_all(&spec.source)
+            .map_err(|e| io_error(&format!("making {}", spec.source.display()), &e))
     }
 
     fn attach(&self, spec: &VolumeSpec) -> Result<Attached> {
@@ -56,7 +57,8 @@ fn link(source: &Path, place: &Path) -> Result<()> {
         fs::create_dir_all(parent).map_err(|e| io_error(&format!("making {}", parent.display()), &e))?;
     }
     unlink(place)?;
-    std::os::unix::fs::symlink(source, place).map_err(|e| io_error(&format!("linking {}", place.display()), &e))
+    std::os::unix::fs::symlink(source, place)
+        .map_err(|e| io_error(&format!("linking {}", place.display()), &e))
 }
 
 fn unlink(place: &Path) -> Result<()> {
@@ -67,7 +69,9 @@ fn unlink(place: &Path) -> Result<()> {
         Ok(meta) if meta.is_symlink() => fs::remove_file(place).map_err(|e| io_error(&doing, &e)),
         // An empty mount point of a volume that was a loop volume once; anything in it is not ours to remove.
         Ok(meta) if meta.is_dir() => fs::remove_dir(place).map_err(|e| io_error(&doing, &e)),
-        Ok(_) => Err(Error::new(Reason::AlreadyExists, format!("{} is in the way: move it", place.display()))),
+        Ok(_) => {
+            Err(Error::new(Reason::AlreadyExists, format!("{} is in the way: move it", place.display())))
+        }
     }
 }
 

@@ -19,7 +19,10 @@ use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use shardfs_proto::types::{Error, Reason, Result, VolumeId};
 
-use super::{Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts, verify_identity};
+use super::{
+    Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
+    verify_identity,
+};
 
 /// The provider `loop`.
 pub struct LoopProvider;
@@ -126,7 +129,11 @@ impl VolumeProvider for LoopProvider {
             }
             return Err(error);
         }
-        Ok(Attached { root: spec.mount_point.clone(), device: device.display().to_string(), lock: Some(lock) })
+        Ok(Attached {
+            root: spec.mount_point.clone(),
+            device: device.display().to_string(),
+            lock: Some(lock),
+        })
     }
 
     fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()> {
@@ -152,7 +159,8 @@ fn tag(mount_point: &Path, id: &VolumeId) -> Result<[u8; LO_NAME_BYTES]> {
     // The folder above exists before and after the mount; the mount point itself may not.
     let parent = mount_point.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent).map_err(|e| io_error(&format!("making {}", parent.display()), &e))?;
-    let parent = fs::canonicalize(parent).map_err(|e| io_error(&format!("resolving {}", parent.display()), &e))?;
+    let parent =
+        fs::canonicalize(parent).map_err(|e| io_error(&format!("resolving {}", parent.display()), &e))?;
     let place = parent.join(id.as_str());
     // Two checksums over different bytes: 64 bits, enough to tell some dozens of devices apart.
     let bytes = place.as_os_str().as_encoded_bytes();
@@ -256,17 +264,18 @@ fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
         .write(true)
         .open(source)
         .map_err(|e| io_error(&format!("opening {}", source.display()), &e))?;
-    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| match e.kind() {
-        ErrorKind::NotFound => Error::new(
-            Reason::Unsupported,
-            "/dev/loop-control is missing: load the module `loop`, or use volumes of kind `dir`",
-        ),
-        ErrorKind::PermissionDenied => Error::new(
-            Reason::NotPermitted,
-            "loop devices need root: run the node as root, or use volumes of kind `dir`",
-        ),
-        _other => io_error("opening /dev/loop-control", &e),
-    })?;
+    let control =
+        OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                Reason::Unsupported,
+                "/dev/loop-control is missing: load the module `loop`, or use volumes of kind `dir`",
+            ),
+            ErrorKind::PermissionDenied => Error::new(
+                Reason::NotPermitted,
+                "loop devices need root: run the node as root, or use volumes of kind `dir`",
+            ),
+            _other => io_error("opening /dev/loop-control", &e),
+        })?;
     for _ in 0..FREE_DEVICE_ATTEMPTS_MAX {
         // SAFETY: the call takes no argument.
         let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
@@ -274,7 +283,8 @@ fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
             return Err(io_error("asking for a free loop device", &std::io::Error::last_os_error()));
         }
         let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device = open_device(&path, true).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+        let device =
+            open_device(&path, true).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
         match configure(&device, backing.as_raw_fd(), tag) {
             Ok(()) => {
                 if status(&device).is_some_and(|info| info.lo_flags & LO_FLAGS_DIRECT_IO == 0) {
@@ -285,15 +295,21 @@ fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
             }
             // Somebody else was faster.
             Err(e) if e.kind() == ErrorKind::ResourceBusy => {}
-            Err(e) => return Err(io_error(&format!("attaching {} to {}", source.display(), path.display()), &e)),
+            Err(e) => {
+                return Err(io_error(&format!("attaching {} to {}", source.display(), path.display()), &e));
+            }
         }
     }
     Err(Error::unavailable("no loop device stays free long enough to be used"))
 }
 
 fn configure(device: &File, backing: RawFd, tag: &[u8; LO_NAME_BYTES]) -> std::io::Result<()> {
-    let mut config =
-        LoopConfig { fd: backing as u32, block_size: BLOCK_BYTES, info: LoopInfo64::zeroed(), reserved: [0; 8] };
+    let mut config = LoopConfig {
+        fd: backing as u32,
+        block_size: BLOCK_BYTES,
+        info: LoopInfo64::zeroed(),
+        reserved: [0; 8],
+    };
     config.info.lo_flags = LO_FLAGS_DIRECT_IO;
     config.info.lo_file_name = *tag;
     // SAFETY: the kernel reads one `loop_config`, whose layout `LoopConfig` has; the descriptors are open.
@@ -302,7 +318,8 @@ fn configure(device: &File, backing: RawFd, tag: &[u8; LO_NAME_BYTES]) -> std::i
 }
 
 fn detach_device(path: &Path) -> Result<()> {
-    let device = open_device(path, false).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    let device =
+        open_device(path, false).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
     // SAFETY: the call takes no argument that is used.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD as _, 0) };
     let error = std::io::Error::last_os_error();
@@ -330,7 +347,12 @@ fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
         let reason = if e == Errno::BUSY { Reason::Unavailable } else { Reason::Io };
         Error::new(
             reason,
-            format!("volume {}: mounting {} at {}: {e}: {hint}", spec.id, device.display(), spec.mount_point.display()),
+            format!(
+                "volume {}: mounting {} at {}: {e}: {hint}",
+                spec.id,
+                device.display(),
+                spec.mount_point.display()
+            ),
         )
     })
 }
@@ -381,7 +403,9 @@ fn check_label(path: &Path, spec: &VolumeSpec) -> Result<()> {
     };
     match probe(path)? {
         Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => Ok(()),
-        Content::Ext4 { label: found } => refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found))),
+        Content::Ext4 { label: found } => {
+            refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found)))
+        }
         Content::Unknown => refused("something unknown"),
         Content::Zeros => Err(Error::corrupt(format!(
             "{} is empty, but volume {} has been used before: put its backing file back",
@@ -435,7 +459,8 @@ fn make_backing(spec: &VolumeSpec) -> Result<()> {
         .mode(0o600)
         .open(&fresh)
         .map_err(|e| io_error(&doing, &e))?;
-    file.set_len(spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES)).map_err(|e| io_error(&doing, &e))?;
+    file.set_len(spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES))
+        .map_err(|e| io_error(&doing, &e))?;
     make_filesystem(&fresh, &spec.id, true)?;
     let publish = || -> std::io::Result<()> {
         file.sync_all()?;
@@ -461,7 +486,20 @@ fn make_filesystem(path: &Path, id: &VolumeId, sparse: bool) -> Result<()> {
     let search = std::env::var("PATH").unwrap_or_default();
     let output = Command::new("mkfs.ext4")
         .env("PATH", format!("{search}:/usr/sbin:/sbin"))
-        .args(["-q", "-F", "-b", "4096", "-m", "0", "-i", &BYTES_PER_INODE.to_string(), "-L", &label(id), "-E", &extended])
+        .args([
+            "-q",
+            "-F",
+            "-b",
+            "4096",
+            "-m",
+            "0",
+            "-i",
+            &BYTES_PER_INODE.to_string(),
+            "-L",
+            &label(id),
+            "-E",
+            &extended,
+        ])
         .arg(path)
         .output()
         .map_err(|e| match e.kind() {

@@ -87,7 +87,9 @@ pub fn provider(name: &str) -> Result<&'static dyn VolumeProvider> {
     match name {
         "loop" => Ok(&loopdev::LoopProvider),
         "dir" => Ok(&dir::DirProvider),
-        other => Err(Error::invalid(format!("volume provider {other:?} is not known: there are `loop` and `dir`"))),
+        other => {
+            Err(Error::invalid(format!("volume provider {other:?} is not known: there are `loop` and `dir`")))
+        }
     }
 }
 
@@ -98,9 +100,9 @@ pub fn check_spec(id: &VolumeId, name: &str, size_bytes: u64) -> Result<()> {
         "loop" if !(LOOP_BYTES_MIN..=LOOP_BYTES_MAX).contains(&size_bytes) => Err(Error::invalid(format!(
             "volume {id}: {size_bytes} bytes; a loop volume has {LOOP_BYTES_MIN} to {LOOP_BYTES_MAX}"
         ))),
-        "dir" if size_bytes != 0 => {
-            Err(Error::invalid(format!("volume {id}: a dir volume is as large as what it lies on; give size 0")))
-        }
+        "dir" if size_bytes != 0 => Err(Error::invalid(format!(
+            "volume {id}: a dir volume is as large as what it lies on; give size 0"
+        ))),
         _ => Ok(()),
     }
 }
@@ -117,8 +119,9 @@ fn verify_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
     let path = root.join(IDENTITY_FILE);
     match fs::read(&path) {
         Ok(bytes) => {
-            let identity: Identity = serde_json::from_slice(&bytes)
-                .map_err(|e| Error::corrupt(format!("{}: {e}: the volume's identity is damaged", path.display())))?;
+            let identity: Identity = serde_json::from_slice(&bytes).map_err(|e| {
+                Error::corrupt(format!("{}: {e}: the volume's identity is damaged", path.display()))
+            })?;
             if identity.volume != spec.id || identity.cluster != spec.cluster_id {
                 return Err(Error::invalid(format!(
                     "{} holds volume {} of cluster {}, not volume {} of cluster {}: it is left alone",

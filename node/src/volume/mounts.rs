@@ -29,7 +29,8 @@ pub struct Mount {
 
 /// All mounts that this process sees, in order of mounting.
 pub fn list() -> Result<Vec<Mount>> {
-    let text = std::fs::read("/proc/self/mountinfo").map_err(|e| Error::io(format!("reading the mount table: {e}")))?;
+    let text = std::fs::read("/proc/self/mountinfo")
+        .map_err(|e| Error::io(format!("reading the mount table: {e}")))?;
     Ok(text.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
@@ -40,7 +41,11 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
     let kind = rest.next()?;
     let source = rest.next()?;
-    Some(Mount { at: unescape(at), source: unescape(source), kind: String::from_utf8_lossy(kind).into_owned() })
+    Some(Mount {
+        at: unescape(at),
+        source: unescape(source),
+        kind: String::from_utf8_lossy(kind).into_owned(),
+    })
 }
 
 /// Blanks and the like stand as `\040`.
@@ -110,7 +115,8 @@ mod tests {
 
     #[test]
     fn mountinfo_is_understood() {
-        let line = br"36 35 98:0 /mnt1 /mnt\0402/a\134b rw,noatime master:1 - ext4 /dev/loop7 rw,errors=remount-ro";
+        let line =
+            br"36 35 98:0 /mnt1 /mnt\0402/a\134b rw,noatime master:1 - ext4 /dev/loop7 rw,errors=remount-ro";
         let mount = parse(line).unwrap();
         assert_eq!(mount.at, Path::new(r"/mnt 2/a\b"));
         assert_eq!((mount.source.to_str().unwrap(), mount.kind.as_str()), ("/dev/loop7", "ext4"));

@@ -71,9 +71,10 @@ impl VolumeRoom {
             return reading;
         }
         let reading = match rustix::fs::statvfs(&self.root) {
-            Ok(stat) => {
-                Reading { total_bytes: stat.f_blocks * stat.f_frsize, free_bytes: stat.f_bavail * stat.f_frsize }
-            }
+            Ok(stat) => Reading {
+                total_bytes: stat.f_blocks * stat.f_frsize,
+                free_bytes: stat.f_bavail * stat.f_frsize,
+            },
             Err(error) => {
                 tracing::error!(root = %self.root.display(), %error, "a volume's room cannot be read");
                 Reading::default()
@@ -92,8 +93,12 @@ impl VolumeRoom {
         let bytes = ballast_bytes(reading.total_bytes);
         match (path.exists(), decide(reading, bytes)) {
             (true, Ballast::Release) => match fs::remove_file(&path) {
-                Ok(()) => tracing::warn!(root = %self.root.display(), "the volume is full: gave back its ballast"),
-                Err(error) => tracing::error!(path = %path.display(), %error, "the ballast cannot be given back"),
+                Ok(()) => {
+                    tracing::warn!(root = %self.root.display(), "the volume is full: gave back its ballast")
+                }
+                Err(error) => {
+                    tracing::error!(path = %path.display(), %error, "the ballast cannot be given back")
+                }
             },
             (false, Ballast::Make) => {
                 if let Err(error) = make_ballast(&path, bytes) {

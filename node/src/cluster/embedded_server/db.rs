@@ -22,8 +22,8 @@ use redb::{
 };
 
 use crate::cluster::store::{
-    Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RANGE_BYTES_MAX, RangeAnswer, Revision, StoreError,
-    StoreResult, TXN_DELETES_MAX, Txn, TxnAnswer, VOLATILE_PREFIX, WatchBatch,
+    Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RANGE_BYTES_MAX, RangeAnswer, Revision,
+    StoreError, StoreResult, TXN_DELETES_MAX, Txn, TxnAnswer, VOLATILE_PREFIX, WatchBatch,
 };
 
 const KEYS: TableDefinition<&[u8], &[u8]> = TableDefinition::new("keys");
@@ -283,8 +283,12 @@ impl<'t> Group<'t> {
                         return Ok(Err(StoreError::LeaseUnknown));
                     }
                     let under = (lease.get(), &b""[..])..(lease.get() + 1, &b""[..]);
-                    if self.lease_keys.range(under).map_err(failed)?.take(LEASE_KEYS_MAX).count() == LEASE_KEYS_MAX {
-                        return Ok(Err(StoreError::Invalid(format!("a lease holds at most {LEASE_KEYS_MAX} keys"))));
+                    if self.lease_keys.range(under).map_err(failed)?.take(LEASE_KEYS_MAX).count()
+                        == LEASE_KEYS_MAX
+                    {
+                        return Ok(Err(StoreError::Invalid(format!(
+                            "a lease holds at most {LEASE_KEYS_MAX} keys"
+                        ))));
                     }
                 }
                 Op::Delete(range) => {
@@ -346,7 +350,13 @@ impl<'t> Group<'t> {
         }
     }
 
-    fn put(&mut self, key: Bytes, value: Bytes, lease: Option<LeaseId>, revision: u64) -> StoreResult<KeyValue> {
+    fn put(
+        &mut self,
+        key: Bytes,
+        value: Bytes,
+        lease: Option<LeaseId>,
+        revision: u64,
+    ) -> StoreResult<KeyValue> {
         let old = self.get(&key)?;
         let revision = Revision::new(revision);
         let kv = KeyValue {

@@ -97,7 +97,8 @@ impl Log {
                 return Err(StoreError::Compacted);
             }
             let begin = inner.batches.partition_point(|(_, b)| b.revision < next);
-            let batches: Vec<_> = inner.batches.iter().skip(begin).take(TAKE_MAX).map(|(_, b)| b.clone()).collect();
+            let batches: Vec<_> =
+                inner.batches.iter().skip(begin).take(TAKE_MAX).map(|(_, b)| b.clone()).collect();
             let all = begin + batches.len() == inner.batches.len();
             let upto = match batches.last() {
                 Some(batch) if !all => batch.revision,
@@ -106,7 +107,8 @@ impl Log {
             (batches, upto)
         };
         let concerning = |batch: Arc<WatchBatch>| {
-            let events: Vec<Event> = batch.events.iter().filter(|e| range.contains(e.key())).cloned().collect();
+            let events: Vec<Event> =
+                batch.events.iter().filter(|e| range.contains(e.key())).cloned().collect();
             (!events.is_empty()).then_some(WatchBatch { revision: batch.revision, events })
         };
         Ok(Taken { batches: batches.into_iter().filter_map(concerning).collect(), upto })

@@ -1,0 +1,321 @@
+//! Shards as the cluster knows them: who owns which, where it is served, and how one comes and goes.
+//!
+//! A shard's record in the metadata store decides; its bytes follow. The orders that make every crash harmless:
+//! - new: record `creating` with its name and id, then the bytes, then `active`;
+//! - close: the bytes are sealed, then the record says so;
+//! - delete: calls are refused, then the record says `deleted` (the name is free from here), then the bytes go.
+//!
+//! What a crash left half-done is finished when its volume is attached, and once in a while (`resume`).
+//! Changes of one shard are made one after the other, by the primary of its volume. They run to their end
+//! even if the caller goes away.
+//!
+//! [`Catalog::local_shard`] and [`Catalog::open_shard`] answer from memory: no file operation calls
+//! the metadata store.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shardfs_proto::types::cluster::{NodeInfo, NodeStatus, Selector, ShardInfo, VolumeInfo};
+use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId, clock};
+use tokio_util::sync::CancellationToken;
+
+use crate::cluster::heartbeat::Pulse;
+use crate::cluster::records::{ShardRecord, StateWord};
+use crate::cluster::store::MetaStore;
+use crate::cluster::view::{Kept, View};
+use crate::shard::{Room, Shard, ShardManager};
+
+mod change;
+mod resume;
+mod serving;
+
+pub use serving::Served;
+use serving::Serving;
+
+/// How long a listing waits for this node's copy of the records to be up to date.
+const REFRESH_WAIT_MAX: Duration = Duration::from_secs(1);
+/// How long a change waits until this node's copy shows it.
+const SHOWN_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Changes of shards under way at a time on a node.
+const CHANGES_MAX: usize = 256;
+
+/// What a catalog is made of.
+pub struct CatalogParts {
+    /// This node.
+    pub node_id: NodeId,
+    /// Its data directory: volumes are mounted under `volumes/` in it.
+    pub data_dir: PathBuf,
+    /// The cluster's id, as the volumes must name it.
+    pub cluster_id: String,
+    /// The limit of shards that ask for none.
+    pub limit_bytes_default: Option<u64>,
+    /// The metadata store.
+    pub store: Arc<dyn MetaStore>,
+    /// The copy of its records; somebody runs it.
+    pub view: Arc<View>,
+    /// The heartbeat's success.
+    pub pulse: Arc<Pulse>,
+    /// The shards of this node.
+    pub manager: Arc<ShardManager>,
+}
+
+/// The shards of the cluster, as one node sees and serves them.
+pub struct Catalog {
+    parts: CatalogParts,
+    started: Instant,
+    serving: Serving,
+    locks: Locks,
+    /// Shards whose calls are refused for the moment.
+    fenced: Mutex<HashSet<ShardId>>,
+    changes: Arc<tokio::sync::Semaphore>,
+    stop: CancellationToken,
+}
+
+/// A shard that this node serves.
+pub struct LocalShard {
+    /// Its id.
+    pub id: ShardId,
+    /// Its folder.
+    pub dir: PathBuf,
+    /// Its volume's room.
+    pub room: Arc<dyn Room>,
+    /// What is known of it, without usage.
+    pub info: ShardInfo,
+}
+
+impl Catalog {
+    /// Serves nothing until [`Catalog::run`] has attached the volumes.
+    pub fn new(parts: CatalogParts) -> Arc<Catalog> {
+        Arc::new(Catalog {
+            parts,
+            started: clock::monotonic(),
+            serving: Serving::default(),
+            locks: Locks::default(),
+            fenced: Mutex::default(),
+            changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// The shard, if the caller owns it and this node serves its volume under `epoch` (`None`: not compared).
+    /// From memory.
+    pub fn local_shard(
+        &self,
+        client: &ClientId,
+        selector: &Selector,
+        epoch: Option<Epoch>,
+    ) -> Result<LocalShard> {
+        let record = self.find(client, selector)?.record;
+        let id = record.id;
+        match record.state {
+            StateWord::Active | StateWord::ReadOnly => {}
+            StateWord::Deleted => return Err(deleted(id)),
+            StateWord::Creating => {
+                return Err(Error::unavailable(format!("shard {id} is being made"))
+                    .with_shard(id)
+                    .with_retry_after_ms(50));
+            }
+        }
+        let served = self.served(&record, epoch)?;
+        if self.fenced.lock().contains(&id) {
+            return Err(Error::unavailable(format!("shard {id} is being deleted, or looked at for it"))
+                .with_shard(id)
+                .with_retry_after_ms(20));
+        }
+        Ok(LocalShard {
+            id,
+            dir: served.shard_dir(id),
+            room: served.room(),
+            info: self.parts.view.shard_info(&record),
+        })
+    }
+
+    /// The shard, open: see [`Catalog::local_shard`].
+    pub async fn open_shard(
+        &self,
+        client: &ClientId,
+        selector: &Selector,
+        epoch: Option<Epoch>,
+    ) -> Result<Arc<Shard>> {
+        let local = self.local_shard(client, selector, epoch)?;
+        let shard = self.parts.manager.open(local.id, &local.dir, local.room).await?;
+        // A deletion that began meanwhile has closed what was open before, not what was opened since.
+        self.local_shard(client, &Selector::Id(local.id), None)?;
+        Ok(shard)
+    }
+
+    /// The caller's shards in order of name. Shows every change that was answered before, on any node, unless the
+    /// metadata store is away.
+    pub async fn list_shards(&self, client: &ClientId, include_deleted: bool) -> Result<Vec<ShardInfo>> {
+        self.refresh().await?;
+        let mut infos = self.infos(|record| {
+            record.owner == *client && (include_deleted || record.state != StateWord::Deleted)
+        });
+        infos.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
+        Ok(infos)
+    }
+
+    /// One shard of the caller's, deleted ones by id; without usage. As fresh as [`Catalog::list_shards`].
+    pub async fn get_shard(&self, client: &ClientId, selector: &Selector) -> Result<ShardInfo> {
+        self.refresh().await?;
+        Ok(self.parts.view.shard_info(&self.find(client, selector)?.record))
+    }
+
+    /// All shards of all owners in order of id.
+    pub async fn list_all_shards(&self, include_deleted: bool) -> Result<Vec<ShardInfo>> {
+        self.refresh().await?;
+        Ok(self.infos(|record| include_deleted || record.state != StateWord::Deleted))
+    }
+
+    /// All nodes in order of id.
+    pub async fn list_nodes(&self) -> Result<Vec<NodeInfo>> {
+        self.refresh().await?;
+        Ok(self.parts.view.node_infos())
+    }
+
+    /// All volumes in order of id.
+    pub async fn list_volumes(&self) -> Result<Vec<VolumeInfo>> {
+        self.refresh().await?;
+        Ok(self.parts.view.volume_infos())
+    }
+
+    /// This node as it sees itself.
+    pub async fn status(&self) -> Result<NodeStatus> {
+        Ok(self.status_now())
+    }
+
+    /// The same, for callers that do not wait.
+    pub fn status_now(&self) -> NodeStatus {
+        let manager = self.parts.manager.status();
+        NodeStatus {
+            id: self.parts.node_id.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            volumes: self.volume_statuses(),
+            open_shards: manager.open_shards as u32,
+            open_shards_max: manager.open_shards_max as u32,
+            block_cache_used_bytes: manager.block_cache_used_bytes as u64,
+            block_cache_capacity_bytes: manager.block_cache_capacity_bytes as u64,
+            write_buffer_used_bytes: manager.write_buffer_used_bytes as u64,
+            store_reachable: self.parts.pulse.succeeded(),
+            cluster_id: self.parts.cluster_id.clone(),
+        }
+    }
+
+    fn infos(&self, keep: impl Fn(&ShardRecord) -> bool) -> Vec<ShardInfo> {
+        let view = &self.parts.view;
+        view.shards(keep).iter().map(|kept| view.shard_info(&kept.record)).collect()
+    }
+
+    /// Brings the copy of the records up to date; if the store is away, what is there must do.
+    async fn refresh(&self) -> Result<()> {
+        let view = &self.parts.view;
+        let known = view.revision() != Default::default();
+        if known && !self.parts.pulse.succeeded() {
+            return Ok(());
+        }
+        match view.catch_up(&*self.parts.store, REFRESH_WAIT_MAX).await {
+            Err(error) if !known => Err(error),
+            Err(error) => {
+                tracing::debug!(%error, "answering from what is known");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
+    /// The record of a shard of the caller's.
+    fn find(&self, client: &ClientId, selector: &Selector) -> Result<Kept<ShardRecord>> {
+        match selector {
+            Selector::Id(id) => {
+                let kept = self.parts.view.shard(*id).ok_or_else(|| {
+                    Error::new(Reason::ShardNotFound, format!("there is no shard {id}")).with_shard(*id)
+                })?;
+                if kept.record.owner != *client {
+                    return Err(Error::new(
+                        Reason::WrongOwner,
+                        format!("shard {id} does not belong to client id {client}"),
+                    )
+                    .with_shard(*id));
+                }
+                Ok(kept)
+            }
+            Selector::Name(name) => self.parts.view.shard_by_name(client, name).ok_or_else(|| {
+                Error::new(
+                    Reason::ShardNotFound,
+                    format!("client id {client} has no shard named {name:?}", name = name.as_str()),
+                )
+            }),
+        }
+    }
+
+    /// The volume of a shard, if this node serves it.
+    fn served(&self, record: &ShardRecord, epoch: Option<Epoch>) -> Result<Arc<Served>> {
+        let location = self.parts.view.location(&record.volume);
+        let id = record.id;
+        if location.node.as_ref() != Some(&self.parts.node_id) {
+            let where_now = match &location.node {
+                Some(node) => format!("shard {id} is served by {node}"),
+                None => format!("shard {id} is served by no node at the moment"),
+            };
+            return Err(Error::new(Reason::NotPrimary, where_now).with_shard(id).with_location(location));
+        }
+        if epoch.is_some_and(|epoch| epoch != location.epoch) {
+            return Err(Error::new(
+                Reason::StaleEpoch,
+                format!("shard {id} is served under epoch {}", location.epoch),
+            )
+            .with_shard(id)
+            .with_location(location));
+        }
+        self.serving.get(&record.volume).ok_or_else(|| {
+            let trouble =
+                self.serving.trouble(&record.volume).unwrap_or_else(|| "it is being attached".into());
+            Error::unavailable(format!("volume {} of shard {id} is not usable: {trouble}", record.volume))
+                .with_shard(id)
+                .with_retry_after_ms(100)
+        })
+    }
+}
+
+fn deleted(id: ShardId) -> Error {
+    Error::new(Reason::ShardDeleted, format!("shard {id} was deleted")).with_shard(id)
+}
+
+/// One lock a shard, for its changes.
+#[derive(Default)]
+struct Locks(Mutex<HashMap<ShardId, Arc<tokio::sync::Mutex<()>>>>);
+
+impl Locks {
+    async fn lock(&self, id: ShardId) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock();
+            // Nobody else can take a lock that only the map holds while the map is locked.
+            locks.retain(|_, lock| Arc::strong_count(lock) > 1);
+            locks.entry(id).or_default().clone()
+        };
+        lock.lock_owned().await
+    }
+}
+
+/// Calls of a shard are refused as long as this lives.
+struct Fence {
+    catalog: Arc<Catalog>,
+    id: ShardId,
+}
+
+impl Fence {
+    fn new(catalog: &Arc<Catalog>, id: ShardId) -> Fence {
+        catalog.fenced.lock().insert(id);
+        Fence { catalog: catalog.clone(), id }
+    }
+}
+
+impl Drop for Fence {
+    fn drop(&mut self) {
+        self.catalog.fenced.lock().remove(&self.id);
+    }
+}

@@ -1,0 +1,420 @@
+//! New, close, rename, delete: see the orders in the module above.
+//!
+//! A compare-and-set whose outcome is unknown is repeated until it is known: if the first one was made after
+//! all, the repetition finds its own value; if not, it takes the first one's place and the first can no
+//! longer succeed.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shardfs_proto::types::cluster::{NewShard, Selector, ShardInfo};
+use shardfs_proto::types::{ClientId, Cookie, Error, InodeNo, Reason, Result, ShardId, ShardName, clock};
+
+use super::{Catalog, Fence, SHOWN_WAIT_MAX, deleted};
+use crate::cluster::bootstrap::random_id;
+use crate::cluster::records::{
+    self, FORMAT, NEXT_SHARD_ID, ShardRecord, StateWord, name_key, request_key, shard_key,
+};
+use crate::cluster::store::{Demand, KeyRange, KeyValue, Op, Revision, StoreError, Txn};
+use crate::cluster::view::Kept;
+use crate::shard::{ShardInit, read};
+
+/// How often a new shard's reservation is tried while others make shards too.
+const RESERVE_ATTEMPTS_MAX: usize = 64;
+/// Characters of a request id.
+const REQUEST_ID_BYTES_MAX: usize = 64;
+/// Pauses while an outcome is unknown.
+const UNKNOWN_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// See [`UNKNOWN_PAUSE_MIN`].
+const UNKNOWN_PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// How a compare-and-set ended.
+pub(super) enum Committed {
+    /// Ours is there, since this revision.
+    Done(Revision),
+    /// Something else is there: the key, and what the failure branch read.
+    Overtaken(Vec<Vec<KeyValue>>),
+}
+
+impl Catalog {
+    /// Makes a shard on the volume of this node that has the most room, then the fewest shards. With the
+    /// request id of an earlier call: that call's shard.
+    pub async fn new_shard(self: &Arc<Self>, client: &ClientId, mut request: NewShard) -> Result<ShardInfo> {
+        if request.request_id.len() > REQUEST_ID_BYTES_MAX {
+            return Err(Error::invalid(format!("a request id has at most {REQUEST_ID_BYTES_MAX} bytes")));
+        }
+        if request.request_id.is_empty() {
+            // Our own calls to the store have to be told apart all the same.
+            request.request_id = format!("auto-{}", random_id());
+        }
+        let (this, client) = (self.clone(), client.clone());
+        self.to_the_end(async move { this.make(&client, &request).await }).await
+    }
+
+    /// Makes a shard read-only for good. Repeating it is no error.
+    pub async fn close_shard(self: &Arc<Self>, client: &ClientId, selector: &Selector) -> Result<ShardInfo> {
+        let (this, client, id) = (self.clone(), client.clone(), self.local_shard(client, selector, None)?.id);
+        self.to_the_end(async move {
+            let _lock = this.locks.lock(id).await;
+            let shard = this.open_shard(&client, &Selector::Id(id), None).await?;
+            shard.set_read_only().await?;
+            fail::fail_point!("catalog-close-sealed", |_| Err(Error::unavailable("failpoint")));
+            let kept = this.find(&client, &Selector::Id(id))?;
+            this.set_state(&kept, StateWord::ReadOnly).await
+        })
+        .await
+    }
+
+    /// Gives a shard another name.
+    pub async fn rename_shard(
+        self: &Arc<Self>,
+        client: &ClientId,
+        selector: &Selector,
+        name: ShardName,
+    ) -> Result<ShardInfo> {
+        let (this, client, id) = (self.clone(), client.clone(), self.local_shard(client, selector, None)?.id);
+        self.to_the_end(async move {
+            let _lock = this.locks.lock(id).await;
+            this.local_shard(&client, &Selector::Id(id), None)?;
+            let kept = this.find(&client, &Selector::Id(id))?;
+            if kept.record.name == name {
+                return Ok(this.parts.view.shard_info(&kept.record));
+            }
+            let record = ShardRecord { name: name.clone(), ..(*kept.record).clone() };
+            let (old, new) = (name_key(&client, &kept.record.name), name_key(&client, &name));
+            let txn = Txn::new()
+                .when(new.clone(), Demand::Absent)
+                .delete(old)
+                .put(new.clone(), id.to_string())
+                .or_read(new);
+            match this.commit(&kept, &record, txn).await? {
+                Committed::Done(revision) => this.shown(&record, revision).await,
+                Committed::Overtaken(read) if read.iter().flatten().next().is_some() => {
+                    Err(exists(&client, &name))
+                }
+                Committed::Overtaken(_) => Err(overtaken(id)),
+            }
+        })
+        .await
+    }
+
+    /// Deletes a shard and its content; `only_if_empty`: unless its root directory has entries.
+    pub async fn delete_shard(
+        self: &Arc<Self>,
+        client: &ClientId,
+        selector: &Selector,
+        only_if_empty: bool,
+    ) -> Result<ShardInfo> {
+        let kept = self.find(client, selector)?;
+        let id = kept.record.id;
+        if kept.record.state != StateWord::Deleted {
+            self.local_shard(client, selector, None)?;
+        }
+        let (this, client) = (self.clone(), client.clone());
+        self.to_the_end(async move {
+            let _lock = this.locks.lock(id).await;
+            let kept = this.find(&client, &Selector::Id(id))?;
+            if kept.record.state == StateWord::Deleted {
+                return Err(deleted(id));
+            }
+            let local = this.local_shard(&client, &Selector::Id(id), None)?;
+            // From here on no call gets hold of the shard, and what was got before finds it closed.
+            let fence = Fence::new(&this, id);
+            match this.parts.manager.close(id).await {
+                Err(error) if only_if_empty => return Err(error),
+                Err(error) => tracing::warn!(shard = %id, %error, "closing a shard that is to be deleted"),
+                Ok(()) => {}
+            }
+            if only_if_empty {
+                this.check_empty(id, &local).await?;
+            }
+            let record = ShardRecord { state: StateWord::Deleted, ..(*kept.record).clone() };
+            let txn = Txn::new().delete(name_key(&client, &record.name));
+            let revision = match this.commit(&kept, &record, txn).await? {
+                Committed::Done(revision) => revision,
+                Committed::Overtaken(_) => return Err(overtaken(id)),
+            };
+            fail::fail_point!("catalog-delete-recorded", |_| Err(Error::unavailable("failpoint")));
+            let info = this.shown(&record, revision).await;
+            let purging = this.clone();
+            tokio::spawn(async move {
+                let kept = Kept { record: Arc::new(record), modified: revision };
+                purging.purge(kept).await;
+                // Whoever comes by now must find the record deleted.
+                while purging.parts.view.wait_for(revision, SHOWN_WAIT_MAX).await.is_err() {
+                    if purging.stop.is_cancelled() {
+                        break;
+                    }
+                }
+                drop(fence);
+            });
+            info
+        })
+        .await
+    }
+
+    async fn check_empty(&self, id: ShardId, local: &super::LocalShard) -> Result<()> {
+        let shard = self.parts.manager.open(id, &local.dir, local.room.clone()).await?;
+        let view = shard.read_view(None).await?;
+        let page = tokio::task::spawn_blocking(move || {
+            read::read_directory(&view, InodeNo::ROOT, Cookie::new(0), 1, false)
+        })
+        .await
+        .map_err(|e| Error::internal(format!("looking into a shard: {e}")))??;
+        drop(shard);
+        if page.entries.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(
+            Reason::ShardNotEmpty,
+            format!("shard {id} is not empty: remove its content first, or delete it with its content"),
+        )
+        .with_shard(id))
+    }
+
+    async fn make(self: &Arc<Self>, client: &ClientId, request: &NewShard) -> Result<ShardInfo> {
+        let name_key = name_key(client, &request.name);
+        let request_key = request_key(client, &request.request_id);
+        for _ in 0..RESERVE_ATTEMPTS_MAX {
+            let read = Txn {
+                success: [&request_key, &name_key, NEXT_SHARD_ID]
+                    .map(|key| Op::Range(KeyRange::key(key.to_owned())))
+                    .into(),
+                ..Txn::new()
+            };
+            let answer = self.parts.store.txn(read).await?;
+            let [made, named, next] = &answer.results[..] else {
+                return Err(Error::internal("the metadata store answered another number of reads"));
+            };
+            if let Some(made) = made.first() {
+                return self.made_before(parse_id(made)?).await;
+            }
+            if !named.is_empty() {
+                return Err(exists(client, &request.name));
+            }
+            let (number, demand) = match next.first() {
+                Some(kv) => (records::decode_number(&kv.key, &kv.value)?, Demand::Modified(kv.modified)),
+                None => (1, Demand::Absent),
+            };
+            let id = ShardId::new(number).map_err(|_| {
+                Error::new(
+                    Reason::IdsExhausted,
+                    format!("all {} shard ids of this cluster are used", ShardId::MAX),
+                )
+            })?;
+            let served = self.most_room()?;
+            let volume = self
+                .parts
+                .view
+                .volume(&served.id)
+                .ok_or_else(|| Error::unavailable(format!("volume {} has gone", served.id)))?;
+            let record = ShardRecord {
+                v: FORMAT,
+                id,
+                name: request.name.clone(),
+                owner: client.clone(),
+                volume: served.id.clone(),
+                state: StateWord::Creating,
+                limit_bytes: request.limit_bytes.or(self.parts.limit_bytes_default),
+                created: clock::now(),
+                request_id: request.request_id.clone(),
+                mode: request.mode,
+                uid: request.uid,
+                gid: request.gid,
+                purged: false,
+            };
+            let txn = Txn::new()
+                .when(NEXT_SHARD_ID, demand)
+                .when(name_key.clone(), Demand::Absent)
+                .when(request_key.clone(), Demand::Absent)
+                // Still ours, under the same epoch.
+                .when(records::volume_key(&served.id), Demand::Modified(volume.modified))
+                .put(NEXT_SHARD_ID, (number + 1).to_string())
+                .put(name_key.clone(), id.to_string())
+                .put(request_key.clone(), id.to_string())
+                .put(shard_key(id), records::encode(&record));
+            match self.parts.store.txn(txn).await {
+                Ok(answer) if answer.succeeded => {
+                    fail::fail_point!("catalog-new-reserved", |_| Err(Error::unavailable("failpoint")));
+                    let kept = Kept { record: Arc::new(record), modified: answer.revision };
+                    let _lock = self.locks.lock(id).await;
+                    return self.build(&kept).await;
+                }
+                // Somebody was faster, or our copy of the volume's record is old.
+                Ok(answer) => self.parts.view.wait_for(answer.revision, SHOWN_WAIT_MAX).await?,
+                // The next round finds the request if it was made.
+                Err(StoreError::OutcomeUnknown(why)) => tracing::warn!(why, "making a shard: once more"),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Error::new(Reason::Busy, "many shards are being made at once: try again")
+            .with_retry_after_ms(100))
+    }
+
+    /// The shard that an earlier call with the same request id made, finished if it was not.
+    async fn made_before(self: &Arc<Self>, id: ShardId) -> Result<ShardInfo> {
+        let _lock = self.locks.lock(id).await;
+        let answer = self.parts.store.range(KeyRange::key(shard_key(id)), 1).await?;
+        let Some(kv) = answer.kvs.first() else {
+            return Err(Error::unavailable(format!("shard {id} is being removed")).with_retry_after_ms(50));
+        };
+        let record: ShardRecord = records::decode(&kv.key, &kv.value)?;
+        if record.state == StateWord::Creating {
+            self.served(&record, None)?;
+            return self.build(&Kept { record: Arc::new(record), modified: kv.modified }).await;
+        }
+        self.shown(&record, kv.modified).await
+    }
+
+    /// Makes the bytes of a shard that is `creating` and activates it. The caller holds its lock and has
+    /// read the record under it, or made it. If the bytes cannot be made, the reservation is taken back.
+    pub(super) async fn build(self: &Arc<Self>, kept: &Kept<ShardRecord>) -> Result<ShardInfo> {
+        let record = &kept.record;
+        let served = self.served(record, None)?;
+        let dir = served.shard_dir(record.id);
+        let init = ShardInit {
+            id: record.id,
+            owner: record.owner.clone(),
+            limit_bytes: record.limit_bytes,
+            mode: record.mode,
+            uid: record.uid,
+            gid: record.gid,
+        };
+        let manager = self.parts.manager.clone();
+        let made = {
+            let dir = dir.clone();
+            tokio::task::spawn_blocking(move || manager.create(&dir, &init))
+                .await
+                .map_err(|e| Error::internal(format!("making a shard: {e}")))?
+        };
+        if let Err(error) = made {
+            tracing::error!(shard = %record.id, %error, "a shard cannot be made");
+            self.take_back(kept, &dir).await;
+            return Err(error.with_shard(record.id));
+        }
+        fail::fail_point!("catalog-new-built", |_| Err(Error::unavailable("failpoint")));
+        self.set_state(kept, StateWord::Active).await
+    }
+
+    async fn take_back(&self, kept: &Kept<ShardRecord>, dir: &std::path::Path) {
+        let record = &kept.record;
+        if let Err(error) = self.parts.manager.delete(record.id, dir).await {
+            tracing::error!(shard = %record.id, %error, "what was made of a shard cannot be removed; it is tried again");
+            return;
+        }
+        let txn = Txn::new()
+            .when(shard_key(record.id), Demand::Modified(kept.modified))
+            .delete(shard_key(record.id))
+            .delete(name_key(&record.owner, &record.name))
+            .delete(request_key(&record.owner, &record.request_id));
+        if let Err(error) = self.parts.store.txn(txn).await {
+            tracing::error!(shard = %record.id, %error, "a shard's reservation cannot be taken back; it is tried again");
+        }
+    }
+
+    /// Removes the bytes of a deleted shard and notes it. What fails is tried again by `resume`.
+    pub(super) async fn purge(&self, kept: Kept<ShardRecord>) {
+        let record = &kept.record;
+        let Some(served) = self.serving.get(&record.volume) else { return };
+        if let Err(error) = self.parts.manager.delete(record.id, &served.shard_dir(record.id)).await {
+            tracing::error!(shard = %record.id, %error, "a deleted shard's bytes cannot be removed; it is tried again");
+            return;
+        }
+        let purged = ShardRecord { purged: true, ..(**record).clone() };
+        match self.commit(&kept, &purged, Txn::new()).await {
+            Ok(Committed::Done(_)) => {}
+            Ok(Committed::Overtaken(_)) => tracing::debug!(shard = %record.id, "its record is gone already"),
+            Err(error) => tracing::warn!(shard = %record.id, %error, "noting that a shard's bytes are gone"),
+        }
+    }
+
+    /// Sets a record's state and shows it.
+    pub(super) async fn set_state(&self, kept: &Kept<ShardRecord>, state: StateWord) -> Result<ShardInfo> {
+        if kept.record.state == state {
+            return Ok(self.parts.view.shard_info(&kept.record));
+        }
+        let record = ShardRecord { state, ..(*kept.record).clone() };
+        match self.commit(kept, &record, Txn::new()).await? {
+            Committed::Done(revision) => self.shown(&record, revision).await,
+            Committed::Overtaken(_) => Err(overtaken(record.id)),
+        }
+    }
+
+    /// Replaces a record, with `more` in the same transaction; its outcome is known when this returns.
+    pub(super) async fn commit(
+        &self,
+        kept: &Kept<ShardRecord>,
+        record: &ShardRecord,
+        more: Txn,
+    ) -> Result<Committed> {
+        let (key, value) = (shard_key(record.id), records::encode(record));
+        let mut txn = more.when(key.clone(), Demand::Modified(kept.modified)).put(key.clone(), value.clone());
+        txn.failure.push(Op::Range(KeyRange::key(key)));
+        let mut unknown = false;
+        let mut pause = UNKNOWN_PAUSE_MIN;
+        loop {
+            match self.parts.store.txn(txn.clone()).await {
+                Ok(answer) if answer.succeeded => return Ok(Committed::Done(answer.revision)),
+                Ok(mut answer) => {
+                    let found = answer.results.pop().unwrap_or_default();
+                    return Ok(match found.into_iter().next() {
+                        Some(kv) if unknown && kv.value == value => Committed::Done(kv.modified),
+                        _ => Committed::Overtaken(answer.results),
+                    });
+                }
+                Err(error @ StoreError::OutcomeUnknown(_)) => {
+                    unknown = true;
+                    tracing::warn!(shard = %record.id, %error, "changing a shard's record: once more");
+                }
+                Err(error) if !unknown => return Err(error.into()),
+                Err(error) => {
+                    tracing::warn!(shard = %record.id, %error, "the outcome of a change is still unknown")
+                }
+            }
+            tokio::select! {
+                _ = self.stop.cancelled() => return Err(Error::unavailable("the node is stopping")),
+                _ = tokio::time::sleep(pause.mul_f64(0.5 + fastrand::f64())) => {}
+            }
+            pause = (pause * 2).min(UNKNOWN_PAUSE_MAX);
+        }
+    }
+
+    /// Waits until this node's copy shows a change, so that the caller's next call finds it.
+    async fn shown(&self, record: &ShardRecord, revision: Revision) -> Result<ShardInfo> {
+        self.parts.view.wait_for(revision, SHOWN_WAIT_MAX).await?;
+        Ok(self.parts.view.shard_info(record))
+    }
+
+    /// Runs a change in a task of its own: a caller that goes away does not cut it off.
+    async fn to_the_end<T: Send + 'static>(
+        &self,
+        change: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let permit = self.changes.clone().try_acquire_owned().map_err(|_| {
+            Error::new(Reason::Busy, "many shards are being changed at once: try again")
+                .with_retry_after_ms(100)
+        })?;
+        let running = tokio::spawn(async move {
+            let _permit = permit;
+            change.await
+        });
+        running.await.map_err(|e| Error::internal(format!("changing a shard: {e}")))?
+    }
+}
+
+fn parse_id(kv: &KeyValue) -> Result<ShardId> {
+    ShardId::new(records::decode_number(&kv.key, &kv.value)?)
+}
+
+fn exists(client: &ClientId, name: &ShardName) -> Error {
+    Error::new(
+        Reason::ShardExists,
+        format!("client id {client} has a shard named {:?} already: choose another name", name.as_str()),
+    )
+}
+
+fn overtaken(id: ShardId) -> Error {
+    Error::unavailable(format!("shard {id} was changed by somebody else at the same time: try again"))
+        .with_shard(id)
+        .with_retry_after_ms(50)
+}

@@ -1,0 +1,411 @@
+//! A node put together: store, view, heartbeat, volumes, shards, gRPC, HTTP; and taken apart again in the
+//! reverse order.
+//!
+//! Invariants: one process a data directory; nothing is registered before the addresses are bound; after a
+//! clean shutdown no volume is attached and no shard open. Everything that is started here is stopped here.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::Write;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use shardfs_proto::types::clock;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::catalog::{Catalog, CatalogParts};
+use crate::cluster::bootstrap;
+use crate::cluster::embedded::EmbeddedStore;
+use crate::cluster::heartbeat::{self, Pulse};
+use crate::cluster::records::{FORMAT, NodeRecord};
+use crate::cluster::store::MetaStore;
+use crate::cluster::view::View;
+use crate::config::NodeConfig;
+use crate::http;
+use crate::metrics::Metrics;
+use crate::net::{bind_tcp, bind_unix};
+use crate::rpc::{Listener, Services};
+use crate::shard::{ShardManager, ShardSettings};
+
+/// How long a start waits for the volumes to be attached before it serves what there is; making a new
+/// filesystem takes seconds.
+const VOLUMES_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Pause between attempts to reach the metadata store at the start.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// How long the parts that only watch or report may take to end.
+const TASK_END_WAIT_MAX: Duration = Duration::from_secs(2);
+
+/// A running node.
+pub struct Node {
+    config: NodeConfig,
+    /// Released when the process no longer uses the data directory.
+    _lock: OwnedFd,
+    addresses: Addresses,
+    catalog: Arc<Catalog>,
+    serving: JoinHandle<shardfs_proto::types::Result<()>>,
+    http: Option<JoinHandle<std::io::Result<()>>>,
+    background: Vec<JoinHandle<()>>,
+    heartbeat: JoinHandle<()>,
+    stop_serving: CancellationToken,
+    stop_heartbeat: CancellationToken,
+    stop_background: CancellationToken,
+    replaced: CancellationToken,
+}
+
+/// Where a node is reached.
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
+pub struct Addresses {
+    /// gRPC, preferred first.
+    pub endpoints: Vec<String>,
+    /// HTTP; empty: none.
+    pub http: String,
+}
+
+impl Node {
+    /// Starts a node. It serves when this returns. Waits for the metadata store as long as it takes: the caller
+    /// drops the future to give up.
+    pub async fn start(config: NodeConfig) -> Result<Node> {
+        let lock = claim(&config.data_dir)?;
+        raise_file_limit();
+        let (listeners, addresses, http_listener) = bind(&config).await?;
+        let store: Arc<dyn MetaStore> =
+            Arc::new(EmbeddedStore::new(&config.meta).with_context(|| format!("--meta {}", config.meta))?);
+        let cluster_id = reach(&*store).await;
+
+        let record = NodeRecord {
+            v: FORMAT,
+            id: config.id.clone(),
+            endpoints: addresses.endpoints.clone(),
+            http: addresses.http.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            started: clock::now(),
+            incarnation: bootstrap::random_id(),
+            instance_id: String::new(),
+            region: config.region.clone().unwrap_or_default(),
+        };
+        let registered = heartbeat::register(&*store, &record).await?;
+
+        let (stop_heartbeat, stop_background, replaced) =
+            (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let pulse = Arc::new(Pulse::default());
+        let heartbeat = tokio::spawn(heartbeat::run(
+            store.clone(),
+            config.id.clone(),
+            registered,
+            pulse.clone(),
+            replaced.clone(),
+            stop_heartbeat.clone(),
+        ));
+        let view = View::new();
+        let mut background = vec![tokio::spawn(view.clone().run(store.clone(), stop_background.clone()))];
+        while view.wait_for(registered.0, STORE_PAUSE).await.is_err() {
+            tracing::warn!("waiting for the cluster's records");
+        }
+
+        let manager = ShardManager::new(ShardSettings {
+            block_cache_bytes: usize::try_from(config.block_cache_bytes).context("--block-cache")?,
+            write_buffer_bytes: usize::try_from(config.write_buffer_bytes).context("--write-buffer")?,
+            open_shards_max: config.open_shards_max,
+            ..ShardSettings::default()
+        });
+        let catalog = Catalog::new(CatalogParts {
+            node_id: config.id.clone(),
+            data_dir: config.data_dir.clone(),
+            cluster_id,
+            limit_bytes_default: config.default_limit_bytes,
+            store,
+            view,
+            pulse,
+            manager,
+        });
+        background.push(tokio::spawn(catalog.clone().run()));
+        if tokio::time::timeout(VOLUMES_WAIT_MAX, catalog.settled()).await.is_err() {
+            tracing::warn!("some volumes are still being attached; serving the others");
+        }
+
+        let metrics = Metrics::new();
+        let stop_serving = CancellationToken::new();
+        let services = Services::new(catalog.clone(), metrics.clone());
+        let stopped = stop_serving.clone().cancelled_owned();
+        let serving = tokio::spawn(async move { services.serve(listeners, stopped).await });
+        let http = http_listener.map(|listener| {
+            let catalog = catalog.clone();
+            let status: http::StatusSource = Arc::new(move || catalog.status_now());
+            tokio::spawn(http::serve(listener, metrics, status, stop_background.clone().cancelled_owned()))
+        });
+        let node = Node {
+            config,
+            _lock: lock,
+            addresses,
+            catalog,
+            serving,
+            http,
+            background,
+            heartbeat,
+            stop_serving,
+            stop_heartbeat,
+            stop_background,
+            replaced,
+        };
+        node.say_ready()?;
+        Ok(node)
+    }
+
+    /// Where it is reached.
+    pub fn addresses(&self) -> &Addresses {
+        &self.addresses
+    }
+
+    /// Its catalog.
+    pub fn catalog(&self) -> &Arc<Catalog> {
+        &self.catalog
+    }
+
+    /// Ends when the node cannot go on; answers why.
+    async fn failed(&mut self) -> anyhow::Error {
+        tokio::select! {
+            _ = self.replaced.cancelled() => {
+                anyhow::anyhow!("another process registered as {}: this one stops", self.config.id)
+            }
+            ended = &mut self.serving => match ended {
+                Ok(Ok(())) => anyhow::anyhow!("the gRPC server ended"),
+                Ok(Err(error)) => anyhow::Error::new(error),
+                Err(error) => anyhow::anyhow!("the gRPC server: {error}"),
+            },
+        }
+    }
+
+    /// Takes no more calls, lets those under way finish (bounded), closes all shards, unmounts and
+    /// detaches all volumes.
+    pub async fn shutdown(mut self) -> Result<()> {
+        tracing::info!(node = %self.config.id, "stopping");
+        self.stop_serving.cancel();
+        if !self.serving.is_finished()
+            && tokio::time::timeout(self.config.shutdown, &mut self.serving).await.is_err()
+        {
+            tracing::warn!("calls are still under way after {:?}: cutting them off", self.config.shutdown);
+            self.serving.abort();
+            end(&mut self.serving).await;
+        }
+        let closed = self.catalog.shutdown().await;
+        self.stop_heartbeat.cancel();
+        end(&mut self.heartbeat).await;
+        self.stop_background.cancel();
+        for task in &mut self.background {
+            end(task).await;
+        }
+        if let Some(http) = &mut self.http {
+            end(http).await;
+        }
+        if let Some(path) = &self.config.listen_unix {
+            // Not being there any more is as good.
+            let _ = std::fs::remove_file(path);
+        }
+        closed.context("closing the shards")?;
+        tracing::info!(node = %self.config.id, "stopped");
+        Ok(())
+    }
+
+    fn say_ready(&self) -> Result<()> {
+        let line = serde_json::to_string(&self.addresses).context("the addresses as JSON")? + "\n";
+        tracing::info!(node = %self.config.id, endpoints = ?self.addresses.endpoints, http = %self.addresses.http, "ready");
+        let Some(number) = self.config.ready_fd else { return Ok(()) };
+        if number < 0 {
+            bail!("--ready-fd {number}: no descriptor has this number");
+        }
+        // SAFETY: the descriptor was given to this process by who started it, and is used for this line only;
+        // that it is not open is an error of the write.
+        let fd = unsafe { BorrowedFd::borrow_raw(number) };
+        let fd = rustix::io::fcntl_dupfd_cloexec(fd, 3).with_context(|| format!("--ready-fd {number}"))?;
+        File::from(fd).write_all(line.as_bytes()).with_context(|| format!("writing to --ready-fd {number}"))
+    }
+}
+
+async fn end<T>(task: &mut JoinHandle<T>) {
+    if task.is_finished() {
+        return;
+    }
+    if tokio::time::timeout(TASK_END_WAIT_MAX, &mut *task).await.is_err() {
+        task.abort();
+    }
+}
+
+/// Starts a node and keeps it until a signal, or until it cannot go on. A second signal ends the process at once.
+pub async fn run(config: NodeConfig) -> Result<()> {
+    let mut signals = Signals::new()?;
+    let mut node = tokio::select! {
+        started = Node::start(config) => started?,
+        name = signals.next() => {
+            tracing::info!("{name} before the node was ready");
+            return Ok(());
+        }
+    };
+    let failure = tokio::select! {
+        name = signals.next() => {
+            tracing::info!("{name}");
+            None
+        }
+        failure = node.failed() => Some(failure),
+    };
+    let stopped = tokio::select! {
+        stopped = node.shutdown() => stopped,
+        name = signals.next() => {
+            tracing::warn!("{name} again: ending at once; the next start cleans up");
+            std::process::exit(1);
+        }
+    };
+    match failure {
+        Some(failure) => Err(failure),
+        None => stopped,
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Signals> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// Makes the data directory and takes its lock.
+fn claim(dir: &Path) -> Result<OwnedFd> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .with_context(|| format!("making the data directory {}", dir.display()))?;
+    let path = dir.join("lock");
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("opening {}", path.display()))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file.into()),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!(
+                "another node uses the data directory {}: stop it, or give another --data-dir",
+                dir.display()
+            )
+        }
+        Err(e) => Err(e).with_context(|| format!("locking {}", path.display())),
+    }
+}
+
+/// Every open shard holds dozens of files.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit on open files stays at {:?}", limit.current);
+    }
+}
+
+async fn bind(config: &NodeConfig) -> Result<(Vec<Listener>, Addresses, Option<tokio::net::TcpListener>)> {
+    let tcp = bind_tcp(config.listen).await.context("--listen")?;
+    let local = tcp.local_addr().context("--listen")?;
+    let mut listeners = vec![Listener::Tcp(tcp)];
+    let mut endpoints = Vec::new();
+    if let Some(path) = &config.listen_unix {
+        let path = std::path::absolute(path).context("--listen-unix")?;
+        listeners.push(Listener::Unix(bind_unix(&path).context("--listen-unix")?));
+        endpoints.push(format!("unix:{}", path.display()));
+    }
+    endpoints.push(format!("http://{}", advertised(config.advertise.as_deref(), local)?));
+    let http = match config.http {
+        Some(address) => Some(bind_tcp(address).await.context("--http")?),
+        None => None,
+    };
+    let http_address = match &http {
+        Some(listener) => format!("http://{}", listener.local_addr().context("--http")?),
+        None => String::new(),
+    };
+    Ok((listeners, Addresses { endpoints, http: http_address }, http))
+}
+
+/// What others reach the TCP address by. An advertised port 0 stands for the one that was bound.
+fn advertised(advertise: Option<&str>, local: SocketAddr) -> Result<String> {
+    let Some(text) = advertise else {
+        if local.ip().is_unspecified() {
+            bail!(
+                "--listen {local} means all addresses: say with --advertise HOST:PORT which one others use"
+            );
+        }
+        return Ok(local.to_string());
+    };
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if text.parse::<IpAddr>().is_err() => {
+            let port =
+                port.parse::<u16>().with_context(|| format!("--advertise {text:?}: expected HOST:PORT"))?;
+            (host, if port == 0 { local.port() } else { port })
+        }
+        _ => (text, local.port()),
+    };
+    if host.is_empty() || host.contains(['/', '@', ' ']) {
+        bail!("--advertise {text:?}: expected HOST:PORT");
+    }
+    Ok(format!("{host}:{port}"))
+}
+
+/// The cluster's id, as soon as the store can be reached.
+async fn reach(store: &dyn MetaStore) -> String {
+    loop {
+        match bootstrap::ensure_cluster_id(store).await {
+            Ok(id) => return id,
+            Err(error) => tracing::warn!(%error, "waiting for the metadata store"),
+        }
+        tokio::time::sleep(STORE_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_advertised() {
+        let local: SocketAddr = "10.1.2.3:7400".parse().unwrap();
+        let any: SocketAddr = "0.0.0.0:7400".parse().unwrap();
+        assert_eq!(advertised(None, local).unwrap(), "10.1.2.3:7400");
+        assert!(advertised(None, any).is_err());
+        assert_eq!(advertised(Some("host:0"), any).unwrap(), "host:7400");
+        assert_eq!(advertised(Some("host:1"), any).unwrap(), "host:1");
+        assert_eq!(advertised(Some("host"), any).unwrap(), "host:7400");
+        for bad in ["", ":1", "host:x", "http://host:1"] {
+            assert!(advertised(Some(bad), any).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn one_process_a_data_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("data");
+        let first = claim(&path).unwrap();
+        let error = claim(&path).unwrap_err().to_string();
+        assert!(error.contains("another node"), "{error}");
+        drop(first);
+        claim(&path).unwrap();
+    }
+}
