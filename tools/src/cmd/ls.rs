@@ -53,7 +53,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     limit: Option<u64>,
     /// One JSON object a line
-    #[arg(long, conflicts_with_all = ["null", "long"])]
+    #[arg(long, conflicts_with = "null")]
     json: bool,
     /// Names as they are, each ended by NUL
     #[arg(long, short = '0', conflicts_with = "long")]

@@ -11,6 +11,8 @@ use super::control::{MemberStatus, Reply};
 use super::process::Watched;
 use super::state::{Layout, Settings};
 
+/// The descriptor on which a process says that it serves: its standard input is the pipe (`process::start`).
+const READY_FD: &str = "0";
 /// The mount's name among the members.
 pub const MOUNT: &str = "mount";
 /// Wait before the first restart; doubles with every failure.
@@ -77,15 +79,18 @@ impl Member {
         let socket = Layout::node_socket(settings, node).display().to_string();
         let grpc = settings.ports.grpc.get(node).copied().unwrap_or(0);
         let http = settings.ports.http.get(node).copied().unwrap_or(0);
-        let args = [
+        let mut args = vec![
             ("--id", node.to_owned()),
             ("--data-dir", layout.node_data(node).display().to_string()),
             ("--listen", format!("127.0.0.1:{grpc}")),
             ("--listen-unix", socket.clone()),
             ("--http", format!("127.0.0.1:{http}")),
             ("--meta", format!("unix:{}", Layout::meta_socket(settings).display())),
-            ("--ready-fd", "0".to_owned()),
+            ("--ready-fd", READY_FD.to_owned()),
         ];
+        if let Some(bytes) = settings.default_limit_bytes {
+            args.push(("--default-limit", bytes.to_string()));
+        }
         Member {
             args: args.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]).collect(),
             endpoints: vec![format!("unix:{socket}"), format!("http://127.0.0.1:{grpc}")],
@@ -97,7 +102,8 @@ impl Member {
     /// The mount of a cluster.
     pub fn mount(layout: &Layout, settings: &Settings, mount: &std::path::Path, program: PathBuf) -> Member {
         let http = settings.ports.http.get(MOUNT).copied().unwrap_or(0);
-        let mut args = vec![mount.display().to_string(), "-f".to_owned()];
+        let mut args = vec![mount.display().to_string(), "--foreground".to_owned()];
+        args.extend(["--ready-fd".to_owned(), READY_FD.to_owned()]);
         args.extend(["--endpoints".to_owned(), layout.node_endpoints(settings).join(",")]);
         args.extend(["--client-id".to_owned(), settings.client_id.to_string()]);
         args.extend(["--http".to_owned(), format!("127.0.0.1:{http}")]);

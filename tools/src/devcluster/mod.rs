@@ -5,7 +5,8 @@
 //! |---|---|
 //! | [`state`] | where things lie in the cluster's folder; the settings and the list of processes, on disk |
 //! | [`process`] | processes by (pid, start time, boot): start, watch, signal, never a wrong one |
-//! | [`control`] | the protocol on the supervisor's socket |
+//! | [`control`] | the protocol on the supervisor's socket; [`listen`]: its side of it |
+//! | [`housekeeping`] | logs that stay bounded, ports that stay the same |
 //! | [`supervisor`] | the one loop that starts, watches and restarts |
 //! | [`meta`] | the metadata store and what it is filled with |
 //! | [`member`] | one supervised process: its command line, its states, its backoff |
@@ -22,7 +23,9 @@
 
 pub mod cleanup;
 pub mod control;
+pub mod housekeeping;
 pub mod launch;
+pub mod listen;
 pub mod member;
 pub mod meta;
 pub mod process;

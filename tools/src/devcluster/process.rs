@@ -128,14 +128,10 @@ impl Watched {
 
 /// Starts a program with its output at the end of `log` and `ready` as its standard input: the daemons are told
 /// `--ready-fd 0`. It gets a process group of its own, so that Ctrl-C in a terminal does not reach it.
-pub fn start(program: &Path, args: &[String], log: &Path, ready: Option<OwnedFd>) -> io::Result<Identity> {
+pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio>) -> io::Result<Identity> {
     let log = File::options().create(true).append(true).open(log)?;
     let mut command = Command::new(program);
-    command.args(args).stdout(log.try_clone()?).stderr(log).process_group(0);
-    match ready {
-        Some(fd) => command.stdin(Stdio::from(fd)),
-        None => command.stdin(Stdio::null()),
-    };
+    command.args(args).stdin(ready).stdout(log.try_clone()?).stderr(log).process_group(0);
     // Dropping the handle neither kills nor reaps: `Watched` does the latter.
     let child = command.spawn()?;
     Identity::of(child.id()).ok_or_else(|| io::Error::other("ended at once"))
@@ -209,14 +205,14 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let log = temp.path().join("log");
         let args = |script: &str| vec!["-c".to_owned(), script.to_owned()];
-        let run = start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, None).unwrap();
+        let run = start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, Stdio::null()).unwrap();
         let watched = Watched::new(run.clone()).unwrap().unwrap();
         assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(7));
         assert_eq!(log_tail(&log, 3), ["hello"]);
         assert!(!run.is_running());
         assert!(Watched::new(run).unwrap().is_none());
 
-        let sleeper = start(Path::new("/bin/sleep"), &["100".to_owned()], &log, None).unwrap();
+        let sleeper = start(Path::new("/bin/sleep"), &["100".to_owned()], &log, Stdio::null()).unwrap();
         let watched = Watched::new(sleeper.clone()).unwrap().unwrap();
         watched.signal(Signal::STOP).unwrap();
         while !sleeper.is_stopped() {

@@ -16,14 +16,15 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use shardfs_node::cluster::embedded_server;
 use shardfs_proto::types::clock;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::AsyncReadExt;
 use tokio::signal::unix::SignalKind;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
 use super::cleanup;
-use super::control::{self, ClusterStatus, KillSignal, Reply, Request};
+use super::control::{ClusterStatus, KillSignal, Reply, Request};
+use super::housekeeping::{absent_is_fine, choose_ports, move_log};
+use super::listen::{self, Asked};
 use super::member::{MOUNT, Member, Phase};
 use super::process::{self, Identity, Watched};
 use super::state::{Layout, ProcessRecord, Processes, Settings};
@@ -32,18 +33,12 @@ use crate::system::{self, MountHealth};
 
 /// Events on their way to the loop.
 const EVENTS_MAX: usize = 256;
-/// Control connections at a time.
-const CONNECTIONS_MAX: usize = 64;
-/// How long a control connection may take to say what it wants.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests on their way to the loop.
+const REQUESTS_MAX: usize = 16;
 /// How long a process may take to serve: a node replays its logs and makes file systems.
 const READY_MAX: Duration = Duration::from_secs(90);
-/// Between two looks for a mount that comes up.
-const MOUNT_POLL: Duration = Duration::from_millis(10);
 /// How often logs are looked at.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// Bytes of a log before it is moved aside (to NAME.log.1, over the previous one).
-const LOG_BYTES_MAX: u64 = 32 << 20;
 /// Lines of a log that an error shows.
 const TAIL_LINES: usize = 8;
 /// On SIGTERM nobody is there to be told that the mount is busy: it is detached.
@@ -72,7 +67,6 @@ enum Event {
     Ready { name: String, generation: u64, outcome: Result<()> },
     Ended { name: String, generation: u64, status: Option<ExitStatus> },
     Retry { name: String, generation: u64 },
-    Request { request: Request, reply: oneshot::Sender<Reply> },
 }
 
 /// The supervisor of one cluster.
@@ -83,6 +77,7 @@ pub struct Supervisor {
     members: BTreeMap<String, Member>,
     events: mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
+    requests: (mpsc::Sender<Asked>, mpsc::Receiver<Asked>),
     started: Instant,
     /// While false, a member that fails is no reason to try again but one to give up the start.
     up: bool,
@@ -118,7 +113,7 @@ impl Supervisor {
         layout.write_settings(&settings)?;
 
         progress("starting the metadata store");
-        let listener = bind_control(&Layout::control_socket(&settings))?;
+        let listener = listen::bind(&Layout::control_socket(&settings))?;
         let meta = super::meta::serve(&layout, &settings).await?;
         super::meta::bootstrap(&layout, &settings).await?;
 
@@ -129,6 +124,7 @@ impl Supervisor {
             settings,
             members: BTreeMap::new(),
             inbox,
+            requests: mpsc::channel(REQUESTS_MAX),
             started: clock::monotonic(),
             up: false,
             startup_failure: None,
@@ -139,7 +135,7 @@ impl Supervisor {
         supervisor.save()?;
         match supervisor.bring_up(&programs, &old, progress).await {
             Ok(()) => {
-                tokio::spawn(accept(listener, supervisor.events.clone()));
+                tokio::spawn(listen::accept(listener, supervisor.requests.0.clone()));
                 supervisor.up = true;
                 Ok(supervisor)
             }
@@ -250,8 +246,12 @@ impl Supervisor {
         let _hangup = tokio::signal::unix::signal(SignalKind::hangup())?;
         let mut logs = tokio::time::interval(LOG_INTERVAL);
         loop {
-            let event = tokio::select! {
-                event = self.inbox.recv() => event.expect("this supervisor holds a sender"),
+            let asked = tokio::select! {
+                event = self.inbox.recv() => {
+                    self.handle(event.expect("this supervisor holds a sender"));
+                    continue;
+                }
+                asked = self.requests.1.recv() => asked.expect("this supervisor holds a sender"),
                 _ = terminate.recv() => return self.stop_everything(TERM_FORCES).await,
                 _ = interrupt.recv() => return self.stop_everything(TERM_FORCES).await,
                 _ = logs.tick() => {
@@ -259,7 +259,8 @@ impl Supervisor {
                     continue;
                 }
             };
-            if let Event::Request { request: Request::Down { force }, reply } = event {
+            let Asked { request, reply } = asked;
+            if let Request::Down { force } = request {
                 match self.stop_everything(force).await {
                     Ok(()) => {
                         // Whoever asked may be gone.
@@ -274,7 +275,7 @@ impl Supervisor {
                 }
                 continue;
             }
-            self.handle(event);
+            self.on_request(request, reply);
         }
     }
 
@@ -289,7 +290,6 @@ impl Supervisor {
                     self.retry_later(&name, &failure);
                 }
             }
-            Event::Request { request, reply } => self.on_request(request, reply),
         }
     }
 
@@ -322,7 +322,6 @@ impl Supervisor {
     }
 
     fn on_ended(&mut self, name: &str, generation: u64, status: Option<ExitStatus>) {
-        let mount = self.settings.mount.clone();
         let Some(member) = self.members.get_mut(name).filter(|m| m.generation == generation) else { return };
         let end = process::describe(status);
         member.last_end = Some(end.clone());
@@ -332,18 +331,13 @@ impl Supervisor {
             let _ = waiter.send(Reply::of(Ok(format!("{name} {end}; `shardfs dev start {name}` starts it again"))));
         }
         self.processes.members.remove(name);
-        if name == MOUNT
-            && let Some(mount) = mount
-        {
-            tokio::spawn(async move {
-                if let Err(e) = system::mend_stale_mount(&mount).await {
-                    warn!("the dead mount stays: {e}");
-                }
-            });
-        }
-        let member = self.members.get_mut(name).expect("it was there above");
         if asked {
             info!("{name} {end}, as asked");
+            member.phase = Phase::Stopped;
+        } else if name == MOUNT && self.up && status.is_some_and(|s| s.success()) {
+            // Somebody unmounted it: that is respected.
+            info!("{name} was unmounted; `dev start {name}` mounts again");
+            member.last_end = Some("unmounted".to_owned());
             member.phase = Phase::Stopped;
         } else if !self.up {
             let failure = failed_start(name, &end, &member.log);
@@ -359,6 +353,9 @@ impl Supervisor {
     fn retry_later(&mut self, name: &str, failure: &Failure) {
         let Some(member) = self.members.get_mut(name) else { return };
         let end = member.last_end.clone().unwrap_or_default();
+        for waiter in member.start_waiters.drain(..) {
+            let _ = waiter.send(Reply::of(Err(failure.clone())));
+        }
         match member.note_failure() {
             Some(wait) => {
                 warn!("{name} {end}: starting it again in {} ms", wait.as_millis());
@@ -369,12 +366,7 @@ impl Supervisor {
                     let _ = events.send(Event::Retry { name, generation }).await;
                 });
             }
-            None => {
-                error!("{name} {end}: it failed too often, giving up until `dev start {name}`");
-                for waiter in member.start_waiters.drain(..) {
-                    let _ = waiter.send(Reply::of(Err(failure.clone())));
-                }
-            }
+            None => error!("{name} {end}: it failed too often, giving up until `dev start {name}`"),
         }
     }
 
@@ -395,7 +387,7 @@ impl Supervisor {
                 }
             }
             Request::Down { .. } => {
-                let _ = reply.send(Reply::of(Err(Failure::new("the cluster is still starting"))));
+                let _ = reply.send(Reply::of(Err(Failure::new("handled by `run`"))));
             }
         }
     }
@@ -473,17 +465,11 @@ impl Supervisor {
     /// Starts a member's process and the tasks that tell how it goes.
     fn launch(&mut self, name: &str) -> Result<()> {
         let member = self.members.get_mut(name).expect("only members are launched");
-        let is_mount = name == MOUNT;
-        let (reader, writer) = if is_mount {
-            (None, None)
-        } else {
-            let (reader, writer) = std::io::pipe()?;
-            (Some(reader), Some(OwnedFd::from(writer)))
-        };
+        let (reader, writer) = std::io::pipe()?;
         if let Err(e) = move_log(&member.log) {
             warn!("cannot move {} aside: {e}", member.log.display());
         }
-        let identity = process::start(&member.program, &member.args, &member.log, writer)
+        let identity = process::start(&member.program, &member.args, &member.log, OwnedFd::from(writer))
             .map_err(|e| failed_start(name, &e.to_string(), &member.log))?;
         let record = ProcessRecord { identity: identity.clone(), program: member.program.clone(), args: member.args.clone() };
         self.processes.members.insert(name.to_owned(), record);
@@ -493,15 +479,8 @@ impl Supervisor {
         info!("{name} started (pid {})", identity.pid);
 
         let (events, task_name, log) = (self.events.clone(), name.to_owned(), member.log.clone());
-        let mount = self.settings.mount.clone().filter(|_| is_mount);
         tokio::spawn(async move {
-            let wait = async {
-                match (mount, reader) {
-                    (Some(mount), _) => mount_is_usable(&mount, &identity).await,
-                    (None, Some(reader)) => says_ready(OwnedFd::from(reader)).await,
-                    (None, None) => Ok(()),
-                }
-            };
+            let wait = says_ready(OwnedFd::from(reader));
             let outcome = match tokio::time::timeout(READY_MAX, wait).await {
                 Ok(outcome) => outcome,
                 Err(_) => Err(Failure::new(format!("does not serve after {} s", READY_MAX.as_secs()))),
@@ -515,11 +494,18 @@ impl Supervisor {
 
     fn watch(&self, name: &str, generation: u64, process: Arc<Watched>) {
         let (events, name) = (self.events.clone(), name.to_owned());
+        let mount = self.settings.mount.clone().filter(|_| name == MOUNT);
         tokio::spawn(async move {
             let status = process.ended().await.unwrap_or_else(|e| {
                 error!("cannot watch {name}: {e}");
                 None
             });
+            // Before anybody hears of its end: the next daemon must not find the dead mount.
+            if let Some(mount) = mount
+                && let Err(e) = system::mend_stale_mount(&mount).await
+            {
+                warn!("the dead mount stays: {e}");
+            }
             let _ = events.send(Event::Ended { name, generation, status }).await;
         });
     }
@@ -568,26 +554,6 @@ impl Supervisor {
     }
 }
 
-/// Keeps a log bounded: its content goes to NAME.log.1 and the file, which its writer appends to, is emptied. A
-/// line written in between is lost.
-fn move_log(log: &Path) -> std::io::Result<()> {
-    match std::fs::metadata(log) {
-        Ok(m) if m.len() > LOG_BYTES_MAX => {}
-        Ok(_) => return Ok(()),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => return Err(e),
-    }
-    std::fs::copy(log, log.with_extension("log.1"))?;
-    File::options().write(true).open(log)?.set_len(0)
-}
-
-fn absent_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
-    match result {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    }
-}
-
 /// "node-1 exited with status 1", with the end of its log.
 fn failed_start(name: &str, why: &str, log: &Path) -> Failure {
     let mut message = format!("{name} {why}");
@@ -597,7 +563,7 @@ fn failed_start(name: &str, why: &str, log: &Path) -> Failure {
     Failure::new(message).hint(format!("the whole log: {}", log.display()))
 }
 
-/// A node writes a line when it serves, and closes the pipe without one when it ends.
+/// A process writes a line when it serves, and closes the pipe without one when it ends.
 async fn says_ready(reader: OwnedFd) -> Result<()> {
     const LINE_BYTES_MAX: u64 = 64 << 10;
     let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(reader)?;
@@ -615,89 +581,4 @@ async fn says_ready(reader: OwnedFd) -> Result<()> {
     } else {
         Err(Failure::new(format!("said {:?} instead of being ready", String::from_utf8_lossy(&line).trim())))
     }
-}
-
-/// A daemon serves when its mount is in the table and answers.
-async fn mount_is_usable(mount: &Path, daemon: &Identity) -> Result<()> {
-    loop {
-        let mounted = system::mount_at(mount)?.is_some_and(|m| m.fs_type.starts_with("fuse"));
-        if mounted && system::probe(mount).await? == MountHealth::Usable {
-            return Ok(());
-        }
-        if !daemon.is_running() {
-            return Err(Failure::new("did not start"));
-        }
-        tokio::time::sleep(MOUNT_POLL).await;
-    }
-}
-
-/// Ports of processes that run keep; the others are tried, and replaced if something else has taken them.
-fn choose_ports(settings: &mut Settings, old: &Processes) {
-    let free = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).is_ok();
-    let any = || {
-        // 0 when the machine has none left: the process then says so itself.
-        std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|l| l.local_addr()).map_or(0, |a| a.port())
-    };
-    let nodes = settings.node_names();
-    let runs = |name: &str| old.members.get(name).is_some_and(|r| r.identity.is_running());
-    let ports = &mut settings.ports;
-    let wanted = nodes
-        .iter()
-        .flat_map(|n| [(true, n.as_str()), (false, n.as_str())])
-        .chain([(false, MOUNT)])
-        .collect::<Vec<_>>();
-    for (grpc, name) in wanted {
-        let map = if grpc { &mut ports.grpc } else { &mut ports.http };
-        let keep = map.get(name).is_some_and(|port| *port != 0 && (runs(name) || free(*port)));
-        if !keep {
-            map.insert(name.to_owned(), any());
-        }
-    }
-}
-
-/// A socket file without a listener is left over: whoever holds the lock may replace it.
-fn bind_control(path: &Path) -> Result<UnixListener> {
-    absent_is_fine(std::fs::remove_file(path)).with_context(|| path.display().to_string())?;
-    UnixListener::bind(path).with_context(|| path.display().to_string())
-}
-
-async fn accept(listener: UnixListener, events: mpsc::Sender<Event>) {
-    let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let events = events.clone();
-                tokio::spawn(async move {
-                    let _permit = permit;
-                    if let Err(e) = serve(stream, events).await {
-                        warn!("a control connection failed: {e}");
-                    }
-                });
-            }
-            Err(e) => {
-                warn!("cannot accept a control connection: {e}");
-                tokio::time::sleep(MOUNT_POLL).await;
-            }
-        }
-    }
-}
-
-async fn serve(stream: UnixStream, events: mpsc::Sender<Event>) -> Result<()> {
-    let (read, mut write) = stream.into_split();
-    let line = tokio::time::timeout(REQUEST_TIMEOUT, control::read_line(read))
-        .await
-        .map_err(|_| Failure::new("nothing was asked in time"))?;
-    // Somebody only looked whether we are here.
-    let Ok(line) = line else { return Ok(()) };
-    let reply = match serde_json::from_str(&line) {
-        Ok(request) => {
-            let (send, receive) = oneshot::channel();
-            let gone = || Failure::new("the supervisor is ending");
-            events.send(Event::Request { request, reply: send }).await.map_err(|_| gone())?;
-            receive.await.unwrap_or_else(|_| Reply::of(Err(gone())))
-        }
-        Err(e) => Reply::of(Err(Failure::new(format!("not understood: {e}")))),
-    };
-    write.write_all(&control::line(&reply)).await.map_err(Failure::from)
 }
