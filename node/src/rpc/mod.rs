@@ -304,17 +304,22 @@ fn write_id(session: u64, sequence: u64) -> Result<(Option<SessionId>, Option<Se
     }
 }
 
+/// The identity of a Storage service's mutation: none, or whole.
+fn storage_write_id(write: Option<wire::WriteId>) -> Result<(Option<SessionId>, Option<Sequence>)> {
+    let write = write.unwrap_or_default();
+    match write_id(write.session_id, write.sequence)? {
+        (Some(_), None) => Err(Error::invalid("write_id names a session but no sequence number (they start at 1)")),
+        pair => Ok(pair),
+    }
+}
+
 /// A mutation of the Storage service.
 fn storage_mutation(
     write: Option<wire::WriteId>,
     durability: i32,
     operation: shardfs_proto::types::op::Operation,
 ) -> Result<Mutation> {
-    let write = write.unwrap_or_default();
-    let (session, sequence) = write_id(write.session_id, write.sequence)?;
-    if session.is_some() && sequence.is_none() {
-        return Err(Error::invalid("write_id names a session but no sequence number (they start at 1)"));
-    }
+    let (session, sequence) = storage_write_id(write)?;
     let durability = convert::durability_from_wire(durability, Durability::Sync)?;
     Ok(Mutation { session, sequence, durability, operation })
 }

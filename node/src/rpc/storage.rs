@@ -15,7 +15,7 @@ use shardfs_proto::wire::{self, list_entry, put_stream_request, storage_server::
 use tonic::{Request, Response, Status, Streaming};
 
 use super::stream::{self, Answer, Producer, Turn};
-use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, storage_mutation, write_id};
+use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, storage_mutation, storage_write_id};
 use crate::shard::list::{ListQuery, Listed, Listing, Step, WalkKey};
 use crate::shard::{PutStreamStart, ReadView, Shard, read};
 
@@ -64,8 +64,7 @@ impl StorageService {
                 return Err(Error::invalid("the first message of a PutStream is its header"));
             }
         };
-        let write = header.write_id.unwrap_or_default();
-        let (session, sequence) = write_id(write.session_id, write.sequence)?;
+        let (session, sequence) = storage_write_id(header.write_id)?;
         let start = PutStreamStart {
             key: Key::new(header.key)?,
             options: convert::put_options_from_wire(header.options)?,
@@ -74,12 +73,10 @@ impl StorageService {
             sequence,
             size: header.size,
         };
-        let announced = header.size;
         let shard = self.open(&metadata, header.shard, header.epoch).await?;
         let id = shard.id();
         // Dropped anywhere before its commit, the writer leaves nothing behind.
         let mut writer = about(id, shard.put_content(start).await)?;
-        let mut received = 0u64;
         while let Some(part) = next_part(&mut parts).await? {
             let Part::Data(data) = part else {
                 return Err(Error::invalid("a second header in a PutStream"));
@@ -87,28 +84,13 @@ impl StorageService {
             if data.is_empty() {
                 return Err(Error::invalid("an empty piece of data in a PutStream"));
             }
-            let data = convert::value_from_wire(data)?;
-            received += data.len() as u64;
-            if announced.is_some_and(|size| received > size) {
-                return Err(wrong_size(announced, received));
-            }
-            about(id, writer.append(data).await)?;
-        }
-        if announced.is_some_and(|size| received != size) {
-            return Err(wrong_size(announced, received));
+            about(id, writer.append(convert::value_from_wire(data)?).await)?;
         }
         // The commit goes on if the client goes away now: it is one mutation, done or not done.
         let commit = tokio::spawn(async move { writer.commit().await });
         let meta = commit.await.unwrap_or_else(|_| Err(super::panicked("Storage/PutStream")));
         Ok(wire::PutReply { meta: Some(convert::meta_to_wire(&about(id, meta)?)) })
     }
-}
-
-fn wrong_size(announced: Option<u64>, received: u64) -> Error {
-    Error::invalid(format!(
-        "the stream's header announced {} bytes, {received} came; nothing was stored",
-        announced.unwrap_or_default()
-    ))
 }
 
 async fn next_part(

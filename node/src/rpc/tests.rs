@@ -41,6 +41,11 @@ fn write_ids_are_whole() {
     assert_eq!(write_id(3, 4).unwrap(), (SessionId::new(3), Sequence::new(4)));
     assert_eq!(write_id(3, 0).unwrap(), (SessionId::new(3), None));
     assert_eq!(reason(write_id(0, 4)), Reason::InvalidArgument);
+    assert_eq!(storage_write_id(None).unwrap(), (None, None));
+    for (session_id, sequence) in [(0, 4), (3, 0)] {
+        let half = Some(wire::WriteId { session_id, sequence });
+        assert_eq!(reason(storage_write_id(half)), Reason::InvalidArgument);
+    }
 }
 
 #[test]
