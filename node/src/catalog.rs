@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shardfs_proto::types::cluster::{NodeInfo, NodeStatus, Selector, ShardInfo, VolumeInfo};
+use shardfs_proto::types::op::ShardState;
 use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId, clock};
 use tokio_util::sync::CancellationToken;
 
@@ -135,7 +136,7 @@ impl Catalog {
 
     /// The shard, open: see [`Catalog::local_shard`].
     pub async fn open_shard(
-        &self,
+        self: &Arc<Self>,
         client: &ClientId,
         selector: &Selector,
         epoch: Option<Epoch>,
@@ -144,6 +145,10 @@ impl Catalog {
         let shard = self.parts.manager.open(local.id, &local.dir, local.room).await?;
         // A deletion that began meanwhile has closed what was open before, not what was opened since.
         self.local_shard(client, &Selector::Id(local.id), None)?;
+        // A crash between sealing a shard and its record: every use shows it.
+        if local.info.state == ShardState::Active && shard.usage().state == ShardState::ReadOnly {
+            self.note_sealed(local.id);
+        }
         Ok(shard)
     }
 
@@ -203,6 +208,23 @@ impl Catalog {
             store_reachable: self.parts.pulse.succeeded(),
             cluster_id: self.parts.cluster_id.clone(),
         }
+    }
+
+    /// Lets the record of a sealed shard follow, in the background; what fails is done at its next use.
+    fn note_sealed(self: &Arc<Self>, id: ShardId) {
+        let Ok(permit) = self.changes.clone().try_acquire_owned() else { return };
+        let this = self.clone();
+        tokio::spawn(async move {
+            let _permit = permit;
+            // Whoever holds the lock is at it, or will be by the shard's next use.
+            let Some(_lock) = this.locks.try_lock(id) else { return };
+            let Some(kept) = this.parts.view.shard(id) else { return };
+            if kept.record.state == StateWord::Active
+                && let Err(error) = this.set_state(&kept, StateWord::ReadOnly).await
+            {
+                tracing::warn!(shard = %id, %error, "noting that a shard is sealed: later");
+            }
+        });
     }
 
     fn infos(&self, keep: impl Fn(&ShardRecord) -> bool) -> Vec<ShardInfo> {
@@ -299,6 +321,11 @@ impl Locks {
         };
         lock.lock_owned().await
     }
+
+    fn try_lock(&self, id: ShardId) -> Option<tokio::sync::OwnedMutexGuard<()>> {
+        let lock = self.0.lock().entry(id).or_default().clone();
+        lock.try_lock_owned().ok()
+    }
 }
 
 /// Calls of a shard are refused as long as this lives.
@@ -319,3 +346,6 @@ impl Drop for Fence {
         self.catalog.fenced.lock().remove(&self.id);
     }
 }
+
+#[cfg(test)]
+mod tests;

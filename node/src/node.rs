@@ -7,7 +7,7 @@
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -219,10 +219,17 @@ impl Node {
             bail!("--ready-fd {number}: no descriptor has this number");
         }
         // SAFETY: the descriptor was given to this process by who started it, and is used for this line only;
-        // that it is not open is an error of the write.
+        // that it is not open is an error of the next call.
         let fd = unsafe { BorrowedFd::borrow_raw(number) };
-        let fd = rustix::io::fcntl_dupfd_cloexec(fd, 3).with_context(|| format!("--ready-fd {number}"))?;
-        File::from(fd).write_all(line.as_bytes()).with_context(|| format!("writing to --ready-fd {number}"))
+        let copy = rustix::io::fcntl_dupfd_cloexec(fd, 3).with_context(|| format!("--ready-fd {number}"))?;
+        File::from(copy)
+            .write_all(line.as_bytes())
+            .with_context(|| format!("writing to --ready-fd {number}"))?;
+        if number > libc::STDERR_FILENO {
+            // SAFETY: as above; nothing else in this process knows the number.
+            drop(unsafe { OwnedFd::from_raw_fd(number) });
+        }
+        Ok(())
     }
 }
 

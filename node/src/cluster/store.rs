@@ -475,3 +475,6 @@ pub async fn get(store: &dyn MetaStore, key: impl Into<Bytes>) -> StoreResult<(R
     let mut answer = store.range(KeyRange::key(key), 1).await?;
     Ok((answer.revision, answer.kvs.pop()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -396,3 +396,6 @@ impl State {
 fn keep<T>(record: T, kv: &KeyValue) -> Kept<T> {
     Kept { record: Arc::new(record), modified: kv.modified }
 }
+
+#[cfg(test)]
+mod tests;
