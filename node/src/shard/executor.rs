@@ -46,7 +46,7 @@ const GROUP_BYTES_MAX: usize = 8 << 20;
 /// Pauses between attempts to make writes possible again.
 const RESUME_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESUME_PAUSE_MAX: Duration = Duration::from_secs(2);
-/// Failed attempts, not for want of room, after which the shard asks to be opened anew.
+/// Attempts that failed with an error of the device after which the shard asks to be opened anew.
 const RESUMES_MAX: u32 = 5;
 
 /// What is asked of the executor.
@@ -470,7 +470,8 @@ impl Executor {
                 Ok(())
             }
             Err(error) => {
-                trouble.attempts += u32::from(error.reason() != Reason::VolumeFull);
+                // Want of room and a recovery under way pass; a database that is in error does not.
+                trouble.attempts += u32::from(matches!(error.reason(), Reason::Io | Reason::Corrupt));
                 trouble.pause = (trouble.pause * 2).min(RESUME_PAUSE_MAX);
                 trouble.next_try = clock::monotonic() + trouble.pause;
                 trouble.error = error.clone();

@@ -31,8 +31,9 @@ use super::{Room, ShardInit};
 /// sync, below UNSYNCED_AGE_MAX.
 const UNSYNCED_AGE: Duration = Duration::from_secs(2);
 const TICK: Duration = Duration::from_millis(500);
-/// Ticks between two looks at sessions and at space to give back.
-const SLOW_TICKS: u64 = 30;
+/// Ticks between two looks at space to give back, and at sessions.
+const RECLAIM_TICKS: u64 = 4;
+const SESSION_TICKS: u64 = 30;
 /// Freed logical bytes after which a shard's files are rewritten at once.
 const RECLAIM_BYTES: u64 = 256 << 20;
 /// The same while the volume is short of room, and what short means.
@@ -358,23 +359,25 @@ impl ShardManager {
                 tokio::time::sleep(TICK).await;
                 let Some(manager) = manager.upgrade() else { return };
                 ticks += 1;
-                manager.keep_up(ticks.is_multiple_of(SLOW_TICKS)).await;
+                manager.keep_up(ticks).await;
             }
         });
     }
 
-    async fn keep_up(&self, slow: bool) {
+    async fn keep_up(&self, ticks: u64) {
         let shards = self.open_shards();
         let ttl = self.settings.session_ttl;
         futures::future::join_all(shards.into_iter().map(|(shard, room)| async move {
             if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
                 tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
             }
-            if !slow {
-                return;
-            }
-            if let Err(error) = shard.expire_sessions(ttl).await {
+            if ticks.is_multiple_of(SESSION_TICKS)
+                && let Err(error) = shard.expire_sessions(ttl).await
+            {
                 tracing::debug!(shard = %shard.id(), %error, "sessions could not be looked at");
+            }
+            if !ticks.is_multiple_of(RECLAIM_TICKS) {
+                return;
             }
             let short = room.is_some_and(|room| room.growth_bytes() < SHORT_ROOM_BYTES);
             let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };

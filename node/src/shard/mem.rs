@@ -62,6 +62,11 @@ impl Reader for MemSnapshot {
 }
 
 impl MemStore {
+    /// Another store with the same records.
+    pub fn copy(&self) -> MemStore {
+        MemStore { maps: RwLock::new(Arc::clone(&self.maps.read())) }
+    }
+
     fn now(&self) -> MemSnapshot {
         MemSnapshot(Arc::clone(&self.maps.read()))
     }

@@ -71,3 +71,6 @@ pub struct Usage {
     /// Active or read-only.
     pub state: ShardState,
 }
+
+#[cfg(test)]
+mod tests;

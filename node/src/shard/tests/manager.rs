@@ -1,0 +1,151 @@
+//! The manager: creation, opening, places, deletion, damage.
+
+use std::path::Path;
+use std::sync::atomic::AtomicU64;
+use std::sync::Arc;
+
+use shardfs_proto::types::{Reason, ShardId};
+
+use super::harness::*;
+use crate::shard::{Room, Shard, ShardInit, ShardManager, ShardSettings};
+
+fn manager(open_shards_max: usize) -> Arc<ShardManager> {
+    ShardManager::new(ShardSettings {
+        block_cache_bytes: 8 << 20,
+        write_buffer_bytes: 32 << 20,
+        open_shards_max,
+        ..ShardSettings::default()
+    })
+}
+
+fn room() -> Arc<dyn Room> {
+    Arc::new(TestRoom(AtomicU64::new(1 << 40)))
+}
+
+fn id(n: u64) -> ShardId {
+    ShardId::new(n).unwrap()
+}
+
+fn dir(root: &Path, n: u64) -> std::path::PathBuf {
+    root.join(format!("shard-{n}"))
+}
+
+async fn put_one(shard: &Shard, k: &str) {
+    let mutation = crate::shard::Mutation {
+        session: None,
+        sequence: None,
+        durability: shardfs_proto::types::op::Durability::Buffered,
+        operation: put(k, b"value"),
+    };
+    shard.mutate(mutation).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn shards_open_lazily_and_give_up_their_places() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(2);
+    for n in 1..=5 {
+        m.create(&dir(root.path(), n), &ShardInit { id: id(n), ..init(None) }).unwrap();
+        m.create(&dir(root.path(), n), &ShardInit { id: id(n), ..init(None) }).unwrap();
+    }
+    assert_eq!(m.status().open_shards, 0);
+    for round in 0..2 {
+        for n in 1..=5 {
+            let shard = m.open(id(n), &dir(root.path(), n), room()).await.unwrap();
+            assert_eq!(shard.usage().inodes, 1 + round);
+            put_one(&shard, &format!("k{round}")).await;
+            assert!(m.status().open_shards <= 2);
+        }
+    }
+    let (one, two) = (
+        m.open(id(1), &dir(root.path(), 1), room()).await.unwrap(),
+        m.open(id(2), &dir(root.path(), 2), room()).await.unwrap(),
+    );
+    let again = m.open(id(1), &dir(root.path(), 1), room()).await.unwrap();
+    assert!(Arc::ptr_eq(&one, &again));
+    let busy = m.open(id(3), &dir(root.path(), 3), room()).await.err().expect("both places are held");
+    assert_eq!(busy.reason(), Reason::Busy);
+    drop((one, two, again));
+    m.open(id(3), &dir(root.path(), 3), room()).await.unwrap();
+    m.close_all().await.unwrap();
+    assert_eq!(m.status().open_shards, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn concurrent_opens_share_one() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    m.create(&dir(root.path(), 1), &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let path = dir(root.path(), 1);
+    let opens = (0..16).map(|_| m.open(id(1), &path, room()));
+    let shards: Vec<_> = futures::future::join_all(opens).await.into_iter().map(Result::unwrap).collect();
+    assert!(shards.iter().all(|shard| Arc::ptr_eq(shard, &shards[0])));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deletion_is_resumed() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    let path = dir(root.path(), 1);
+    m.create(&path, &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shard = m.open(id(1), &path, room()).await.unwrap();
+    put_one(&shard, "k").await;
+    drop(shard);
+    // A deletion was cut off after the rename; a creation was cut off before.
+    std::fs::rename(&path, root.path().join("shard-1.deleted")).unwrap();
+    std::fs::create_dir(root.path().join("shard-1.creating")).unwrap();
+    m.delete(id(1), &path).await.unwrap();
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+    m.delete(id(1), &path).await.unwrap();
+    // A creation that was cut off is done again.
+    std::fs::create_dir(root.path().join("shard-2.creating")).unwrap();
+    std::fs::write(root.path().join("shard-2.creating/CURRENT"), b"junk").unwrap();
+    m.create(&dir(root.path(), 2), &ShardInit { id: id(2), ..init(None) }).unwrap();
+    let shard = m.open(id(2), &dir(root.path(), 2), room()).await.unwrap();
+    put_one(&shard, "k").await;
+    drop(shard);
+    m.delete(id(2), &dir(root.path(), 2)).await.unwrap();
+    let gone = m.open(id(2), &dir(root.path(), 2), room()).await.err().unwrap();
+    assert_eq!(gone.reason(), Reason::Corrupt);
+    assert_eq!(std::fs::read_dir(root.path()).unwrap().count(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn damage_is_named_and_stays_with_its_shard() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    for n in 1..=2 {
+        m.create(&dir(root.path(), n), &ShardInit { id: id(n), ..init(None) }).unwrap();
+    }
+    let sst = std::fs::read_dir(dir(root.path(), 1))
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .find(|p| p.extension().is_some_and(|e| e == "sst"))
+        .unwrap();
+    let mut bytes = std::fs::read(&sst).unwrap();
+    let length = bytes.len();
+    bytes[length - 40..].fill(0x5a);
+    std::fs::write(&sst, bytes).unwrap();
+    let bad = m.open(id(1), &dir(root.path(), 1), room()).await.err().expect("a damaged file is no shard");
+    assert_eq!(bad.reason(), Reason::Corrupt);
+    assert_eq!(bad.shard(), Some(id(1)));
+    let file = sst.file_name().unwrap().to_str().unwrap();
+    assert!(bad.message().contains("shard 1") && bad.message().contains(file), "{bad}");
+    let good = m.open(id(2), &dir(root.path(), 2), room()).await.unwrap();
+    put_one(&good, "k").await;
+    // A folder that is another shard's is refused.
+    let wrong = m.open(id(3), &dir(root.path(), 2), room()).await.err().unwrap();
+    assert!(matches!(wrong.reason(), Reason::Unavailable | Reason::Corrupt), "{wrong}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn buffered_operations_are_synced_in_time() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    m.create(&dir(root.path(), 1), &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shard = m.open(id(1), &dir(root.path(), 1), room()).await.unwrap();
+    put_one(&shard, "k").await;
+    assert!(shard.executor().log().age().is_some());
+    tokio::time::sleep(shardfs_proto::types::limits::UNSYNCED_AGE_MAX).await;
+    assert_eq!(shard.executor().log().age(), None);
+}

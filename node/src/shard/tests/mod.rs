@@ -1,0 +1,12 @@
+//! Shards on both stores: against a reference model, and one behaviour at a time.
+
+mod harness;
+mod limits;
+mod manager;
+mod model;
+mod posix;
+mod random;
+mod sessions;
+mod space;
+mod speed;
+mod values;
