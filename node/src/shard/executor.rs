@@ -263,6 +263,11 @@ impl Executor {
         self.freed_bytes.swap(0, Ordering::Relaxed)
     }
 
+    /// Notes bytes as freed, again.
+    pub fn note_freed_bytes(&self, bytes: u64) {
+        self.freed_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     /// Logical bytes freed since they were last taken.
     pub fn freed_bytes(&self) -> u64 {
         self.freed_bytes.load(Ordering::Relaxed)
@@ -398,18 +403,16 @@ impl Executor {
         let written = match txn.finish() {
             None if sync => self.log.sync_blocking(&*self.store).map(|()| None),
             None => Ok(None),
-            Some((batch, after, records)) => self
-                .write(&batch, changed_by.into_iter(), sync)
-                .map(|()| Some((batch.size_bytes(), after, records))),
+            Some(done) => self.write(&done.batch, changed_by.into_iter(), sync).map(|()| Some(done)),
         };
         match written {
             Ok(None) => {}
-            Ok(Some((bytes, after, records))) => {
-                core.room.written += bytes;
-                let freed = core.counters.used_bytes.saturating_sub(after.used_bytes);
-                self.freed_bytes.fetch_add(freed, Ordering::Relaxed);
-                core.counters = after;
-                for (ino, record) in records {
+            Ok(Some(done)) => {
+                core.room.written += done.batch.size_bytes();
+                let freed = core.counters.used_bytes.saturating_sub(done.counters.used_bytes);
+                self.note_freed_bytes(freed);
+                core.counters = done.counters;
+                for (ino, record) in done.inodes {
                     match record {
                         Some(record) => core.cache.put(ino, record),
                         None => core.cache.remove(ino),
@@ -428,7 +431,11 @@ impl Executor {
                 let next_try = clock::monotonic() + RESUME_PAUSE_MIN;
                 core.trouble =
                     Some(Trouble { error: error.clone(), next_try, pause: RESUME_PAUSE_MIN, attempts: 0 });
-                for outcome in outcomes.iter_mut().filter(|outcome| outcome.is_ok()) {
+                // Those that failed may have failed on what is taken back.
+                for (job, outcome) in group.iter().zip(&mut outcomes) {
+                    if let Some((session, sequence)) = job.identity() {
+                        core.live.forget_failed(session, sequence);
+                    }
                     *outcome = Err(error.clone());
                 }
             }
@@ -522,12 +529,12 @@ impl Executor {
         for (ino, holders) in stale {
             apply.set_holders(ino, holders)?;
         }
-        if let Some((batch, after, _)) = txn.finish() {
-            self.store.write(&batch, true)?;
+        if let Some(done) = txn.finish() {
+            self.store.write(&done.batch, true)?;
             for effect in effects {
                 live.apply(effect);
             }
-            *counters = after;
+            *counters = done.counters;
             cache.clear();
             *self.usage.lock() = usage(&header, counters);
         }

@@ -87,11 +87,14 @@ pub struct ManagerStatus {
     pub stores: StoreProperties,
 }
 
+/// An open shard and the room it was opened with.
+type Open = (Arc<Shard>, Arc<dyn Room>);
+
 /// One shard's place in the table.
 #[derive(Default)]
 struct Slot {
     /// Locked while the shard is being opened, closed or deleted.
-    shard: tokio::sync::Mutex<Option<(Arc<Shard>, Arc<dyn Room>)>>,
+    shard: tokio::sync::Mutex<Option<Open>>,
     /// The open shard again, for the fast path: dead while it is closed.
     open: Mutex<Weak<Shard>>,
     last_used: AtomicU64,
@@ -232,12 +235,7 @@ impl ShardManager {
     }
 
     /// Closes a shard unless anyone holds it; whether it did.
-    async fn close_if_idle(
-        &self,
-        id: ShardId,
-        slot: &Slot,
-        guard: &mut Option<(Arc<Shard>, Arc<dyn Room>)>,
-    ) -> Result<bool> {
+    async fn close_if_idle(&self, id: ShardId, slot: &Slot, guard: &mut Option<Open>) -> Result<bool> {
         let Some((shard, _)) = guard.as_ref() else { return Ok(false) };
         shard.sync().await?;
         // With the weak handle emptied under its lock nobody can come by any more.
@@ -256,12 +254,7 @@ impl ShardManager {
     }
 
     /// Closes a shard for certain: nobody gets it any more, those who hold it are waited for.
-    async fn close_locked(
-        &self,
-        id: ShardId,
-        slot: &Slot,
-        guard: &mut Option<(Arc<Shard>, Arc<dyn Room>)>,
-    ) -> Result<()> {
+    async fn close_locked(&self, id: ShardId, slot: &Slot, guard: &mut Option<Open>) -> Result<()> {
         let Some((shard, _)) = guard.as_ref() else { return Ok(()) };
         if !shard.is_broken() {
             shard.sync().await?;
@@ -338,14 +331,9 @@ impl ShardManager {
     }
 
     /// The open shards whose slots are not being changed just now.
-    fn open_shards(&self) -> Vec<(Arc<Shard>, Option<Arc<dyn Room>>)> {
+    fn open_shards(&self) -> Vec<Open> {
         let slots: Vec<Arc<Slot>> = self.slots.lock().values().cloned().collect();
-        let of = |slot: &Arc<Slot>| {
-            let shard = slot.open()?;
-            let room = slot.shard.try_lock().ok().and_then(|g| g.as_ref().map(|(_, room)| Arc::clone(room)));
-            Some((shard, room))
-        };
-        slots.iter().filter_map(of).collect()
+        slots.iter().filter_map(|slot| slot.shard.try_lock().ok()?.clone()).collect()
     }
 
     fn start_background(self: &Arc<Self>) {
@@ -379,14 +367,15 @@ impl ShardManager {
             if !ticks.is_multiple_of(RECLAIM_TICKS) {
                 return;
             }
-            let short = room.is_some_and(|room| room.growth_bytes() < SHORT_ROOM_BYTES);
+            let short = room.growth_bytes() < SHORT_ROOM_BYTES;
             let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
             if shard.executor().freed_bytes() >= enough {
-                shard.executor().take_freed_bytes();
+                let freed = shard.executor().take_freed_bytes();
                 let store = Arc::clone(shard.executor().store());
                 // Not waited for: it may take minutes. The shard stays open meanwhile.
                 tokio::task::spawn_blocking(move || {
                     if let Err(error) = store.reclaim() {
+                        shard.executor().note_freed_bytes(freed);
                         tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet");
                     }
                 });

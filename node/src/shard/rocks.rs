@@ -225,8 +225,7 @@ impl Inner {
         }
         let mut iterator: DBRawIterator<'_> = self.db.raw_iterator_cf_opt(self.cf(cf), options);
         iterator.seek(from);
-        loop {
-            let Some(key) = iterator.key() else { break };
+        while let Some(key) = iterator.key() {
             let flow = if keys_only {
                 visit(key, &[])?
             } else {

@@ -286,6 +286,15 @@ impl Live {
         }
     }
 
+    /// Forgets that a mutation failed.
+    pub fn forget_failed(&mut self, session: SessionId, sequence: Sequence) {
+        if let Some(s) = self.sessions.get_mut(&session)
+            && s.failures.get(&slot_of(sequence)).is_some_and(|(at, _)| *at == sequence)
+        {
+            s.failures.remove(&slot_of(sequence));
+        }
+    }
+
     /// Forgets copies of result slots: they are read from the store again.
     pub fn forget_slots(&mut self) {
         for s in self.sessions.values_mut() {

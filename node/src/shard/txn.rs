@@ -65,6 +65,16 @@ impl Layer {
     }
 }
 
+/// What a group comes to.
+pub struct Finished {
+    /// What is to be written.
+    pub batch: Batch,
+    /// The counters after it.
+    pub counters: Counters,
+    /// The inode records that it changes; `None`: removed.
+    pub inodes: HashMap<InodeNo, Option<Arc<InodeRecord>>>,
+}
+
 /// What one layer knows of a chunk.
 enum Known {
     There,
@@ -429,8 +439,8 @@ impl<'a> Txn<'a> {
         }
     }
 
-    /// The group's batch, its counters, and its inode records for the cache. `None`: nothing to write.
-    pub fn finish(mut self) -> Option<(Batch, Counters, Vec<(InodeNo, Option<Arc<InodeRecord>>)>)> {
+    /// What is to be written; `None`: nothing.
+    pub fn finish(mut self) -> Option<Finished> {
         assert_eq!(self.layers.len(), 1, "every savepoint was kept or dropped");
         let layer = self.layers.pop().expect("a transaction has at least one layer");
         let mut batch = Batch { chunk_ranges: layer.chunk_ranges, changes: Vec::new() };
@@ -447,7 +457,7 @@ impl<'a> Txn<'a> {
         }
         let counters = layer.counters;
         batch.changes.push((Cf::Sys, Bytes::from_static(keys::COUNTERS), Change::Put(counters.encode())));
-        Some((batch, counters, layer.inodes.into_iter().collect()))
+        Some(Finished { batch, counters, inodes: layer.inodes })
     }
 }
 

@@ -1,8 +1,8 @@
 //! A shard under test, on memory or on RocksDB, that can be closed and opened again.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
 use shardfs_proto::types::op::{Durability, NewInode, OpResult, Operation, PutItem, PutOptions};
@@ -15,7 +15,7 @@ use crate::shard::mem::MemStore;
 use crate::shard::records::Header;
 use crate::shard::rocks::{RocksShared, RocksStore};
 use crate::shard::store::{Batch, Change, Reader, Store};
-use crate::shard::{check, initialize, read, Mutation, ReadView, Room, Shard, ShardInit};
+use crate::shard::{Mutation, ReadView, Room, Shard, ShardInit, check, initialize, read};
 
 /// A volume with as much room as a test says.
 pub struct TestRoom(pub AtomicU64);
@@ -72,7 +72,11 @@ impl World {
     pub fn rocks(limit: Option<u64>, chunk_bytes: u32) -> World {
         let dir = tempfile::tempdir().unwrap();
         let shared = RocksShared::new(8 << 20, 64 << 20);
-        prepare(&RocksStore::create(&shared, shard_id(), &dir.path().join("db")).unwrap(), limit, chunk_bytes);
+        prepare(
+            &RocksStore::create(&shared, shard_id(), &dir.path().join("db")).unwrap(),
+            limit,
+            chunk_bytes,
+        );
         World::with(Place::Rocks(dir, shared))
     }
 

@@ -28,8 +28,12 @@ async fn the_limit_is_exact() {
         world.run(rename(ROOT, "g", ROOT, "h")).await.unwrap();
         world.create(ROOT, "empty").await;
         assert_eq!(world.run(put("v", b"x")).await.unwrap_err().reason(), Reason::ShardFull);
-        let operation =
-            Operation::Allocate { inode: file, offset: 0, length: 100_000, mode: AllocateMode::Allocate { keep_size: true } };
+        let operation = Operation::Allocate {
+            inode: file,
+            offset: 0,
+            length: 100_000,
+            mode: AllocateMode::Allocate { keep_size: true },
+        };
         assert_eq!(world.run(operation).await.unwrap_err().reason(), Reason::ShardFull);
         world.reopen();
         assert_eq!(world.shard().usage().used_bytes, 100_000);

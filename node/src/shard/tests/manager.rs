@@ -1,8 +1,8 @@
 //! The manager: creation, opening, places, deletion, damage.
 
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use shardfs_proto::types::{Reason, ShardId};
 

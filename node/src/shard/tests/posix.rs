@@ -67,7 +67,8 @@ async fn a_name_keeps_its_cookie() {
     }
     let cookies = async || {
         let page =
-            read::read_directory(&world.view().await, ROOT, shardfs_proto::types::Cookie::new(0), 10, false).unwrap();
+            read::read_directory(&world.view().await, ROOT, shardfs_proto::types::Cookie::new(0), 10, false)
+                .unwrap();
         page.entries
             .iter()
             .map(|e| (String::from_utf8(e.name.to_vec()).unwrap(), e.cookie.get()))

@@ -40,7 +40,11 @@ impl Run {
             .filter(|(_, n)| kind.is_none_or(|kind| n.kind == kind))
             .map(|(ino, _)| *ino)
             .collect();
-        if all.is_empty() || self.rng.u8(..20) == 0 { self.rng.u64(1..200) } else { *self.rng.choice(&all).unwrap() }
+        if all.is_empty() || self.rng.u8(..20) == 0 {
+            self.rng.u64(1..200)
+        } else {
+            *self.rng.choice(&all).unwrap()
+        }
     }
 
     fn data(&mut self) -> Vec<u8> {
@@ -73,7 +77,15 @@ impl Run {
                 let kind = *self.rng.choice(&[FileKind::Regular, FileKind::Regular, FileKind::Fifo]).unwrap();
                 let (existing_ok, open) = (self.rng.bool(), false);
                 let got = self
-                    .run(Operation::Create { parent, name: name(name_str), kind, inode: new, rdev: 0, existing_ok, open })
+                    .run(Operation::Create {
+                        parent,
+                        name: name(name_str),
+                        kind,
+                        inode: new,
+                        rdev: 0,
+                        existing_ok,
+                        open,
+                    })
                     .await;
                 let mut want = self.model.free_name(dir, name_str);
                 if want == Err(Reason::AlreadyExists) && existing_ok {
@@ -91,7 +103,8 @@ impl Run {
                 self.same(&got, want);
             }
             3 | 4 => {
-                let got = self.run(Operation::MakeDirectory { parent, name: name(name_str), inode: new }).await;
+                let got =
+                    self.run(Operation::MakeDirectory { parent, name: name(name_str), inode: new }).await;
                 let want = self.model.free_name(dir, name_str);
                 self.same(&got, want);
                 if let Ok(got) = got {
@@ -101,19 +114,22 @@ impl Run {
             }
             5 => {
                 let target = Bytes::from_static(b"some/where");
-                let got =
-                    self.run(Operation::MakeSymlink { parent, name: name(name_str), target, inode: new }).await;
+                let got = self
+                    .run(Operation::MakeSymlink { parent, name: name(name_str), target, inode: new })
+                    .await;
                 let want = self.model.free_name(dir, name_str);
                 self.same(&got, want);
                 if let Ok(got) = got {
                     let made = got.attr.unwrap().inode.get();
-                    self.model.make(dir, name_str, made, FileKind::Symlink, 0o777).target = b"some/where".to_vec();
+                    self.model.make(dir, name_str, made, FileKind::Symlink, 0o777).target =
+                        b"some/where".to_vec();
                 }
             }
             6 => {
                 let inode = self.pick(None);
-                let got =
-                    self.run(Operation::Link { inode: ino(inode), new_parent: parent, new_name: name(name_str) }).await;
+                let got = self
+                    .run(Operation::Link { inode: ino(inode), new_parent: parent, new_name: name(name_str) })
+                    .await;
                 let want = self.model.link(inode, dir, name_str);
                 self.same(&got, want);
             }
@@ -196,7 +212,12 @@ impl Run {
                     ])
                     .unwrap();
                 let got = self
-                    .run(Operation::Allocate { inode: ino(file), offset: offset as u64, length: length as u64, mode })
+                    .run(Operation::Allocate {
+                        inode: ino(file),
+                        offset: offset as u64,
+                        length: length as u64,
+                        mode,
+                    })
                     .await;
                 let want = self.model.regular(file).map(|n| {
                     if !matches!(mode, AllocateMode::Allocate { .. }) {
@@ -262,8 +283,13 @@ impl Run {
         let when = format!("seed {seed}: {}", self.what);
         assert_eq!(self.world.shard().usage().inodes, self.model.nodes.len() as u64, "{when}");
         for (number, node) in &self.model.nodes {
-            let attr = read::get_attr(&view, ino(*number)).unwrap_or_else(|e| panic!("{when}: inode {number}: {e}"));
-            assert_eq!((attr.kind, attr.mode, attr.nlink), (node.kind, node.mode, node.nlink), "{when}: {number}");
+            let attr =
+                read::get_attr(&view, ino(*number)).unwrap_or_else(|e| panic!("{when}: inode {number}: {e}"));
+            assert_eq!(
+                (attr.kind, attr.mode, attr.nlink),
+                (node.kind, node.mode, node.nlink),
+                "{when}: {number}"
+            );
             match node.kind {
                 FileKind::Regular => {
                     assert_eq!(attr.size, node.data.len() as u64, "{when}: {number}");
@@ -279,7 +305,9 @@ impl Run {
                         .collect();
                     assert_eq!(entries, node.entries, "{when}: {number}");
                 }
-                FileKind::Symlink => assert_eq!(read::read_link(&view, ino(*number)).unwrap(), node.target, "{when}"),
+                FileKind::Symlink => {
+                    assert_eq!(read::read_link(&view, ino(*number)).unwrap(), node.target, "{when}")
+                }
                 _ => {}
             }
         }

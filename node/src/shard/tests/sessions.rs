@@ -5,7 +5,7 @@ use shardfs_proto::types::{FileKind, InodeNo, Reason, SessionId};
 
 use super::harness::*;
 use crate::shard::keys::Cf;
-use crate::shard::{read, Mutation};
+use crate::shard::{Mutation, read};
 
 const ROOT: InodeNo = InodeNo::ROOT;
 
@@ -32,10 +32,16 @@ async fn a_retry_gets_the_first_answer_also_after_a_restart() {
         let first = world.run_as(s, Some(1), create(ROOT, "f")).await.unwrap();
         let again = world.run_as(s, Some(1), create(ROOT, "f")).await.unwrap();
         assert_eq!(format!("{again:?}"), format!("{first:?}"));
-        assert_eq!(world.run_as(s, Some(2), create(ROOT, "f")).await.unwrap_err().reason(), Reason::AlreadyExists);
+        assert_eq!(
+            world.run_as(s, Some(2), create(ROOT, "f")).await.unwrap_err().reason(),
+            Reason::AlreadyExists
+        );
         world.run_as(s, Some(3), unlink(ROOT, "f")).await.unwrap();
         // The failure stays a failure, though the name is free now.
-        assert_eq!(world.run_as(s, Some(2), create(ROOT, "f")).await.unwrap_err().reason(), Reason::AlreadyExists);
+        assert_eq!(
+            world.run_as(s, Some(2), create(ROOT, "f")).await.unwrap_err().reason(),
+            Reason::AlreadyExists
+        );
         world.run_as(s, Some(3), unlink(ROOT, "f")).await.unwrap();
         world.reopen();
         let again = world.run_as(s, Some(1), create(ROOT, "f")).await.unwrap();
@@ -68,7 +74,9 @@ async fn concurrent_retries_join() {
         tasks.push(tokio::spawn(async move {
             let sequence = shardfs_proto::types::Sequence::new(1 + i / 4);
             let operation = create(ROOT, &format!("f{}", i / 4));
-            shard.mutate(Mutation { session: Some(s), sequence, durability: Durability::Sync, operation }).await
+            shard
+                .mutate(Mutation { session: Some(s), sequence, durability: Durability::Sync, operation })
+                .await
         }));
     }
     for task in tasks {
@@ -207,7 +215,10 @@ async fn a_torn_log_leaves_a_prefix() {
         }
         // The session goes on where the log ends.
         for i in kept.saturating_sub(5)..200 {
-            crashed.run_as(s, Some(i + 1), put(&format!("d{}/f{i:03}", i % 7), &[i as u8; 6000])).await.unwrap();
+            crashed
+                .run_as(s, Some(i + 1), put(&format!("d{}/f{i:03}", i % 7), &[i as u8; 6000]))
+                .await
+                .unwrap();
         }
         crashed.check(&format!("seed {seed}: replayed")).await;
         assert_eq!(crashed.shard().usage().used_bytes, 200 * 6000);

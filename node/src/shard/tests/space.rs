@@ -2,8 +2,8 @@
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,7 +14,7 @@ use super::harness::*;
 use crate::shard::keys::Cf;
 use crate::shard::mem::MemStore;
 use crate::shard::store::{Batch, Reader, Store, StoreProperties, Visit};
-use crate::shard::{check, initialize, read, Mutation, Shard, ShardManager, ShardSettings};
+use crate::shard::{Mutation, Shard, ShardManager, ShardSettings, check, initialize, read};
 
 /// A store whose writes fail while it is told so.
 struct Failing {
@@ -120,7 +120,8 @@ impl SmallDisk {
     /// `None` where one may not mount.
     fn new(at: &Path, mib: u32) -> Option<SmallDisk> {
         let options = std::ffi::CString::new(format!("size={mib}m")).unwrap();
-        rustix::mount::mount("tmpfs", at, "tmpfs", rustix::mount::MountFlags::empty(), Some(&*options)).ok()?;
+        rustix::mount::mount("tmpfs", at, "tmpfs", rustix::mount::MountFlags::empty(), Some(&*options))
+            .ok()?;
         Some(SmallDisk(at.to_owned()))
     }
 }

@@ -9,7 +9,13 @@ use shardfs_proto::types::{InodeNo, Sequence};
 use super::harness::*;
 use crate::shard::Mutation;
 
-async fn measure(what: &str, workers: u64, each: u64, durability: Durability, make: fn(u64, u64) -> Operation) {
+async fn measure(
+    what: &str,
+    workers: u64,
+    each: u64,
+    durability: Durability,
+    make: fn(u64, u64) -> Operation,
+) {
     let world = World::rocks(None, 65536);
     let begun = Instant::now();
     let tasks: Vec<_> = (0..workers)
@@ -33,7 +39,11 @@ async fn measure(what: &str, workers: u64, each: u64, durability: Durability, ma
     }
     let took = begun.elapsed();
     let count = workers * each;
-    println!("{what}, {workers} workers: {:.0} a second, {:?} each", count as f64 / took.as_secs_f64(), took / count as u32);
+    println!(
+        "{what}, {workers} workers: {:.0} a second, {:?} each",
+        count as f64 / took.as_secs_f64(),
+        took / count as u32
+    );
     world.check(what).await;
 }
 

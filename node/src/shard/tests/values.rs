@@ -7,7 +7,7 @@ use shardfs_proto::types::{InodeNo, Reason, Version};
 use super::harness::*;
 use crate::shard::keys::{self, Cf};
 use crate::shard::store::Reader;
-use crate::shard::{read, PutStreamStart};
+use crate::shard::{PutStreamStart, read};
 
 fn start(k: &str, size: Option<u64>) -> PutStreamStart {
     PutStreamStart {
