@@ -197,6 +197,10 @@ impl Fs {
     }
 
     async fn sync(&self, shard: ShardId) -> Outcome<()> {
+        if self.shards.is_closed(shard) {
+            // Closing has made everything durable.
+            return Ok(());
+        }
         // Taken out first: what changes meanwhile puts it back in.
         self.unsynced.lock().remove(&shard);
         match self.client.sync(shard).await {

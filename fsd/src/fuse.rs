@@ -12,11 +12,13 @@
 //! writes only (`fs::attrs` decides about the rest).
 
 mod convert;
+mod patience;
 
 use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -39,7 +41,7 @@ use crate::failure::{Failure, Outcome, Posix};
 use crate::fs::Fs;
 use crate::fs::attrs::XattrMode;
 use crate::fs::names::NewNode;
-use crate::fs::types::{BLOCK_BYTES, Caller, DirItem, Entry, FileStat, Opened, RenameMode, WriteMode};
+use crate::fs::types::{BLOCK_BYTES, Caller, DirItem, Entry, FileStat, Opened, RenameMode, Space, WriteMode};
 use crate::metrics::{Metrics, Op};
 
 /// Bytes of requests and of the replies they ask for, in flight.
@@ -87,6 +89,9 @@ impl Fuse {
     }
 
     /// Runs a request on the runtime and replies. `bytes`: of content, either way.
+    ///
+    /// A caller with a fatal signal pending gets its reply early: the kernel would not let it go otherwise.
+    /// What was asked is done all the same.
     fn run<R, T, W>(
         &self,
         asked: Asked,
@@ -96,17 +101,27 @@ impl Fuse {
         ok: impl FnOnce(R, T) + Send + 'static,
     ) where
         R: Refuse,
-        T: Send + 'static,
+        T: Unwanted,
         W: Future<Output = Outcome<T>> + Send + 'static,
     {
         let permit = self.place(bytes);
         let metrics = self.metrics.clone();
         metrics.in_flight.inc();
-        let work = work(self.fs.clone());
+        let fs = self.fs.clone();
+        let work = work(fs.clone());
         self.runtime.spawn(async move {
             let started = clock::monotonic();
-            let outcome = work.await;
-            let failed = conclude(asked, reply, outcome, ok);
+            let mut work = pin!(work);
+            let failed = match patience::until_dying(asked.thread, work.as_mut()).await {
+                Some(outcome) => conclude(asked, reply, outcome, ok),
+                None => {
+                    reply.refuse(Errno::EINTR);
+                    if let Ok(value) = work.await {
+                        value.give_back(&fs);
+                    }
+                    Some(libc::EINTR)
+                }
+            };
             metrics.in_flight.dec();
             metrics.answered(asked.op, started.elapsed(), failed);
             drop(permit);
@@ -158,10 +173,41 @@ impl Fuse {
 struct Asked {
     op: Op,
     ino: u64,
+    /// 0: the kernel itself.
+    thread: u32,
 }
 
-fn asked(op: Op, ino: INodeNo) -> Asked {
-    Asked { op, ino: ino.0 }
+fn asked(op: Op, ino: INodeNo, caller: Caller) -> Asked {
+    Asked { op, ino: ino.0, thread: caller.thread }
+}
+
+/// What came of a request whose caller is no more: what it would have held is given back.
+trait Unwanted: Send + 'static {
+    fn give_back(self, _fs: &Fs)
+    where
+        Self: Sized,
+    {
+    }
+}
+
+impl Unwanted for () {}
+impl Unwanted for u32 {}
+impl Unwanted for Bytes {}
+impl Unwanted for Entry {}
+impl Unwanted for Space {}
+impl Unwanted for (FileStat, Duration) {}
+
+impl Unwanted for Opened {
+    fn give_back(self, fs: &Fs) {
+        // If the queue is full, the session's end gives it back.
+        fs.release(self.handle);
+    }
+}
+
+impl Unwanted for (Entry, Opened) {
+    fn give_back(self, fs: &Fs) {
+        self.1.give_back(fs);
+    }
 }
 
 /// Replies; gives the number of a failure.
@@ -181,7 +227,7 @@ fn conclude<R: Refuse, T>(asked: Asked, reply: R, outcome: Outcome<T>, ok: impl 
 }
 
 /// Trouble of the cluster is worth a line; what programs ask in vain is not.
-fn tell(Asked { op, ino }: Asked, failure: &Failure) {
+fn tell(Asked { op, ino, .. }: Asked, failure: &Failure) {
     let at = GlobalInode::from_raw(ino).split();
     let (shard, inode) = at.map_or((0, ino), |(shard, inode)| (shard.get(), inode.get()));
     match failure {
@@ -259,13 +305,13 @@ impl Filesystem for Fuse {
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let (caller, name) = (self.caller(request), bytes_of(name));
         let work = |fs: Arc<Fs>| async move { fs.lookup(caller, parent.0, name).await };
-        self.run(asked(Op::Lookup, parent), 0, reply, work, reply_entry);
+        self.run(asked(Op::Lookup, parent, caller), 0, reply, work, reply_entry);
     }
 
     fn getattr(&self, request: &Request, ino: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
         // Not `self.caller`: this may be the question that the lookup's attributes are kept for.
         let caller = Caller { uid: request.uid(), gid: request.gid(), thread: request.pid() };
-        let asked = asked(Op::GetAttr, ino);
+        let asked = asked(Op::GetAttr, ino, caller);
         let ok = |reply: ReplyAttr, (stat, ttl): (FileStat, Duration)| reply.attr(&ttl, &attr_out(&stat));
         if fh.is_none()
             && let Some(stat) = self.fs.looked_up(caller, ino.0)
@@ -305,15 +351,17 @@ impl Filesystem for Fuse {
             kill_set_id: false,
         };
         let work = move |fs: Arc<Fs>| async move { fs.set_attr(caller, ino.0, set).await };
-        self.run(asked(Op::SetAttr, ino), 0, reply, work, |reply, (stat, ttl)| {
+        self.run(asked(Op::SetAttr, ino, caller), 0, reply, work, |reply, (stat, ttl)| {
             reply.attr(&ttl, &attr_out(&stat));
         });
     }
 
     fn readlink(&self, request: &Request, ino: INodeNo, reply: ReplyData) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = |fs: Arc<Fs>| async move { fs.read_link(ino.0).await };
-        self.run(asked(Op::ReadLink, ino), 0, reply, work, |reply, target: Bytes| reply.data(&target));
+        self.run(asked(Op::ReadLink, ino, caller), 0, reply, work, |reply, target: Bytes| {
+            reply.data(&target)
+        });
     }
 
     fn mknod(
@@ -327,7 +375,7 @@ impl Filesystem for Fuse {
         reply: ReplyEntry,
     ) {
         let (caller, name) = (self.caller(request), bytes_of(name));
-        let asked = asked(Op::MakeNode, parent);
+        let asked = asked(Op::MakeNode, parent, caller);
         let Some(kind) = kind_in(mode) else {
             return self.at_once(asked, reply, Err(Posix::Invalid.into()), reply_entry);
         };
@@ -348,21 +396,21 @@ impl Filesystem for Fuse {
         let (caller, name) = (self.caller(request), bytes_of(name));
         let work =
             move |fs: Arc<Fs>| async move { fs.make_directory(caller, parent.0, name, mode & 0o7777).await };
-        self.run(asked(Op::MakeDirectory, parent), 0, reply, work, reply_entry);
+        self.run(asked(Op::MakeDirectory, parent, caller), 0, reply, work, reply_entry);
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.caller(request);
+        let caller = self.caller(request);
         let name = bytes_of(name);
         let work = |fs: Arc<Fs>| async move { fs.unlink(parent.0, name).await };
-        self.run(asked(Op::Unlink, parent), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::Unlink, parent, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.caller(request);
+        let caller = self.caller(request);
         let name = bytes_of(name);
         let work = |fs: Arc<Fs>| async move { fs.remove_directory(parent.0, name).await };
-        self.run(asked(Op::RemoveDirectory, parent), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::RemoveDirectory, parent, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn symlink(
@@ -376,7 +424,7 @@ impl Filesystem for Fuse {
         let (caller, name, target) =
             (self.caller(request), bytes_of(link_name), bytes_of(target.as_os_str()));
         let work = move |fs: Arc<Fs>| async move { fs.make_symlink(caller, parent.0, name, target).await };
-        self.run(asked(Op::Symlink, parent), 0, reply, work, reply_entry);
+        self.run(asked(Op::Symlink, parent, caller), 0, reply, work, reply_entry);
     }
 
     fn rename(
@@ -389,8 +437,8 @@ impl Filesystem for Fuse {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
-        let asked = asked(Op::Rename, parent);
+        let caller = self.caller(request);
+        let asked = asked(Op::Rename, parent, caller);
         let known = RenameFlags::RENAME_NOREPLACE | RenameFlags::RENAME_EXCHANGE;
         if !known.contains(flags) {
             return self.at_once(asked, reply, Err(Posix::Invalid.into()), |reply, ()| reply.ok());
@@ -406,10 +454,10 @@ impl Filesystem for Fuse {
     }
 
     fn link(&self, request: &Request, ino: INodeNo, newparent: INodeNo, newname: &OsStr, reply: ReplyEntry) {
-        self.caller(request);
+        let caller = self.caller(request);
         let newname = bytes_of(newname);
         let work = |fs: Arc<Fs>| async move { fs.link(ino.0, newparent.0, newname).await };
-        self.run(asked(Op::Link, ino), 0, reply, work, reply_entry);
+        self.run(asked(Op::Link, ino, caller), 0, reply, work, reply_entry);
     }
 
     fn open(&self, request: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
@@ -417,7 +465,7 @@ impl Filesystem for Fuse {
         let mode = open_mode(flags.0);
         let work = move |fs: Arc<Fs>| async move { fs.open(caller, ino.0, mode).await };
         let metrics = self.metrics.clone();
-        self.run(asked(Op::Open, ino), 0, reply, work, move |reply, opened: Opened| {
+        self.run(asked(Op::Open, ino, caller), 0, reply, work, move |reply, opened: Opened| {
             metrics.open_handles.inc();
             reply.opened(FileHandle(opened.handle), open_flags(&opened));
         });
@@ -438,7 +486,7 @@ impl Filesystem for Fuse {
         let work = move |fs: Arc<Fs>| async move { fs.create(caller, parent.0, name, mode, open).await };
         let metrics = self.metrics.clone();
         self.run(
-            asked(Op::Create, parent),
+            asked(Op::Create, parent, caller),
             0,
             reply,
             work,
@@ -463,10 +511,10 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = move |fs: Arc<Fs>| async move { fs.read(ino.0, fh.0, offset, size).await };
         let metrics = self.metrics.clone();
-        self.run(asked(Op::Read, ino), size as usize, reply, work, move |reply, data: Bytes| {
+        self.run(asked(Op::Read, ino, caller), size as usize, reply, work, move |reply, data: Bytes| {
             metrics.read_bytes.inc_by(data.len() as u64);
             reply.data(&data);
         });
@@ -484,7 +532,7 @@ impl Filesystem for Fuse {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         let mode = WriteMode {
             append: flags.0 & libc::O_APPEND != 0,
             // O_SYNC includes the bit of O_DSYNC.
@@ -496,7 +544,7 @@ impl Filesystem for Fuse {
         let data = Bytes::copy_from_slice(data);
         let work = move |fs: Arc<Fs>| async move { fs.write(ino.0, fh.0, offset, data, mode).await };
         let metrics = self.metrics.clone();
-        self.run(asked(Op::Write, ino), length, reply, work, move |reply, written: u32| {
+        self.run(asked(Op::Write, ino, caller), length, reply, work, move |reply, written: u32| {
             metrics.written_bytes.inc_by(u64::from(written));
             reply.written(written);
         });
@@ -510,8 +558,8 @@ impl Filesystem for Fuse {
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
-        self.at_once(asked(Op::Flush, ino), reply, self.fs.flush(fh.0), |reply, ()| reply.ok());
+        let caller = self.caller(request);
+        self.at_once(asked(Op::Flush, ino, caller), reply, self.fs.flush(fh.0), |reply, ()| reply.ok());
     }
 
     fn release(
@@ -524,9 +572,9 @@ impl Filesystem for Fuse {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         self.metrics.open_handles.dec();
-        let asked = asked(Op::Release, ino);
+        let asked = asked(Op::Release, ino, caller);
         match self.fs.release(fh.0) {
             None => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
             Some(held) => {
@@ -540,23 +588,23 @@ impl Filesystem for Fuse {
     }
 
     fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
-        self.run(asked(Op::Fsync, ino), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::Fsync, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn opendir(&self, request: &Request, ino: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.caller(request);
+        let caller = self.caller(request);
         let opened = self.fs.open_directory(ino.0);
         let metrics = &self.metrics;
-        self.at_once(asked(Op::OpenDirectory, ino), reply, opened, |reply, handle| {
+        self.at_once(asked(Op::OpenDirectory, ino, caller), reply, opened, |reply, handle| {
             metrics.open_handles.inc();
             reply.opened(FileHandle(handle), FopenFlags::empty());
         });
     }
 
     fn readdir(&self, request: &Request, ino: INodeNo, fh: FileHandle, offset: u64, reply: ReplyDirectory) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = move |fs: Arc<Fs>, mut reply: ReplyDirectory| async move {
             let mut full = |item: &DirItem| {
                 let name = OsStr::from_bytes(&item.name);
@@ -565,7 +613,7 @@ impl Filesystem for Fuse {
             let outcome = fs.read_directory(fh.0, offset, false, &mut full).await;
             (reply, outcome)
         };
-        self.run_filling(asked(Op::ReadDirectory, ino), reply, work, ReplyDirectory::ok);
+        self.run_filling(asked(Op::ReadDirectory, ino, caller), reply, work, ReplyDirectory::ok);
     }
 
     fn readdirplus(
@@ -576,7 +624,7 @@ impl Filesystem for Fuse {
         offset: u64,
         reply: ReplyDirectoryPlus,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = move |fs: Arc<Fs>, mut reply: ReplyDirectoryPlus| async move {
             let mut full = |item: &DirItem| {
                 let (attr, ttl) = match &item.entry {
@@ -590,7 +638,7 @@ impl Filesystem for Fuse {
             let outcome = fs.read_directory(fh.0, offset, true, &mut full).await;
             (reply, outcome)
         };
-        self.run_filling(asked(Op::ReadDirectoryPlus, ino), reply, work, ReplyDirectoryPlus::ok);
+        self.run_filling(asked(Op::ReadDirectoryPlus, ino, caller), reply, work, ReplyDirectoryPlus::ok);
     }
 
     fn releasedir(
@@ -601,22 +649,22 @@ impl Filesystem for Fuse {
         _flags: OpenFlags,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         self.metrics.open_handles.dec();
         self.fs.release_directory(fh.0);
-        self.at_once(asked(Op::ReleaseDirectory, ino), reply, Ok(()), |reply, ()| reply.ok());
+        self.at_once(asked(Op::ReleaseDirectory, ino, caller), reply, Ok(()), |reply, ()| reply.ok());
     }
 
     fn fsyncdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
-        self.run(asked(Op::FsyncDirectory, ino), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::FsyncDirectory, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn statfs(&self, request: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = |fs: Arc<Fs>| async move { fs.space(ino.0).await };
-        self.run(asked(Op::StatFs, ino), 0, reply, work, |reply, space| {
+        self.run(asked(Op::StatFs, ino, caller), 0, reply, work, |reply, space: Space| {
             reply.statfs(
                 space.blocks,
                 space.free_blocks,
@@ -640,21 +688,21 @@ impl Filesystem for Fuse {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         let mode = XattrMode {
             create_only: flags & libc::XATTR_CREATE != 0,
             replace_only: flags & libc::XATTR_REPLACE != 0,
         };
         let (name, value) = (bytes_of(name), Bytes::copy_from_slice(value));
         let work = move |fs: Arc<Fs>| async move { fs.set_xattr(ino.0, name, value, mode).await };
-        self.run(asked(Op::SetXattr, ino), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::SetXattr, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.caller(request);
+        let caller = self.caller(request);
         let name = bytes_of(name);
         let work = |fs: Arc<Fs>| async move { fs.get_xattr(ino.0, name).await };
-        self.run(asked(Op::GetXattr, ino), 0, reply, work, move |reply, value: Bytes| {
+        self.run(asked(Op::GetXattr, ino, caller), 0, reply, work, move |reply, value: Bytes| {
             reply_bytes(reply, size, &value);
         });
     }
@@ -662,16 +710,16 @@ impl Filesystem for Fuse {
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
         let caller = self.caller(request);
         let work = move |fs: Arc<Fs>| async move { fs.list_xattrs(caller, ino.0).await };
-        self.run(asked(Op::ListXattr, ino), 0, reply, work, move |reply, names: Bytes| {
+        self.run(asked(Op::ListXattr, ino, caller), 0, reply, work, move |reply, names: Bytes| {
             reply_bytes(reply, size, &names);
         });
     }
 
     fn removexattr(&self, request: &Request, ino: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.caller(request);
+        let caller = self.caller(request);
         let name = bytes_of(name);
         let work = |fs: Arc<Fs>| async move { fs.remove_xattr(ino.0, name).await };
-        self.run(asked(Op::RemoveXattr, ino), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::RemoveXattr, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn fallocate(
@@ -684,9 +732,9 @@ impl Filesystem for Fuse {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.caller(request);
+        let caller = self.caller(request);
         let work = move |fs: Arc<Fs>| async move { fs.allocate(ino.0, offset, length, mode).await };
-        self.run(asked(Op::Allocate, ino), 0, reply, work, |reply, ()| reply.ok());
+        self.run(asked(Op::Allocate, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     // Left as they are in fuser, which answers ENOSYS, whereupon the kernel does without and asks no more:

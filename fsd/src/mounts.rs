@@ -107,16 +107,28 @@ pub fn usable(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// lstat in a thread of its own; `None`: no answer.
+/// Looks in a thread of its own; `None`: no answer.
 fn look(path: &Path) -> Option<std::io::Result<std::fs::Metadata>> {
     let (tell, told) = std::sync::mpsc::channel();
     let path = path.to_path_buf();
     let thread = std::thread::Builder::new().name("look".into());
-    let spawned = thread.spawn(move || tell.send(std::fs::symlink_metadata(path)).ok());
+    let spawned = thread.spawn(move || tell.send(look_closely(&path)).ok());
     match spawned {
         Ok(_) => told.recv_timeout(LOOK_MAX).ok(),
         Err(error) => Some(Err(error)),
     }
+}
+
+/// The kernel may still know the attributes of a dead mount's root; opening it finds out.
+fn look_closely(path: &Path) -> std::io::Result<std::fs::Metadata> {
+    let metadata = std::fs::symlink_metadata(path)?;
+    if metadata.is_dir()
+        && let Err(error) = std::fs::File::open(path)
+        && error.raw_os_error() == Some(libc::ENOTCONN)
+    {
+        return Err(error);
+    }
+    Ok(metadata)
 }
 
 #[cfg(test)]
