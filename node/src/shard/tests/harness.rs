@@ -124,13 +124,14 @@ impl World {
 
     pub fn close(&mut self) {
         if let Some(shard) = self.shard.take() {
-            // A drain may hold it for a moment longer.
-            let weak = Arc::downgrade(&shard);
-            drop(shard);
-            while weak.strong_count() > 0 {
+            // A drain may hold it for a moment longer; the last to let go closes the database.
+            for _ in 0..5000 {
+                if Arc::strong_count(&shard) == 1 {
+                    return;
+                }
                 std::thread::sleep(std::time::Duration::from_millis(1));
             }
-            std::thread::sleep(std::time::Duration::from_millis(2));
+            panic!("somebody still holds the shard");
         }
     }
 
@@ -138,7 +139,6 @@ impl World {
         self.close();
         let room = Arc::clone(&self.room) as Arc<dyn Room>;
         let handle = tokio::runtime::Handle::current();
-        // The database's lock may be let go a moment after the last handle.
         self.shard = Some(Shard::open(shard_id(), self.store(), room, handle).unwrap());
     }
 
