@@ -715,3 +715,61 @@ async fn health_and_reflection_answer_without_a_client_id() {
     }
     node.stop().await;
 }
+
+/// Resident memory of this process, in MiB.
+fn resident_mib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes a minute or so; for figures: --ignored --nocapture"]
+async fn a_million_keys_are_listed_and_checked_in_bounded_memory() {
+    const KEYS: usize = 1_000_000;
+    let node = Node::start().await;
+    let shard = node.new_shard("s").await;
+    let mut storage = node.storage();
+    let started = std::time::Instant::now();
+    for from in (0..KEYS).step_by(10_000) {
+        let item = |i: usize| wire::PutItem {
+            key: format!("directory/name-{i:07}").into(),
+            value: Bytes::from_static(b"0123456789"),
+            options: None,
+        };
+        let batch = wire::BatchPutRequest {
+            shard: selector(shard),
+            items: (from..from + 10_000).map(item).collect(),
+            atomic: true,
+            durability: wire::Durability::Buffered.into(),
+            ..Default::default()
+        };
+        storage.batch_put(batch).await.unwrap();
+    }
+    println!("put {KEYS} keys in {:?}; {} MiB resident", started.elapsed(), resident_mib());
+    let before = resident_mib();
+    for keys_only in [true, false] {
+        let started = std::time::Instant::now();
+        let request = wire::ListRequest { shard: selector(shard), keys_only, ..Default::default() };
+        let mut stream = storage.list(request).await.unwrap().into_inner();
+        let (mut count, mut last) = (0, Bytes::new());
+        while let Some(reply) = stream.next().await {
+            for entry in reply.unwrap().entries {
+                let Some(list_entry::Entry::Key(key)) = entry.entry else { panic!("no key") };
+                assert!(key > last);
+                last = key;
+                count += 1;
+            }
+        }
+        assert_eq!(count, KEYS);
+        println!("listed, keys only {keys_only}: {:?}; {} MiB resident", started.elapsed(), resident_mib());
+    }
+    let started = std::time::Instant::now();
+    let summary = check(&node, shard).await;
+    assert_eq!(summary.inodes as usize, KEYS + 2);
+    println!("checked in {:?}; {} MiB resident", started.elapsed(), resident_mib());
+    // The block cache (256 MiB) may fill; what lists and checks hold themselves is a few pages.
+    let grown = resident_mib().saturating_sub(before);
+    assert!(grown < 400, "memory grew by {grown} MiB");
+    node.stop().await;
+}

@@ -308,7 +308,9 @@ fn write_id(session: u64, sequence: u64) -> Result<(Option<SessionId>, Option<Se
 fn storage_write_id(write: Option<wire::WriteId>) -> Result<(Option<SessionId>, Option<Sequence>)> {
     let write = write.unwrap_or_default();
     match write_id(write.session_id, write.sequence)? {
-        (Some(_), None) => Err(Error::invalid("write_id names a session but no sequence number (they start at 1)")),
+        (Some(_), None) => {
+            Err(Error::invalid("write_id names a session but no sequence number (they start at 1)"))
+        }
         pair => Ok(pair),
     }
 }

@@ -53,12 +53,13 @@ impl<'a> Cursor<'a> {
 
     /// The next entry, left in place.
     pub(super) fn peek(&mut self) -> Option<&Entry> {
-        if self.page.is_empty() && self.failed.is_none() {
-            if let Err(error) = self.fill() {
-                // What was read before the error is good.
-                self.failed = Some(error.context(format!("family {}", self.cf.name())));
-                self.next = None;
-            }
+        if self.page.is_empty()
+            && self.failed.is_none()
+            && let Err(error) = self.fill()
+        {
+            // What was read before the error is good.
+            self.failed = Some(error.context(format!("family {}", self.cf.name())));
+            self.next = None;
         }
         self.page.front()
     }
