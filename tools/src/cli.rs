@@ -156,7 +156,16 @@ mod tests {
                 panic!("{line}: {e}");
             }
         }
-        for line in ["put a", "get", "rm", "dev kill", "dev kill node-1 --signal HUP", "shard create s --limit 2XB", "dev up --nodes x", "nonsense"] {
+        for line in [
+            "put a",
+            "get",
+            "rm",
+            "dev kill",
+            "dev kill node-1 --signal HUP",
+            "shard create s --limit 2XB",
+            "dev up --nodes x",
+            "nonsense",
+        ] {
             let words = std::iter::once("shardfs").chain(line.split(' '));
             assert!(Cli::try_parse_from(words).is_err(), "{line}");
         }

@@ -190,7 +190,8 @@ impl Context {
             return Ok(Some(id.clone()));
         }
         if let Some(id) = &self.environment.client_id {
-            let id = ClientId::new(id.as_str()).map_err(|e| Failure::usage(format!("SHARDFS_CLIENT_ID: {e}")))?;
+            let id =
+                ClientId::new(id.as_str()).map_err(|e| Failure::usage(format!("SHARDFS_CLIENT_ID: {e}")))?;
             return Ok(Some(id));
         }
         Ok(config.and_then(|c| c.client_id.clone()))
@@ -244,7 +245,9 @@ impl Context {
         let text = std::fs::read_to_string(&path).map_err(|e| wrong(e.to_string()))?;
         // An empty document is a valid config: all comments.
         let config: Option<ConfigFile> = serde_saphyr::from_str(&text).map_err(|e| {
-            wrong(e.to_string()).hint("settings are: endpoints, dir, client_id, deadline_seconds (see tools/config.example.yaml)")
+            wrong(e.to_string()).hint(
+                "settings are: endpoints, dir, client_id, deadline_seconds (see tools/config.example.yaml)",
+            )
         })?;
         Ok(Some((path, config.unwrap_or_default())))
     }
@@ -276,7 +279,8 @@ impl Place {
     fn of_endpoints(endpoints: &[String], found_by: &str) -> Result<Place> {
         let mut checked = Vec::with_capacity(endpoints.len());
         for endpoint in endpoints.iter().map(|e| e.trim()).filter(|e| !e.is_empty()) {
-            checked.push(normal_endpoint(endpoint).map_err(|why| Failure::usage(format!("{found_by}: {why}")))?);
+            checked
+                .push(normal_endpoint(endpoint).map_err(|why| Failure::usage(format!("{found_by}: {why}")))?);
         }
         if checked.is_empty() {
             return Err(Failure::usage(format!("{found_by} names no address")));

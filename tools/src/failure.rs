@@ -164,22 +164,36 @@ impl<T, E: Into<Failure>> OrFail<T> for std::result::Result<T, E> {
 /// What a person can do about an error of the cluster, where a command knows nothing better.
 fn hint_for(reason: Reason) -> Option<&'static str> {
     match reason {
-        Reason::ShardNotFound => Some("`shardfs shard list` shows the shards of your client id; `shardfs shard create NAME` makes one"),
+        Reason::ShardNotFound => Some(
+            "`shardfs shard list` shows the shards of your client id; `shardfs shard create NAME` makes one",
+        ),
         Reason::ShardDeleted => Some("`shardfs shard list` shows the shards that are there"),
         Reason::ShardExists => Some("choose another name, or use the shard that is there"),
-        Reason::ShardReadOnly => Some("a closed shard stays closed; write to another one (`shardfs shard create NAME`)"),
-        Reason::ShardNotEmpty => Some("`--force` deletes the shard with everything in it"),
-        Reason::WrongOwner => Some("the shard belongs to another client id: give the right one with --client-id"),
-        Reason::NoClientId => Some("give a client id with --client-id or SHARDFS_CLIENT_ID"),
-        Reason::ShardFull => Some("delete something in the shard, or use one with a higher limit (`shardfs shard create --limit`)"),
-        Reason::VolumeFull => Some("delete something, or add a volume; `shardfs status` shows the room"),
-        Reason::Busy => Some("the node has more work than it may queue: try again in a moment, or with fewer --jobs"),
-        Reason::NotPrimary | Reason::StaleEpoch | Reason::Unavailable => {
-            Some("`shardfs status` shows which nodes are there; on this machine `shardfs dev status` says more")
+        Reason::ShardReadOnly => {
+            Some("a closed shard stays closed; write to another one (`shardfs shard create NAME`)")
         }
-        Reason::Deadline => Some("the outcome is not known: look before you repeat it; --deadline gives more time"),
+        Reason::ShardNotEmpty => Some("`--force` deletes the shard with everything in it"),
+        Reason::WrongOwner => {
+            Some("the shard belongs to another client id: give the right one with --client-id")
+        }
+        Reason::NoClientId => Some("give a client id with --client-id or SHARDFS_CLIENT_ID"),
+        Reason::ShardFull => Some(
+            "delete something in the shard, or use one with a higher limit (`shardfs shard create --limit`)",
+        ),
+        Reason::VolumeFull => Some("delete something, or add a volume; `shardfs status` shows the room"),
+        Reason::Busy => {
+            Some("the node has more work than it may queue: try again in a moment, or with fewer --jobs")
+        }
+        Reason::NotPrimary | Reason::StaleEpoch | Reason::Unavailable => Some(
+            "`shardfs status` shows which nodes are there; on this machine `shardfs dev status` says more",
+        ),
+        Reason::Deadline => Some(
+            "`shardfs status` shows which node does not answer; a change may have been made all the same, so look before you repeat it; --deadline gives more time",
+        ),
         Reason::IsDirectory => Some("`-r` works on a directory and everything in it"),
-        Reason::Corrupt => Some("`shardfs fsck --read-data SHARD` tells what is damaged; other shards are not touched by it"),
+        Reason::Corrupt => {
+            Some("`shardfs fsck --read-data SHARD` tells what is damaged; other shards are not touched by it")
+        }
         Reason::Io => Some("the node's log says more"),
         Reason::Internal => Some("this is a bug: please report it with the node's log"),
         Reason::VersionMismatch => Some("somebody changed it meanwhile: read it again"),

@@ -19,19 +19,20 @@ fn main() -> ExitCode {
         }
     };
     shardfs::output::start_logging();
-    let result = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::from).and_then(
-        |runtime| {
-            let context = Context::new(cli.globals, Environment::of_process());
-            let result = runtime.block_on(async {
-                let result = cmd::run(cli.command, &context).await;
-                context.close().await;
+    let result =
+        tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Failure::from).and_then(
+            |runtime| {
+                let context = Context::new(cli.globals, Environment::of_process());
+                let result = runtime.block_on(async {
+                    let result = cmd::run(cli.command, &context).await;
+                    context.close().await;
+                    result
+                });
+                // A blocked read of a terminal must not keep the process.
+                runtime.shutdown_background();
                 result
-            });
-            // A blocked read of a terminal must not keep the process.
-            runtime.shutdown_background();
-            result
-        },
-    );
+            },
+        );
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -64,7 +64,8 @@ impl Out {
 
     /// One JSON document for people too.
     pub fn json(&mut self, value: &impl Serialize) -> Result<()> {
-        serde_json::to_writer_pretty(&mut self.inner, value).map_err(|e| Failure::from(io::Error::from(e)))?;
+        serde_json::to_writer_pretty(&mut self.inner, value)
+            .map_err(|e| Failure::from(io::Error::from(e)))?;
         self.bytes(b"\n")
     }
 
@@ -162,7 +163,9 @@ impl Table {
             .columns
             .iter()
             .enumerate()
-            .map(|(i, (title, _))| self.rows.iter().map(|row| width(&row[i])).max().unwrap_or(0).max(width(title)))
+            .map(|(i, (title, _))| {
+                self.rows.iter().map(|row| width(&row[i])).max().unwrap_or(0).max(width(title))
+            })
             .collect();
         let mut text = String::new();
         let titles: Vec<String> = self.columns.iter().map(|(title, _)| (*title).to_owned()).collect();
@@ -197,7 +200,8 @@ pub fn mode_text(kind: FileKind, mode: u32) -> String {
         FileKind::CharDevice => 'c',
         FileKind::BlockDevice => 'b',
     });
-    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')] {
+    for (shift, special, set, unset) in [(6, 0o4000, 's', 'S'), (3, 0o2000, 's', 'S'), (0, 0o1000, 't', 'T')]
+    {
         let bits = mode >> shift;
         text.push(if bits & 4 != 0 { 'r' } else { '-' });
         text.push(if bits & 2 != 0 { 'w' } else { '-' });
@@ -297,7 +301,8 @@ pub fn start_logging() {
     let default = if supervisor { "info" } else { "error" };
     let filter = EnvFilter::try_from_env("SHARDFS_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let ansi = io::stderr().is_terminal();
-    let started = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).try_init();
+    let started =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).try_init();
     // Somebody else (a test) has set up logging.
     drop(started);
 }
@@ -340,7 +345,9 @@ mod tests {
 
     #[test]
     fn durations_print() {
-        for (ms, text) in [(0, "0 ms"), (999, "999 ms"), (12_345, "12 s"), (185_000, "3 min 5 s"), (7_440_000, "2 h 4 min")] {
+        for (ms, text) in
+            [(0, "0 ms"), (999, "999 ms"), (12_345, "12 s"), (185_000, "3 min 5 s"), (7_440_000, "2 h 4 min")]
+        {
             assert_eq!(duration_text(ms), text);
         }
     }

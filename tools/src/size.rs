@@ -18,7 +18,9 @@ pub fn parse(text: &str) -> Result<u64, String> {
         "mb" => 1_000_000,
         "gb" => 1_000_000_000,
         "tb" => 1_000_000_000_000,
-        _ => return Err(format!("{unit:?} is no unit: use B, KiB, MiB, GiB, TiB (or K, M, G, T), e.g. 4GiB")),
+        _ => {
+            return Err(format!("{unit:?} is no unit: use B, KiB, MiB, GiB, TiB (or K, M, G, T), e.g. 4GiB"));
+        }
     };
     let wrong = || format!("{text:?} is no size: write a number and a unit, e.g. 4GiB, 512M or 1.5TiB");
     let too_large = || format!("{text:?} is too large");
@@ -74,10 +76,25 @@ mod tests {
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text:?}");
         }
-        for bad in ["", "GiB", "4XB", "-1", "1e3", "4 G B", "..", "1.2.3", "99999999999999999999", "20000000T", "9999999.0T"] {
+        for bad in [
+            "",
+            "GiB",
+            "4XB",
+            "-1",
+            "1e3",
+            "4 G B",
+            "..",
+            "1.2.3",
+            "99999999999999999999",
+            "20000000T",
+            "9999999.0T",
+        ] {
             assert!(parse(bad).is_err(), "{bad:?}: {:?}", parse(bad));
         }
-        assert_eq!(parse("4XB").unwrap_err(), "\"XB\" is no unit: use B, KiB, MiB, GiB, TiB (or K, M, G, T), e.g. 4GiB");
+        assert_eq!(
+            parse("4XB").unwrap_err(),
+            "\"XB\" is no unit: use B, KiB, MiB, GiB, TiB (or K, M, G, T), e.g. 4GiB"
+        );
     }
 
     #[test]

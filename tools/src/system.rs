@@ -148,7 +148,9 @@ impl UnmountError {
     pub fn into_failure(self, mount_point: &Path) -> Failure {
         match self {
             UnmountError::Busy => busy(mount_point),
-            UnmountError::NotMounted => Failure::new(format!("nothing is mounted on {}", mount_point.display())),
+            UnmountError::NotMounted => {
+                Failure::new(format!("nothing is mounted on {}", mount_point.display()))
+            }
             UnmountError::Other(failure) => failure,
         }
     }
@@ -162,9 +164,10 @@ pub fn unmount(mount_point: &Path, lazy: bool) -> std::result::Result<(), Unmoun
             Ok(()) => Ok(()),
             Err(rustix::io::Errno::BUSY) => Err(UnmountError::Busy),
             Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Err(UnmountError::NotMounted),
-            Err(e) => {
-                Err(UnmountError::Other(Failure::new(format!("cannot unmount {}: {e}", mount_point.display()))))
-            }
+            Err(e) => Err(UnmountError::Other(Failure::new(format!(
+                "cannot unmount {}: {e}",
+                mount_point.display()
+            )))),
         };
     }
     let mut command = Command::new("fusermount3");
@@ -247,7 +250,9 @@ fn busy(mount_point: &Path) -> Failure {
     let mut message = format!("{} is in use", mount_point.display());
     let holders = holders(mount_point);
     if holders.is_empty() {
-        message.push_str(" (by something that is no visible process: a mount below it, a loop device, another user)");
+        message.push_str(
+            " (by something that is no visible process: a mount below it, a loop device, another user)",
+        );
     }
     for holder in holders {
         message.push_str(&format!("\n  pid {} {}: {}", holder.pid, holder.command, holder.what));
@@ -294,7 +299,8 @@ pub fn loop_devices() -> Result<Vec<(PathBuf, PathBuf)>> {
         // Absent: the device is free.
         if let Ok(backing) = fs::read(entry.path().join("loop/backing_file")) {
             let backing = backing.strip_suffix(b"\n").unwrap_or(&backing);
-            found.push((Path::new("/dev").join(entry.file_name()), PathBuf::from(OsStr::from_bytes(backing))));
+            found
+                .push((Path::new("/dev").join(entry.file_name()), PathBuf::from(OsStr::from_bytes(backing))));
         }
     }
     Ok(found)
@@ -353,6 +359,9 @@ mod tests {
         let _file = fs::File::create(path.join("open")).unwrap();
         let me = std::process::id();
         let found = holders(&path);
-        assert!(found.iter().any(|h| h.pid == me && h.what == path.join("open").display().to_string()), "{found:?}");
+        assert!(
+            found.iter().any(|h| h.pid == me && h.what == path.join("open").display().to_string()),
+            "{found:?}"
+        );
     }
 }

@@ -22,7 +22,8 @@ use crate::system;
 
 /// `shardfs dev`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Everything of a cluster lies in one folder: --dir DIR, or SHARDFS_DIR, or the nearest .shardfs above the working directory, or
+#[command(
+    after_help = "Everything of a cluster lies in one folder: --dir DIR, or SHARDFS_DIR, or the nearest .shardfs above the working directory, or
 .shardfs in it. The nodes are processes of their own: killing one is real.
 
 Examples:
@@ -30,7 +31,8 @@ Examples:
   shardfs dev kill node-2              as if its power was cut; `dev start node-2` brings it back
   shardfs dev kill node-2 --signal STOP
   shardfs dev status
-  shardfs dev down                     the data stays; `dev up` goes on with it")]
+  shardfs dev down                     the data stays; `dev up` goes on with it"
+)]
 pub struct Args {
     #[command(subcommand)]
     command: Command,
@@ -83,7 +85,8 @@ enum Meta {
 }
 
 #[derive(clap::Args, Debug)]
-#[command(after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as
+#[command(
+    after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as
 it was. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays
 down until `dev start`. If the supervisor itself was killed, or the machine was restarted, `dev up` recovers: processes that
 still run are taken over, what they left behind is cleaned up.
@@ -93,7 +96,8 @@ Logs: DIR/logs/. Programs: shardfs-node and shardfsd beside this one, in PATH, o
 Examples:
   shardfs dev up --mount ./mnt                       three nodes, in ./.shardfs
   shardfs dev up --dir /srv/c --nodes 5 --mount /mnt/c
-  shardfs dev up --volumes dir --nodes 1             no root needed; not mounted")]
+  shardfs dev up --volumes dir --nodes 1             no root needed; not mounted"
+)]
 struct UpArgs {
     /// Where to mount it (made if it is not there) [default: as before; a new cluster: nowhere]
     #[arg(long, value_name = "FOLDER")]
@@ -141,7 +145,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
             }
             out.flush()
         }
-        Command::Kill { member, signal } => say(launch::ask(&layout, &Request::Kill { member, signal }).await?),
+        Command::Kill { member, signal } => {
+            say(launch::ask(&layout, &Request::Kill { member, signal }).await?)
+        }
         Command::Start { member } => say(launch::ask(&layout, &Request::Start { member }).await?),
         Command::Supervise => launch::supervise(&layout).await,
     }
@@ -169,7 +175,8 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
     let Meta::Embedded = args.meta;
     let mount = match &args.mount {
         Some(mount) => {
-            if let Some(parent) = std::path::absolute(mount).ok().and_then(|m| m.parent().map(Path::to_owned)) {
+            if let Some(parent) = std::path::absolute(mount).ok().and_then(|m| m.parent().map(Path::to_owned))
+            {
                 std::fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
             }
             Some(system::mount_point_path(mount)?)
@@ -265,7 +272,8 @@ fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: boo
     }
     let width = lines.iter().map(|(c, _)| c.chars().count()).max().unwrap_or(0);
     for (command, why) in lines {
-        let line = if why.is_empty() { format!("  {command}") } else { format!("  {command:width$}   # {why}") };
+        let line =
+            if why.is_empty() { format!("  {command}") } else { format!("  {command:width$}   # {why}") };
         text.push_str(&line);
         text.push('\n');
     }
@@ -310,7 +318,8 @@ fn describe(status: &ClusterStatus) -> String {
             format!("supervisor  pid {}, up {}\n", supervisor.pid, duration_text(status.uptime_ms))
         }
         None if status.members.iter().any(|m| m.pid.is_some()) => {
-            "supervisor  GONE, with processes left running: `dev up` takes them over, `dev down` ends them\n".to_owned()
+            "supervisor  GONE, with processes left running: `dev up` takes them over, `dev down` ends them\n"
+                .to_owned()
         }
         None => "the cluster is down: `dev up` starts it\n".to_owned(),
     };
@@ -335,7 +344,12 @@ fn describe(status: &ClusterStatus) -> String {
             member.pid.map_or_else(|| "-".to_owned(), |p| p.to_string()),
             member.uptime_ms.map_or_else(|| "-".to_owned(), duration_text),
             member.restarts.to_string(),
-            member.endpoints.last().cloned().or_else(|| member.http.as_ref().map(|h| format!("http://{h}/metrics"))).unwrap_or_default(),
+            member
+                .endpoints
+                .last()
+                .cloned()
+                .or_else(|| member.http.as_ref().map(|h| format!("http://{h}/metrics")))
+                .unwrap_or_default(),
             member.last_end.clone().unwrap_or_default(),
         ]);
     }

@@ -16,12 +16,14 @@ use crate::size;
 
 /// `shardfs fsck`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Checks that names, link counts, content, counters and indexes agree. Changes nothing. Exit code 1 if anything was found,
+#[command(
+    after_help = "Checks that names, link counts, content, counters and indexes agree. Changes nothing. Exit code 1 if anything was found,
 or if a shard could not be checked.
 
 Examples:
   shardfs fsck                      every shard of every owner
-  shardfs fsck photos --read-data   also reads all content, so that checksums are verified")]
+  shardfs fsck photos --read-data   also reads all content, so that checksums are verified"
+)]
 pub struct Args {
     /// Shards, by name or @ID [default: all]
     #[arg(value_name = "SHARD", value_parser = shard_name)]
@@ -63,7 +65,11 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
                     }))?;
                 } else {
                     out.flush()?;
-                    note(format!("{} (id {}): not checked: {failure}", printable(shard.name.as_str().as_bytes()), shard.id));
+                    note(format!(
+                        "{} (id {}): not checked: {failure}",
+                        printable(shard.name.as_str().as_bytes()),
+                        shard.id
+                    ));
                 }
             }
         }
@@ -109,7 +115,8 @@ async fn check(client: &Client, shard: &ShardInfo, args: &Args, out: &mut Out) -
                         "chunks": s.chunks, "bytes": s.bytes, "findings": s.findings
                     }))?;
                 } else {
-                    let verdict = if s.findings == 0 { "clean".to_owned() } else { format!("{} FINDINGS", s.findings) };
+                    let verdict =
+                        if s.findings == 0 { "clean".to_owned() } else { format!("{} FINDINGS", s.findings) };
                     out.line(format!(
                         "{name} (id {}): {verdict}: {} inodes, {} names, {} chunks, {}",
                         shard.id,

@@ -38,7 +38,8 @@ const JOBS_MAX: u64 = 256;
 
 /// `shardfs get`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "A DEST that ends with `/` is a directory: SRC keeps its own name below it; so it does in an existing directory, unless
+#[command(
+    after_help = "A DEST that ends with `/` is a directory: SRC keeps its own name below it; so it does in an existing directory, unless
 -r is given. Otherwise DEST is the new name. Without DEST, SRC comes into the working directory under its own name.
 
 Examples:
@@ -48,7 +49,8 @@ Examples:
   shardfs get -rp photos ./photos            the whole shard, with modes and times
 
 A file is there as a whole or not at all; a value that changes while it is read is read again from its start. With -r an
-error with one file does not stop the others (the exit code is then 1).")]
+error with one file does not stop the others (the exit code is then 1)."
+)]
 pub struct Args {
     /// SHARD/KEY; with -r also a directory, or a whole SHARD
     #[arg(value_name = "SRC")]
@@ -97,7 +99,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         }
     }
     let Some(key) = source.key().filter(|_| !source.trailing_slash) else {
-        return Err(Failure::usage(format!("{source} is a directory")).hint("-r fetches it with everything in it"));
+        return Err(
+            Failure::usage(format!("{source} is a directory")).hint("-r fetches it with everything in it")
+        );
     };
     let progress = Progress::new(&source.to_string(), None);
     if to_stdout {
@@ -112,7 +116,10 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
 }
 
 fn ends_with_slash(path: &Path) -> bool {
-    matches!(path.as_os_str().as_bytes(), [.., b'/'] | b"." | b".." | [.., b'/', b'.'] | [.., b'/', b'.', b'.'])
+    matches!(
+        path.as_os_str().as_bytes(),
+        [.., b'/'] | b"." | b".." | [.., b'/', b'.'] | [.., b'/', b'.', b'.']
+    )
 }
 
 fn file_destination(source: &RemotePath, dest: Option<&Path>) -> PathBuf {
@@ -164,7 +171,8 @@ struct Partial {
 
 impl Partial {
     fn new(dest: &Path) -> Result<Partial> {
-        let name = dest.file_name().ok_or_else(|| Failure::usage(format!("{} is no file name", dest.display())))?;
+        let name =
+            dest.file_name().ok_or_else(|| Failure::usage(format!("{} is no file name", dest.display())))?;
         let mut aside = OsString::from(".");
         // A name of 255 bytes has no room for more.
         aside.push(OsStr::from_bytes(&name.as_bytes()[..name.len().min(200)]));
@@ -240,7 +248,8 @@ impl Download {
             if there.is_dir() {
                 return Err(Failure::new(format!("{} is a directory", dest.display())));
             }
-            let file = OpenOptions::new().write(true).open(dest).with_context(|| dest.display().to_string())?;
+            let file =
+                OpenOptions::new().write(true).open(dest).with_context(|| dest.display().to_string())?;
             return Ok(self.value(key, &mut Direct { file, began: false }, progress).await?.attr.size);
         }
         // A symlink to a file stays one.
@@ -370,7 +379,9 @@ impl Download {
         let target = OsStr::from_bytes(&target);
         match fs::symlink_metadata(&path) {
             Ok(there) if there.is_symlink() && fs::read_link(&path)? == Path::new(target) => return Ok(()),
-            Ok(there) if there.is_dir() => return Err(Failure::new(format!("{} is a directory", path.display()))),
+            Ok(there) if there.is_dir() => {
+                return Err(Failure::new(format!("{} is a directory", path.display())));
+            }
             Ok(_) => fs::remove_file(&path)?,
             Err(_) => {}
         }
@@ -415,8 +426,15 @@ impl LocalTree {
                 path.push(name);
                 match fs::symlink_metadata(&path) {
                     Ok(there) if there.is_dir() => {}
-                    Ok(_) => return Err(Failure::new(format!("{} is in the way and no directory", path.display()))),
-                    Err(_) => fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?,
+                    Ok(_) => {
+                        return Err(Failure::new(format!(
+                            "{} is in the way and no directory",
+                            path.display()
+                        )));
+                    }
+                    Err(_) => {
+                        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?
+                    }
                 }
             }
             self.checked = Some(wanted.clone());
@@ -515,7 +533,9 @@ mod tests {
         fs::create_dir(&outside).unwrap();
         std::os::unix::fs::symlink(&outside, root.join("link")).unwrap();
         let mut local = LocalTree { root: root.clone(), checked: None };
-        assert!(local.parent_of(b"link/x").unwrap_err().message().ends_with("is in the way and no directory"));
+        assert!(
+            local.parent_of(b"link/x").unwrap_err().message().ends_with("is in the way and no directory")
+        );
         assert!(local.directory(b"../outside/y").is_err());
         assert_eq!(local.parent_of(b"a/b/c").unwrap(), root.join("a/b/c"));
         assert!(root.join("a/b").is_dir());

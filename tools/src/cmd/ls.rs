@@ -21,7 +21,8 @@ const AHEAD: usize = 32;
 
 /// `shardfs ls`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "Without PATH: the shards of your client id. Directories end with `/`. Names come in byte order, and are printed as they arrive.
+#[command(
+    after_help = "Without PATH: the shards of your client id. Directories end with `/`. Names come in byte order, and are printed as they arrive.
 
 Examples:
   shardfs ls                        shards
@@ -32,7 +33,8 @@ Examples:
   shardfs ls -R0 photos | xargs -0 -n1 echo
 
 Control characters, backslashes and bytes that are no UTF-8 are shown as \\xNN and the like; -0 prints names as they are, each
-ended by NUL. --json prints one object a line; a name that is no UTF-8 is `key_hex` there.")]
+ended by NUL. --json prints one object a line; a name that is no UTF-8 is `key_hex` there."
+)]
 pub struct Args {
     /// SHARD or SHARD/KEY
     #[arg(value_name = "PATH")]
@@ -88,7 +90,10 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let options = ListOptions {
         prefix: prefix.clone().into(),
         delimiter: if args.recursive { Bytes::new() } else { Bytes::from_static(b"/") },
-        start_after: args.start_after.as_ref().map_or_else(Bytes::new, |k| Bytes::copy_from_slice(k.as_bytes())),
+        start_after: args
+            .start_after
+            .as_ref()
+            .map_or_else(Bytes::new, |k| Bytes::copy_from_slice(k.as_bytes())),
         limit: args.limit.unwrap_or(0),
         keys_only: !(args.long || args.json),
         include_directories: true,
@@ -158,7 +163,16 @@ impl Printer<'_> {
                 time_text(a.mtime),
                 printable(name)
             ),
-            None => format!("{:10} {:>3} {:>5} {:>5} {:>12} {:19} {}", "?", "-", "-", "-", "-", "-", printable(name)),
+            None => format!(
+                "{:10} {:>3} {:>5} {:>5} {:>12} {:19} {}",
+                "?",
+                "-",
+                "-",
+                "-",
+                "-",
+                "-",
+                printable(name)
+            ),
         })
     }
 }

@@ -56,6 +56,6 @@ pub fn run(args: Args, context: &Context) -> Result<()> {
     if args.foreground {
         command.arg("-f");
     }
-    let error = command.exec();
+    let error = crate::devcluster::process::inherit_only_stdio(&mut command).exec();
     Err(Failure::new(format!("cannot run {}: {error}", program.display())))
 }

@@ -44,7 +44,8 @@ const JOBS_MAX: u64 = 256;
 
 /// `shardfs put`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "A DEST that ends with `/` is a directory: each SRC keeps its own name below it. Otherwise DEST is the new name.
+#[command(
+    after_help = "A DEST that ends with `/` is a directory: each SRC keeps its own name below it. Otherwise DEST is the new name.
 
 Examples:
   shardfs put cat.jpg photos/               as photos/cat.jpg
@@ -56,7 +57,8 @@ Examples:
 
 A value replaces one of the same name as a whole: nobody ever sees half of it. Directories are made as needed.
 With -r: symbolic links are stored as such, sockets and devices are skipped, an error with one file does not stop the
-others (the exit code is then 1).")]
+others (the exit code is then 1)."
+)]
 pub struct Args {
     /// Files, directories (with -r), or `-` for standard input
     #[arg(required = true, value_name = "SRC")]
@@ -117,7 +119,8 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     for source in args.sources.iter().filter(|_| !from_stdin) {
         let meta = fs::metadata(source).with_context(|| source.display().to_string())?;
         if meta.is_dir() && !args.recursive {
-            return Err(Failure::usage(format!("{} is a directory", source.display())).hint("-r stores it with everything in it"));
+            return Err(Failure::usage(format!("{} is a directory", source.display()))
+                .hint("-r stores it with everything in it"));
         }
         roots.push((source.clone(), destination(source, &meta, &dest)?, meta));
     }
@@ -195,7 +198,9 @@ impl Upload {
             if whole {
                 let value = Bytes::from(first.concat());
                 let bytes = value.len() as u64;
-                self.client.put(self.shard, key.clone(), value, self.options.clone(), self.durability).await?;
+                self.client
+                    .put(self.shard, key.clone(), value, self.options.clone(), self.durability)
+                    .await?;
                 return Ok(bytes);
             }
             (pieces, first)
@@ -220,7 +225,7 @@ impl Upload {
         let mut tree: Option<Tree> = None;
         let mut running = FuturesUnordered::new();
         let mut batch = Batch::default();
-        let mut tally = Tally::default();
+        let mut tally = Tally { several, ..Tally::default() };
         loop {
             let found = walk.recv().await;
             // A batch is sent when it is full, or when nothing more comes.
@@ -273,12 +278,9 @@ impl Upload {
         match tally.problems {
             0 => Ok(()),
             // The only one stands for the whole.
-            1 if !several => Err(tally.last.unwrap_or_else(|| Failure::silent(EXIT_FAILURE))),
-            _ => {
-                if let Some(last) = tally.last.filter(|_| !several) {
-                    progress.note(last.render().trim_end());
-                }
-                Err(Failure::new(format!("{} of {} were not stored", tally.problems, tally.problems + tally.stored)))
+            _ if !several => Err(tally.last.unwrap_or_else(|| Failure::silent(EXIT_FAILURE))),
+            problems => {
+                Err(Failure::new(format!("{problems} of {} were not stored", problems + tally.stored)))
             }
         }
     }
@@ -290,7 +292,13 @@ impl Upload {
         Ok(tree.as_mut().expect("it was just made"))
     }
 
-    async fn single(&self, path: PathBuf, key: Key, meta: Metadata, progress: &Progress) -> Vec<(Key, Result<u64>)> {
+    async fn single(
+        &self,
+        path: PathBuf,
+        key: Key,
+        meta: Metadata,
+        progress: &Progress,
+    ) -> Vec<(Key, Result<u64>)> {
         let result = self.file(&path, &key, &meta, progress).await;
         vec![(key, result)]
     }
@@ -315,17 +323,25 @@ impl Upload {
         let bar = progress.handle();
         let data = as_stream(read_pieces(file))
             .inspect(move |piece| bar.add(piece.as_ref().map_or(0, |p| p.len() as u64)));
-        let stored = self.client.put_stream(self.shard, key.clone(), options, self.durability, None, data).await?;
+        let stored =
+            self.client.put_stream(self.shard, key.clone(), options, self.durability, None, data).await?;
         Ok(stored.attr.size)
     }
 
     /// Reads and stores small files together; each has a result of its own.
-    async fn batch(&self, files: Vec<(PathBuf, Key, Metadata)>, progress: &Progress) -> Vec<(Key, Result<u64>)> {
+    async fn batch(
+        &self,
+        files: Vec<(PathBuf, Key, Metadata)>,
+        progress: &Progress,
+    ) -> Vec<(Key, Result<u64>)> {
         let mut outcomes = Vec::with_capacity(files.len());
         let options: Vec<PutOptions> = files.iter().map(|(_, _, meta)| self.options_for(meta)).collect();
         let read = tokio::task::spawn_blocking(move || {
             let limit = BATCHED_BYTES_MAX * 2;
-            files.into_iter().map(|(path, key, meta)| (read_small(&path, limit), path, key, meta)).collect::<Vec<_>>()
+            files
+                .into_iter()
+                .map(|(path, key, meta)| (read_small(&path, limit), path, key, meta))
+                .collect::<Vec<_>>()
         });
         let Ok(read) = read.await else { return outcomes };
         let mut items = Vec::with_capacity(read.len());
@@ -361,6 +377,8 @@ fn failure_of(error: &Error) -> Failure {
 /// Counts what was stored, says what was not.
 #[derive(Default)]
 struct Tally {
+    /// Say at once what was not stored; a single source's failure is the command's.
+    several: bool,
     stored: u64,
     bytes: u64,
     problems: u64,
@@ -397,14 +415,10 @@ impl Tally {
 
     fn problem(&mut self, progress: &Progress, failure: &Failure) {
         self.problems += 1;
-        if let Some(earlier) = self.last.replace(failure.clone())
-            && self.problems == 2
-        {
-            progress.note(&format!("error: {earlier}"));
-        }
-        if self.problems > 1 {
+        if self.several {
             progress.note(&format!("error: {failure}"));
         }
+        self.last = Some(failure.clone());
     }
 }
 
@@ -471,8 +485,12 @@ fn read_pieces(mut source: impl Read + Send + 'static) -> mpsc::Receiver<io::Res
     receive
 }
 
-fn as_stream(receive: mpsc::Receiver<io::Result<Bytes>>) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
-    futures::stream::unfold(receive, |mut receive| async move { receive.recv().await.map(|piece| (piece, receive)) })
+fn as_stream(
+    receive: mpsc::Receiver<io::Result<Bytes>>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+    futures::stream::unfold(receive, |mut receive| async move {
+        receive.recv().await.map(|piece| (piece, receive))
+    })
 }
 
 #[cfg(test)]
@@ -492,7 +510,8 @@ mod tests {
         fs::write(&file, "x").unwrap();
         let key = |source: &Path, to: &str| {
             let meta = fs::metadata(source).unwrap();
-            destination(source, &meta, &dest(to)).map(|k| k.map(|k| String::from_utf8(k.as_bytes().to_vec()).unwrap()))
+            destination(source, &meta, &dest(to))
+                .map(|k| k.map(|k| String::from_utf8(k.as_bytes().to_vec()).unwrap()))
         };
         assert_eq!(key(&file, "s/").unwrap().as_deref(), Some("a.txt"));
         assert_eq!(key(&file, "s/x/").unwrap().as_deref(), Some("x/a.txt"));

@@ -34,7 +34,10 @@ pub async fn resolve(client: &Client, shard: ShardId, path: &[u8]) -> Result<Att
     let mut attr = client.get_attr(shard, InodeNo::ROOT).await?;
     for component in path.split(|b| *b == b'/').filter(|c| !c.is_empty()) {
         if attr.kind != FileKind::Directory {
-            return Err(Failure::new(format!("{}: a component is no directory", crate::output::printable(path))));
+            return Err(Failure::new(format!(
+                "{}: a component is no directory",
+                crate::output::printable(path)
+            )));
         }
         attr = client.lookup(shard, attr.inode, component).await?;
     }
@@ -86,9 +89,10 @@ impl Tree {
                 at = *inode;
                 continue;
             }
-            at = self.child_directory(at, component, mode, durability).await.with_context(|| {
-                crate::output::printable(&so_far)
-            })?;
+            at = self
+                .child_directory(at, component, mode, durability)
+                .await
+                .with_context(|| crate::output::printable(&so_far))?;
             if self.known.len() >= DIRECTORIES_MAX {
                 self.known.clear();
             }
@@ -97,14 +101,23 @@ impl Tree {
         Ok(at)
     }
 
-    async fn child_directory(&self, parent: InodeNo, name: &[u8], mode: u32, durability: Durability) -> Result<InodeNo> {
+    async fn child_directory(
+        &self,
+        parent: InodeNo,
+        name: &[u8],
+        mode: u32,
+        durability: Durability,
+    ) -> Result<InodeNo> {
         let operation = Operation::MakeDirectory {
             parent,
             name: FileName::new(Bytes::copy_from_slice(name))?,
             inode: NewInode { mode, uid: self.root.uid, gid: self.root.gid },
         };
         match self.client.mutate(self.shard, operation, durability).await {
-            Ok(result) => result.attr.map(|a| a.inode).ok_or_else(|| Failure::new("the node's answer lacks the directory")),
+            Ok(result) => result
+                .attr
+                .map(|a| a.inode)
+                .ok_or_else(|| Failure::new("the node's answer lacks the directory")),
             Err(e) if e.reason() == Reason::AlreadyExists => {
                 let attr = self.client.lookup(self.shard, parent, name).await?;
                 if attr.kind == FileKind::Directory {
@@ -138,7 +151,8 @@ impl Tree {
         if there.kind == FileKind::Directory {
             return Err(Failure::new("is a directory"));
         }
-        if there.kind == FileKind::Symlink && self.client.read_link(self.shard, there.inode).await? == target {
+        if there.kind == FileKind::Symlink && self.client.read_link(self.shard, there.inode).await? == target
+        {
             return Ok(());
         }
         self.client.mutate(self.shard, Operation::Unlink { parent, name }, durability).await?;

@@ -141,7 +141,8 @@ struct Level {
 impl Removal<'_> {
     /// Empties a directory, depth first; holds a page of each directory on the way down. Not synced.
     async fn contents(&self, directory: InodeNo) -> Result<()> {
-        let level = |inode, name| Level { inode, name, after: Cookie::new(0), directories: Vec::new(), end: false };
+        let level =
+            |inode, name| Level { inode, name, after: Cookie::new(0), directories: Vec::new(), end: false };
         let mut stack = vec![level(directory, None)];
         while let Some(top) = stack.last_mut() {
             if let Some((inode, name)) = top.directories.pop() {

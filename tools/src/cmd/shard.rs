@@ -4,11 +4,13 @@ use std::collections::HashSet;
 
 use clap::Subcommand;
 use serde_json::{Value, json};
+use shardfs_proto::client::Client;
 use shardfs_proto::types::ShardName;
 use shardfs_proto::types::cluster::{NewShard, ShardInfo};
 use shardfs_proto::types::op::ShardState;
 
 use super::remote::find_shard;
+use super::status::ask_nodes;
 use crate::context::Context;
 use crate::failure::{Failure, Result};
 use crate::output::{self, Align, Out, Table, time_json, time_text};
@@ -17,6 +19,9 @@ use crate::size;
 
 /// Shards whose usage is asked for at a time.
 const USAGE_JOBS: usize = 16;
+
+/// How long a usage is waited for.
+const USAGE_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// `shardfs shard`.
 #[derive(clap::Args, Debug)]
@@ -167,18 +172,18 @@ async fn list(context: &Context, all_owners: bool, deleted: bool, json: bool) ->
     let shards =
         if all_owners { client.all_shards(deleted).await? } else { client.list_shards_with(deleted).await? };
     // Only primaries know the usage, and tell it to owners only. One that is down leaves a blank.
-    let nodes = client.nodes().await.unwrap_or_default();
-    let silent: HashSet<_> = nodes.into_iter().filter(|n| !n.alive).map(|n| n.id).collect();
-    let (client, silent) = (&client, &silent);
+    let nodes = ask_nodes(&client, client.nodes().await.unwrap_or_default()).await;
+    let answering: HashSet<_> = nodes.into_iter().filter(|(_, s)| s.is_ok()).map(|(n, _)| n.id).collect();
+    let (client, answering) = (&client, &answering);
     let shards: Vec<ShardInfo> = futures::stream::iter(shards)
         .map(|info| async move {
             let usable = matches!(info.state, ShardState::Active | ShardState::ReadOnly);
-            let reachable = info.location.node.as_ref().is_some_and(|n| !silent.contains(n));
+            let reachable = info.location.node.as_ref().is_some_and(|n| answering.contains(n));
             let mine = info.owner == *client.client_id();
             if !(usable && reachable && mine) || info.used_bytes.is_some() {
                 return info;
             }
-            client.shard(info.id).await.unwrap_or(info)
+            with_usage(client, info).await
         })
         .buffered(USAGE_JOBS)
         .collect()
@@ -224,10 +229,18 @@ async fn list(context: &Context, all_owners: bool, deleted: bool, json: bool) ->
     out.flush()
 }
 
+/// With what its primary says it holds, if that answers soon.
+async fn with_usage(client: &Client, info: ShardInfo) -> ShardInfo {
+    match tokio::time::timeout(USAGE_MAX, client.shard(info.id)).await {
+        Ok(Ok(used)) => used,
+        Ok(Err(_)) | Err(_) => info,
+    }
+}
+
 async fn show(context: &Context, shard: &ShardName, json: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
-    let info = client.shard(info.id).await.unwrap_or(info);
+    let info = with_usage(&client, info).await;
     let mut out = Out::new();
     if json {
         out.json(&to_json(&info))?;
@@ -240,7 +253,10 @@ async fn show(context: &Context, shard: &ShardName, json: bool) -> Result<()> {
     if let (Some(used), Some(inodes)) = (info.used_bytes, info.inodes) {
         out.line(format!("used      {} ({used} bytes) in {inodes} inodes", size::human(used)))?;
     }
-    out.line(format!("limit     {}", info.limit_bytes.map_or_else(|| "the volume's room".to_owned(), size::human)))?;
+    out.line(format!(
+        "limit     {}",
+        info.limit_bytes.map_or_else(|| "the volume's room".to_owned(), size::human)
+    ))?;
     out.line(format!("created   {} UTC", time_text(info.created)))?;
     out.line(format!("on        {}, epoch {}", place(&info), info.location.epoch))?;
     for endpoint in &info.location.endpoints {
@@ -252,7 +268,7 @@ async fn show(context: &Context, shard: &ShardName, json: bool) -> Result<()> {
 async fn delete(context: &Context, shard: &ShardName, force: bool, yes: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
-    let info = client.shard(info.id).await.unwrap_or(info);
+    let info = with_usage(&client, info).await;
     if !yes {
         let content = match (info.used_bytes, info.inodes) {
             (Some(used), Some(inodes)) => format!("{inodes} inodes, {}", size::human(used)),

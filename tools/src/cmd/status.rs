@@ -42,7 +42,8 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let (nodes, volumes, shards) = tokio::join!(client.nodes(), client.volumes(), client.all_shards(false));
     let (nodes, volumes, shards) = (ask_nodes(&client, nodes?).await, volumes?, shards?);
     let served = volume::served(&nodes);
-    let cluster_id = nodes.iter().find_map(|(_, s)| s.as_ref().ok().map(|s| s.cluster_id.clone())).unwrap_or_default();
+    let cluster_id =
+        nodes.iter().find_map(|(_, s)| s.as_ref().ok().map(|s| s.cluster_id.clone())).unwrap_or_default();
 
     let mut troubles = Vec::new();
     for (info, status) in &nodes {
@@ -130,7 +131,14 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
                 address,
             ]),
             Err(_) => {
-                table.row(vec![info.id.to_string(), "down".into(), "-".into(), "-".into(), "-".into(), address]);
+                table.row(vec![
+                    info.id.to_string(),
+                    "down".into(),
+                    "-".into(),
+                    "-".into(),
+                    "-".into(),
+                    address,
+                ]);
             }
         }
     }

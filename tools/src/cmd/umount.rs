@@ -14,13 +14,15 @@ const POLL: Duration = Duration::from_millis(50);
 
 /// `shardfs umount`.
 #[derive(clap::Args, Debug)]
-#[command(after_help = "A mount whose daemon was killed answers \"Transport endpoint is not connected\" to everything; this takes it away, whatever
+#[command(
+    after_help = "A mount whose daemon was killed answers \"Transport endpoint is not connected\" to everything; this takes it away, whatever
 still has files open there. A live mount that is in use is not touched, and you are told by whom; --force detaches it: who
 uses it can go on until they close their files, and nobody else finds it.
 
 Examples:
   shardfs umount ./mnt
-  shardfs umount --force ./mnt")]
+  shardfs umount --force ./mnt"
+)]
 pub struct Args {
     /// The mount point
     mount_point: PathBuf,
@@ -36,8 +38,12 @@ pub async fn run(args: Args) -> Result<()> {
         return Err(Failure::new(format!("nothing is mounted on {}", mount_point.display())));
     };
     if !entry.fs_type.starts_with("fuse.shardfs") {
-        return Err(Failure::new(format!("{} is no ShardFS mount but {}", mount_point.display(), entry.fs_type))
-            .hint("use umount(8)"));
+        return Err(Failure::new(format!(
+            "{} is no ShardFS mount but {}",
+            mount_point.display(),
+            entry.fs_type
+        ))
+        .hint("use umount(8)"));
     }
     if system::mend_stale_mount(&mount_point).await? {
         note(format!("{} was dead (its daemon is gone): unmounted", mount_point.display()));
@@ -53,7 +59,9 @@ pub async fn run(args: Args) -> Result<()> {
         let attempt = tokio::task::spawn_blocking(move || system::unmount(&path, args.force)).await;
         match attempt.map_err(|e| Failure::new(e.to_string()))? {
             Ok(()) => return Ok(()),
-            Err(UnmountError::Busy) if tokio::time::Instant::now() < deadline => tokio::time::sleep(POLL).await,
+            Err(UnmountError::Busy) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(POLL).await
+            }
             Err(other) => return Err(other.into_failure(&mount_point)),
         }
     }

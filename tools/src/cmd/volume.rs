@@ -49,7 +49,12 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
 
 /// What the nodes that serve them say of the volumes.
 pub fn served(nodes: &Nodes) -> HashMap<VolumeId, &VolumeStatus> {
-    nodes.iter().filter_map(|(_, status)| status.as_ref().ok()).flat_map(|s| &s.volumes).map(|v| (v.id.clone(), v)).collect()
+    nodes
+        .iter()
+        .filter_map(|(_, status)| status.as_ref().ok())
+        .flat_map(|s| &s.volumes)
+        .map(|v| (v.id.clone(), v))
+        .collect()
 }
 
 /// For people.
@@ -68,7 +73,10 @@ pub fn table(volumes: &[VolumeInfo], served: &HashMap<VolumeId, &VolumeStatus>) 
         let status = served.get(&volume.id);
         let (used, total) = match status {
             Some(s) => (size::human(s.total_bytes.saturating_sub(s.free_bytes)), size::human(s.total_bytes)),
-            None => ("-".to_owned(), if volume.size_bytes == 0 { "-".to_owned() } else { size::human(volume.size_bytes) }),
+            None => (
+                "-".to_owned(),
+                if volume.size_bytes == 0 { "-".to_owned() } else { size::human(volume.size_bytes) },
+            ),
         };
         table.row(vec![
             volume.id.to_string(),

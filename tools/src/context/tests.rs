@@ -32,7 +32,8 @@ fn order_of_precedence() {
     let temp = tempfile::tempdir().unwrap();
     let dir = dev_cluster(temp.path(), "tenant-a");
     let config = temp.path().join("config.yaml");
-    std::fs::write(&config, "endpoints: [from-config:1]\nclient_id: tenant-c\ndeadline_seconds: 5\n").unwrap();
+    std::fs::write(&config, "endpoints: [from-config:1]\nclient_id: tenant-c\ndeadline_seconds: 5\n")
+        .unwrap();
     let below = temp.path().join("a/b");
     std::fs::create_dir_all(&below).unwrap();
 

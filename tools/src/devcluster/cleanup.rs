@@ -19,6 +19,8 @@ use crate::system::{self, UnmountError};
 const NODE_STOP_MAX: Duration = Duration::from_secs(30);
 /// How long the mount daemon may take after its mount is gone.
 const MOUNT_STOP_MAX: Duration = Duration::from_secs(10);
+/// The same with `force`: while a detached mount is in use, its daemon waits for the last user, for ever.
+const MOUNT_STOP_FORCED_MAX: Duration = Duration::from_millis(500);
 /// How long the kernel may take to unmount before it counts as hanging.
 const UNMOUNT_MAX: Duration = Duration::from_secs(20);
 /// A mount that is busy for shorter is no news: an indexer, a shell's prompt.
@@ -65,8 +67,9 @@ async fn take_mount_away(mount: &Path, daemon: Option<&ProcessRecord>, force: bo
             }
         }
         // It ends by itself when its mount is gone.
-        if !ends_within(daemon, if force { POLL } else { MOUNT_STOP_MAX }).await? {
-            stop_process(daemon, MOUNT_STOP_MAX).await.context("cannot stop the mount daemon")?;
+        let patience = if force { MOUNT_STOP_FORCED_MAX } else { MOUNT_STOP_MAX };
+        if !ends_within(daemon, patience).await? {
+            stop_process(daemon, patience).await.context("cannot stop the mount daemon")?;
         }
         system::mend_stale_mount(mount).await?;
     }
@@ -82,12 +85,17 @@ async fn unmount_in_time(mount: &Path) -> std::result::Result<(), UnmountError> 
             Ok(Ok(result)) => result,
             Ok(Err(e)) => Err(UnmountError::Other(Failure::new(e.to_string()))),
             Err(_) => Err(UnmountError::Other(
-                Failure::new(format!("{} does not unmount: something waits for a node that does not answer", mount.display()))
-                    .hint("--force detaches it"),
+                Failure::new(format!(
+                    "{} does not unmount: something waits for a node that does not answer",
+                    mount.display()
+                ))
+                .hint("--force detaches it"),
             )),
         };
         match result {
-            Err(UnmountError::Busy) if tokio::time::Instant::now() < deadline => tokio::time::sleep(POLL).await,
+            Err(UnmountError::Busy) if tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(POLL).await
+            }
             other => return other,
         }
     }
@@ -136,7 +144,9 @@ fn leftovers(layout: &Layout) -> Result<()> {
         }
     }
     let volumes = dir.join("volumes");
-    for (device, _) in system::loop_devices()?.into_iter().filter(|(_, backing)| backing.starts_with(&volumes)) {
+    for (device, _) in
+        system::loop_devices()?.into_iter().filter(|(_, backing)| backing.starts_with(&volumes))
+    {
         system::detach_loop(&device)?;
     }
     Ok(())

@@ -116,7 +116,7 @@ pub struct MemberStatus {
     pub state: String,
     /// If it runs.
     pub pid: Option<u32>,
-    /// Milliseconds since it was started or adopted.
+    /// Milliseconds since it was started.
     pub uptime_ms: Option<u64>,
     /// gRPC addresses.
     pub endpoints: Vec<String>,
@@ -134,7 +134,9 @@ pub struct MemberStatus {
 pub async fn call(socket: &Path, request: &Request) -> Result<Option<Reply>> {
     let stream = match UnixStream::connect(socket).await {
         Ok(stream) => stream,
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => return Ok(None),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
+            return Ok(None);
+        }
         Err(e) => return Err(Failure::new(format!("{}: {e}", socket.display()))),
     };
     let (read, mut write) = stream.into_split();
@@ -144,7 +146,9 @@ pub async fn call(socket: &Path, request: &Request) -> Result<Option<Reply>> {
         .await
         .map_err(|_| Failure::new("no answer in time").context(words()))?
         .with_context(words)?;
-    serde_json::from_str(&reply).map(Some).map_err(|e| Failure::new(format!("not understood: {e}")).context(words()))
+    serde_json::from_str(&reply)
+        .map(Some)
+        .map_err(|e| Failure::new(format!("not understood: {e}")).context(words()))
 }
 
 /// Like [`call`], for requests that a person waits for: a failure of the supervisor is one here.

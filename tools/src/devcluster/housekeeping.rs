@@ -70,7 +70,8 @@ mod tests {
         let layout = Layout::new(Path::new("/srv/c"));
         let mut settings = launch::plan(&layout, None, &Wanted::default(), true).unwrap();
         choose_ports(&mut settings, &Processes::default());
-        let mut all: Vec<u16> = settings.ports.grpc.values().chain(settings.ports.http.values()).copied().collect();
+        let mut all: Vec<u16> =
+            settings.ports.grpc.values().chain(settings.ports.http.values()).copied().collect();
         assert_eq!(all.len(), 7, "3 nodes with two each, the mount with one");
         all.sort_unstable();
         all.dedup();

@@ -96,7 +96,11 @@ pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bo
             nodes: check("nodes", wanted.nodes.unwrap_or(NODES_DEFAULT), NODES_MAX)?,
             volumes,
             volume_size_bytes: size,
-            volumes_per_node: check("volumes per node", wanted.volumes_per_node.unwrap_or(1), VOLUMES_PER_NODE_MAX)?,
+            volumes_per_node: check(
+                "volumes per node",
+                wanted.volumes_per_node.unwrap_or(1),
+                VOLUMES_PER_NODE_MAX,
+            )?,
             client_id,
             mount: wanted.mount.clone(),
             default_limit_bytes: wanted.default_limit_bytes,
@@ -174,19 +178,28 @@ pub async fn up(
     let stored = layout.read_settings()?;
     let fresh = stored.is_none();
     if let Some(settings) = &stored
-        && let Some(Reply::Status(status)) = control::call(&Layout::control_socket(settings), &Request::Status).await?
+        && let Some(Reply::Status(status)) =
+            control::call(&Layout::control_socket(settings), &Request::Status).await?
     {
         let planned = plan(layout, stored.clone(), wanted, root)?;
         if planned != *settings {
-            return Err(Failure::usage(format!("the cluster in {} runs with other settings", layout.dir().display()))
-                .hint(format!("`shardfs dev down --dir {}` first, then `dev up` with the new ones", layout.dir().display())));
+            return Err(Failure::usage(format!(
+                "the cluster in {} runs with other settings",
+                layout.dir().display()
+            ))
+            .hint(format!(
+                "`shardfs dev down --dir {}` first, then `dev up` with the new ones",
+                layout.dir().display()
+            )));
         }
         return Ok(Outcome::WasUp(status));
     }
     let settings = plan(layout, stored, wanted, root)?;
     let programs = Programs::find()?;
     if settings.volumes == VolumeKind::Loop && !root {
-        return Err(Failure::new("loop volumes need root").hint("--volumes dir needs none; or run it as root"));
+        return Err(
+            Failure::new("loop volumes need root").hint("--volumes dir needs none; or run it as root")
+        );
     }
     if let Some(mount) = &settings.mount {
         check_mount_point(layout, mount).await?;
@@ -194,8 +207,11 @@ pub async fn up(
     layout.create()?;
     state::make_private(&settings.sockets)?;
     let Some(lock) = supervisor::lock(layout)? else {
-        return Err(Failure::new(format!("another `dev up` or `dev down` is at work in {}", layout.dir().display()))
-            .hint("wait for it, then try again"));
+        return Err(Failure::new(format!(
+            "another `dev up` or `dev down` is at work in {}",
+            layout.dir().display()
+        ))
+        .hint("wait for it, then try again"));
     };
     layout.write_settings(&settings)?;
     let result = if foreground {
@@ -259,7 +275,8 @@ pub async fn supervise(layout: &Layout) -> Result<()> {
     let _ = rustix::process::setsid();
     let result = async {
         let settings = layout.read_settings()?.ok_or_else(|| Failure::new("no settings"))?;
-        let lock = supervisor::lock(layout)?.ok_or_else(|| Failure::new("another supervisor has the lock"))?;
+        let lock =
+            supervisor::lock(layout)?.ok_or_else(|| Failure::new("another supervisor has the lock"))?;
         let mut progress = |what: &str| report(&Report::Progress(what.to_owned()));
         start_or_stop(layout, settings, Programs::find()?, lock, &mut progress).await
     }
@@ -288,7 +305,9 @@ async fn spawn_supervisor(layout: &Layout, progress: &mut dyn FnMut(&str)) -> Re
     let log = File::options().create(true).append(true).open(&log_path);
     let log = log.with_context(|| log_path.display().to_string())?;
     let exe = std::env::current_exe().context("cannot find this program")?;
-    let mut child = Command::new(exe)
+    let mut command = Command::new(exe);
+    process::inherit_only_stdio(&mut command);
+    let mut child = command
         .args(["dev", "supervise", "--dir"])
         .arg(layout.dir())
         .current_dir("/")
@@ -395,19 +414,22 @@ async fn check_mount_point(layout: &Layout, mount: &Path) -> Result<()> {
 /// How the cluster is: from its supervisor, or what can be seen without one.
 pub async fn status(layout: &Layout) -> Result<ClusterStatus> {
     let settings = settings_of(layout)?;
-    if let Some(Reply::Status(status)) = control::call(&Layout::control_socket(&settings), &Request::Status).await? {
+    if let Some(Reply::Status(status)) =
+        control::call(&Layout::control_socket(&settings), &Request::Status).await?
+    {
         return Ok(*status);
     }
     let processes = layout.read_processes()?;
     let names = settings.node_names();
-    let names = names.iter().map(String::as_str).chain(settings.mount.is_some().then_some(super::member::MOUNT));
+    let names =
+        names.iter().map(String::as_str).chain(settings.mount.is_some().then_some(super::member::MOUNT));
     let members = names.map(|name| {
-        let pid = processes.members.get(name).filter(|r| r.identity.is_running()).map(|r| r.identity.pid);
+        let running = processes.members.get(name).map(|r| &r.identity).filter(|i| i.is_running());
         control::MemberStatus {
             name: name.to_owned(),
-            state: if pid.is_some() { "running" } else { "stopped" }.to_owned(),
-            pid,
-            uptime_ms: None,
+            state: if running.is_some() { "running" } else { "stopped" }.to_owned(),
+            pid: running.map(|i| i.pid),
+            uptime_ms: running.map(Identity::age_ms),
             endpoints: Vec::new(),
             http: None,
             restarts: 0,
@@ -445,8 +467,11 @@ pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
             break lock;
         }
         if tokio::time::Instant::now() > deadline {
-            return Err(Failure::new(format!("another `dev up` or `dev down` is at work in {}", layout.dir().display()))
-                .hint("wait for it, then try again"));
+            return Err(Failure::new(format!(
+                "another `dev up` or `dev down` is at work in {}",
+                layout.dir().display()
+            ))
+            .hint("wait for it, then try again"));
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
     };
@@ -500,7 +525,11 @@ mod tests {
             Wanted { volumes_per_node: Some(0), ..Wanted::default() },
             Wanted { volume_size_bytes: Some(1 << 20), ..Wanted::default() },
         ] {
-            assert_eq!(plan(&layout, None, &wanted, true).unwrap_err().code(), crate::failure::EXIT_USAGE, "{wanted:?}");
+            assert_eq!(
+                plan(&layout, None, &wanted, true).unwrap_err().code(),
+                crate::failure::EXIT_USAGE,
+                "{wanted:?}"
+            );
         }
     }
 
@@ -512,7 +541,8 @@ mod tests {
         let again = Wanted { nodes: Some(3), mount: Some("/mnt".into()), ..Wanted::default() };
         let planned = plan(&layout, Some(stored.clone()), &again, true).unwrap();
         assert_eq!(planned.mount.as_deref(), Some(Path::new("/mnt")));
-        let failure = plan(&layout, Some(stored), &Wanted { nodes: Some(5), ..Wanted::default() }, true).unwrap_err();
+        let failure =
+            plan(&layout, Some(stored), &Wanted { nodes: Some(5), ..Wanted::default() }, true).unwrap_err();
         assert_eq!(failure.message(), "the cluster in /srv/c was made with --nodes 3, not 5");
     }
 }

@@ -30,7 +30,9 @@ pub struct Asked {
 /// A socket file without a listener is left over: whoever holds the lock may replace it.
 pub fn bind(path: &Path) -> Result<UnixListener> {
     match std::fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e).with_context(|| path.display().to_string()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| path.display().to_string());
+        }
         _ => {}
     }
     UnixListener::bind(path).with_context(|| path.display().to_string())

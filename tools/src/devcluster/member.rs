@@ -176,7 +176,7 @@ impl Member {
             name: self.name.clone(),
             state: state.to_owned(),
             pid: self.process.as_ref().map(|p| p.identity().pid),
-            uptime_ms: self.process.as_ref().map(|_| self.started.elapsed().as_millis() as u64),
+            uptime_ms: self.process.as_ref().map(|p| p.identity().age_ms()),
             endpoints: self.endpoints.clone(),
             http: self.http.clone(),
             restarts: self.restarts,

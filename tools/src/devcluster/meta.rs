@@ -12,9 +12,9 @@ use crate::failure::{Failure, Result};
 /// Opens the store and serves it on its socket.
 pub async fn serve(layout: &Layout, settings: &Settings) -> Result<embedded_server::Handle> {
     let file = layout.meta().join("store.redb");
-    embedded_server::serve(file, ListenAddr::Unix(Layout::meta_socket(settings)))
-        .await
-        .map_err(|e| Failure::from(e).hint("a metadata store belongs to one supervisor: is another one running?"))
+    embedded_server::serve(file, ListenAddr::Unix(Layout::meta_socket(settings))).await.map_err(|e| {
+        Failure::from(e).hint("a metadata store belongs to one supervisor: is another one running?")
+    })
 }
 
 /// Makes the cluster's id and the records of its volumes, those that are missing.

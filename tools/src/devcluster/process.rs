@@ -48,6 +48,15 @@ impl Identity {
             .is_some_and(|(state, start)| state == b'T' && start == self.start_ticks)
     }
 
+    /// Milliseconds since it was started.
+    pub fn age_ms(&self) -> u64 {
+        /// USER_HZ, in which /proc counts, on every architecture that we run on.
+        const TICKS_PER_SECOND: u64 = 100;
+        let boot = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        let now_ms = boot.tv_sec as u64 * 1000 + boot.tv_nsec as u64 / 1_000_000;
+        now_ms.saturating_sub(self.start_ticks * (1000 / TICKS_PER_SECOND))
+    }
+
     /// The program it runs; `None` if unreadable, or if the file was replaced since.
     pub fn program(&self) -> Option<PathBuf> {
         let exe = fs::read_link(format!("/proc/{}/exe", self.pid)).ok()?;
@@ -132,9 +141,28 @@ pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio
     let log = File::options().create(true).append(true).open(log)?;
     let mut command = Command::new(program);
     command.args(args).stdin(ready).stdout(log.try_clone()?).stderr(log).process_group(0);
+    inherit_only_stdio(&mut command);
     // Dropping the handle neither kills nor reaps: `Watched` does the latter.
     let child = command.spawn()?;
     Identity::of(child.id()).ok_or_else(|| io::Error::other("ended at once"))
+}
+
+/// Keeps descriptors that this process was given (a shell's `3>file`) from a program that it starts: one that runs for
+/// long would hold them open, and with them perhaps the very mount that it serves.
+pub fn inherit_only_stdio(command: &mut Command) -> &mut Command {
+    let mark = || {
+        // SAFETY: takes no pointers. It is async-signal-safe, as what runs between fork and exec must be.
+        let result = unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        // Kernels before 5.11 do not know it; what leaks there is a nuisance, no danger.
+        match io::Error::last_os_error().raw_os_error() {
+            Some(code) if result != 0 && !matches!(code, libc::ENOSYS | libc::EINVAL) => {
+                Err(io::Error::from_raw_os_error(code))
+            }
+            _ => Ok(()),
+        }
+    };
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(mark) }
 }
 
 /// "exited with status 1", "killed by signal 9 (KILL)".
@@ -194,6 +222,7 @@ mod tests {
     fn a_reused_pid_is_another_process() {
         let me = Identity::of(std::process::id()).unwrap();
         assert!(me.is_running());
+        assert!(me.age_ms() < 3_600_000, "{}", me.age_ms());
         let other = Identity { start_ticks: me.start_ticks + 1, ..me.clone() };
         assert!(!other.is_running());
         let earlier = Identity { boot_id: "another boot".into(), ..me };
@@ -201,11 +230,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn descriptors_stay_behind() {
+        use std::os::fd::AsRawFd;
+        let temp = tempfile::tempdir().unwrap();
+        let leak = File::create(temp.path().join("leak")).unwrap();
+        // Descriptors of ours close on exec; a shell's do not.
+        rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
+        let log = temp.path().join("log");
+        let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", leak.as_raw_fd())];
+        let identity = start(Path::new("/bin/sh"), &args, &log, Stdio::null());
+        // It may have ended before it was looked at.
+        if let Ok(identity) = identity
+            && let Some(watched) = Watched::new(identity).unwrap()
+        {
+            assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(1));
+        }
+    }
+
+    #[tokio::test]
     async fn ends_are_seen_with_their_status() {
         let temp = tempfile::tempdir().unwrap();
         let log = temp.path().join("log");
         let args = |script: &str| vec!["-c".to_owned(), script.to_owned()];
-        let run = start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, Stdio::null()).unwrap();
+        let run =
+            start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, Stdio::null()).unwrap();
         let watched = Watched::new(run.clone()).unwrap().unwrap();
         assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(7));
         assert_eq!(log_tail(&log, 3), ["hello"]);

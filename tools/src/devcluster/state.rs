@@ -336,7 +336,10 @@ mod tests {
             mount: Some(PathBuf::from("/mnt/x y")),
             default_limit_bytes: Some(2 << 30),
             sockets: PathBuf::from("/run/shardfs-1"),
-            ports: Ports { grpc: [("node-1".to_owned(), 4000)].into(), http: [("mount".to_owned(), 4001)].into() },
+            ports: Ports {
+                grpc: [("node-1".to_owned(), 4000)].into(),
+                http: [("mount".to_owned(), 4001)].into(),
+            },
             mount_options: vec!["ro".to_owned()],
         }
     }
@@ -361,7 +364,8 @@ mod tests {
         layout.create().unwrap();
         assert_eq!(layout.read_processes().unwrap(), Processes::default());
         let me = Identity::of(std::process::id()).unwrap();
-        let record = ProcessRecord { identity: me.clone(), program: "/bin/x".into(), args: vec!["--a b".into()] };
+        let record =
+            ProcessRecord { identity: me.clone(), program: "/bin/x".into(), args: vec!["--a b".into()] };
         let processes = Processes { supervisor: Some(me), members: [("node-1".to_owned(), record)].into() };
         layout.write_processes(&processes).unwrap();
         assert_eq!(layout.read_processes().unwrap(), processes);
@@ -393,6 +397,9 @@ mod tests {
         let long = Layout::new(&Path::new("/srv").join("x".repeat(200)));
         let sockets = long.choose_sockets(Path::new("/run"));
         assert!(sockets.starts_with("/run") && sockets.as_os_str().len() < 40, "{sockets:?}");
-        assert_ne!(sockets, Layout::new(&Path::new("/srv").join("y".repeat(200))).choose_sockets(Path::new("/run")));
+        assert_ne!(
+            sockets,
+            Layout::new(&Path::new("/srv").join("y".repeat(200))).choose_sockets(Path::new("/run"))
+        );
     }
 }

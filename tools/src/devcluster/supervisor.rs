@@ -119,7 +119,10 @@ impl Supervisor {
 
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let mut supervisor = Supervisor {
-            processes: Processes { supervisor: Identity::of(std::process::id()), members: old.members.clone() },
+            processes: Processes {
+                supervisor: Identity::of(std::process::id()),
+                members: old.members.clone(),
+            },
             layout,
             settings,
             members: BTreeMap::new(),
@@ -149,7 +152,12 @@ impl Supervisor {
         }
     }
 
-    async fn bring_up(&mut self, programs: &Programs, old: &Processes, progress: &mut dyn FnMut(&str)) -> Result<()> {
+    async fn bring_up(
+        &mut self,
+        programs: &Programs,
+        old: &Processes,
+        progress: &mut dyn FnMut(&str),
+    ) -> Result<()> {
         let nodes = self.settings.node_names();
         let mut members: Vec<Member> = nodes
             .iter()
@@ -170,6 +178,11 @@ impl Supervisor {
             self.processes.members.remove(name);
         }
 
+        let adopted: Vec<&str> =
+            self.members.values().filter(|m| m.phase == Phase::Running).map(|m| m.name.as_str()).collect();
+        if !adopted.is_empty() {
+            progress(&format!("taking over what still runs: {}", adopted.join(", ")));
+        }
         let missing: Vec<String> =
             nodes.into_iter().filter(|n| self.members[n].phase == Phase::Stopped).collect();
         if !missing.is_empty() {
@@ -205,7 +218,8 @@ impl Supervisor {
     async fn adopt_or_end(&mut self, name: &str, record: Option<&ProcessRecord>) -> Result<()> {
         let Some(record) = record.filter(|r| r.identity.is_running()) else { return Ok(()) };
         let member = self.members.get_mut(name).expect("members are made before they are adopted");
-        let same = record.args == member.args && record.identity.program().as_deref() == Some(&member.program);
+        let same =
+            record.args == member.args && record.identity.program().as_deref() == Some(&member.program);
         let usable = match (&self.settings.mount, name) {
             // A daemon whose mount is gone or dead is of no use.
             (Some(mount), MOUNT) => {
@@ -284,7 +298,10 @@ impl Supervisor {
             Event::Ready { name, generation, outcome } => self.on_ready(&name, generation, outcome),
             Event::Ended { name, generation, status } => self.on_ended(&name, generation, status),
             Event::Retry { name, generation } => {
-                let due = self.members.get(&name).is_some_and(|m| m.generation == generation && m.phase == Phase::Restarting);
+                let due = self
+                    .members
+                    .get(&name)
+                    .is_some_and(|m| m.generation == generation && m.phase == Phase::Restarting);
                 if due && let Err(failure) = self.launch(&name) {
                     error!("cannot start {name}: {failure}");
                     self.retry_later(&name, &failure);
@@ -328,7 +345,8 @@ impl Supervisor {
         member.process = None;
         let asked = std::mem::take(&mut member.asked_to_end);
         for waiter in member.end_waiters.drain(..) {
-            let _ = waiter.send(Reply::of(Ok(format!("{name} {end}; `shardfs dev start {name}` starts it again"))));
+            let _ = waiter
+                .send(Reply::of(Ok(format!("{name} {end}; `shardfs dev start {name}` starts it again"))));
         }
         self.processes.members.remove(name);
         if asked {
@@ -418,7 +436,9 @@ impl Supervisor {
             return Err((reply, Failure::new(format!("cannot signal {name} (pid {pid}): {e}"))));
         }
         if signal == KillSignal::Stop {
-            let _ = reply.send(Reply::of(Ok(format!("{name} (pid {pid}) is frozen; `shardfs dev start {name}` thaws it"))));
+            let _ = reply.send(Reply::of(Ok(format!(
+                "{name} (pid {pid}) is frozen; `shardfs dev start {name}` thaws it"
+            ))));
             return Ok(());
         }
         member.asked_to_end = true;
@@ -471,9 +491,14 @@ impl Supervisor {
         }
         let identity = process::start(&member.program, &member.args, &member.log, OwnedFd::from(writer))
             .map_err(|e| failed_start(name, &e.to_string(), &member.log))?;
-        let record = ProcessRecord { identity: identity.clone(), program: member.program.clone(), args: member.args.clone() };
+        let record = ProcessRecord {
+            identity: identity.clone(),
+            program: member.program.clone(),
+            args: member.args.clone(),
+        };
         self.processes.members.insert(name.to_owned(), record);
-        let watched = Watched::new(identity.clone())?.ok_or_else(|| failed_start(name, "ended at once", &member.log))?;
+        let watched = Watched::new(identity.clone())?
+            .ok_or_else(|| failed_start(name, "ended at once", &member.log))?;
         let process = Arc::new(watched);
         let generation = member.note_start(process.clone());
         info!("{name} started (pid {})", identity.pid);

@@ -78,16 +78,20 @@ fn walk_directory(root: PathBuf, prefix: Option<Key>, meta: &Metadata, send: &mp
             continue;
         };
         let child = path.join(&name);
-        let found = match child_key(key.as_ref(), &name).and_then(|key| Ok((key, fs::symlink_metadata(&child)?))) {
-            Err(failure) => Found::Problem(failure.context(child.display())),
-            Ok((key, meta)) if meta.is_dir() => {
-                enter = Some((child, Some(key), meta.mode()));
-                continue;
-            }
-            Ok((key, meta)) if meta.is_file() => Found::File { path: child, key, meta },
-            Ok((key, meta)) if meta.is_symlink() => Found::Symlink { path: child, key },
-            Ok(_) => Found::Problem(Failure::new(format!("{}: skipped: no file, directory or symlink", child.display()))),
-        };
+        let found =
+            match child_key(key.as_ref(), &name).and_then(|key| Ok((key, fs::symlink_metadata(&child)?))) {
+                Err(failure) => Found::Problem(failure.context(child.display())),
+                Ok((key, meta)) if meta.is_dir() => {
+                    enter = Some((child, Some(key), meta.mode()));
+                    continue;
+                }
+                Ok((key, meta)) if meta.is_file() => Found::File { path: child, key, meta },
+                Ok((key, meta)) if meta.is_symlink() => Found::Symlink { path: child, key },
+                Ok(_) => Found::Problem(Failure::new(format!(
+                    "{}: skipped: no file, directory or symlink",
+                    child.display()
+                ))),
+            };
         if send.blocking_send(found).is_err() {
             return false;
         }
@@ -95,7 +99,8 @@ fn walk_directory(root: PathBuf, prefix: Option<Key>, meta: &Metadata, send: &mp
 }
 
 fn sorted_names(dir: &Path) -> Result<VecDeque<OsString>> {
-    let read = || -> io::Result<Vec<OsString>> { fs::read_dir(dir)?.map(|e| e.map(|e| e.file_name())).collect() };
+    let read =
+        || -> io::Result<Vec<OsString>> { fs::read_dir(dir)?.map(|e| e.map(|e| e.file_name())).collect() };
     let mut names = read().with_context(|| dir.display().to_string())?;
     names.sort_unstable();
     Ok(names.into())
