@@ -15,8 +15,12 @@ use crate::config::Settings;
 pub fn start(settings: &Settings, foreground: bool) -> Result<()> {
     let filter = EnvFilter::try_new(&settings.log_level)
         .with_context(|| format!("--log-level {:?}", settings.log_level))?;
-    // fuser tells every request that is left to the kernel.
-    let filter = filter.add_directive("fuser=error".parse().context("a directive of ours")?);
+    // fuser tells of every request that is left to the kernel, and of replies that came after their caller's end.
+    let filter = if settings.log_level.contains("fuser") {
+        filter
+    } else {
+        filter.add_directive("fuser=off".parse().context("a directive of ours")?)
+    };
     let (writer, ansi) = match &settings.log_file {
         Some(path) => {
             let file = OpenOptions::new().create(true).append(true).open(path);
