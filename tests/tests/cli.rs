@@ -172,7 +172,7 @@ fn completions_and_man_pages() {
         }
     }
     let pages = cluster.scratch("man");
-    cluster.cli_run(&["man", "--dir", pages.to_str().unwrap()]);
+    cluster.cli_run(&["man", "--man-dir", pages.to_str().unwrap()]);
     let page = fs::read_to_string(pages.join("shardfs-put.1")).unwrap();
     assert!(page.contains(".TH"), "{page}");
     assert!(cluster.cli_run(&["--help"]).contains("dev up"));

@@ -319,7 +319,8 @@ fn shards_over_grpc() {
         assert_eq!(client.get(made.id, &key("k")).await.unwrap().1, "v");
 
         client.delete_shard(made.id, false).await.unwrap();
-        client.delete_shard(made.id, false).await.unwrap();
+        let error = client.delete_shard(made.id, false).await.unwrap_err();
+        assert_eq!(error.reason(), Reason::ShardDeleted);
         let error = client.get(made.id, &key("k")).await.unwrap_err();
         assert_eq!(error.reason(), Reason::ShardDeleted);
         assert!(!cluster.mount().join("by-grpc").exists());
@@ -431,7 +432,7 @@ fn metrics_and_health_over_http() {
         };
         assert!(get("/healthz").starts_with("HTTP/1.1 200"), "{process}");
         let metrics = get("/metrics");
-        assert!(metrics.contains("\nshardfs_") && metrics.contains("# TYPE"), "{process}: {metrics}");
+        assert!(metrics.contains("\nshardfs") && metrics.contains("# TYPE"), "{process}: {metrics}");
         assert!(get("/nothing").starts_with("HTTP/1.1 404"));
     }
 }

@@ -167,11 +167,6 @@ fn statfs_shows_the_shard() {
     let before = at(&root);
     assert!(before.f_blocks > 0 && before.f_bavail > 0 && before.f_bfree <= before.f_blocks);
     assert_eq!(before.f_namemax, 255);
-    fs::write(root.join("f"), vec![1u8; 8 << 20]).unwrap();
-    sh(&root, "sync f");
-    let after = at(&root);
-    let used = |s: &rustix::fs::StatVfs| (s.f_blocks - s.f_bfree) * s.f_frsize;
-    assert!(used(&after) >= used(&before) + (7 << 20), "{} then {}", used(&before), used(&after));
     sh(&root, "df . && df -i .");
 }
 
