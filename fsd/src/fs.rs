@@ -22,6 +22,7 @@ mod files;
 mod json;
 mod memo;
 pub mod names;
+mod newborn;
 mod pages;
 mod root;
 mod shards;
@@ -42,6 +43,7 @@ use shardfs_proto::types::{
 use crate::failure::{Outcome, Posix};
 use crate::handles::{Handles, Releaser};
 use memo::Memo;
+use newborn::Newborn;
 use pages::Pages;
 use root::RootState;
 use shards::Shards;
@@ -87,6 +89,7 @@ pub struct Fs {
     shards: Shards,
     memo: Memo,
     pages: Pages,
+    newborn: Newborn,
     root: RootState,
     virtuals: VirtualState,
     /// Shards with changes that no sync of this mount has covered yet.
@@ -106,6 +109,7 @@ impl Fs {
             shards: Shards::default(),
             memo: Memo::default(),
             pages: Pages::default(),
+            newborn: Newborn::default(),
             root: RootState::default(),
             virtuals: VirtualState::default(),
             unsynced: Mutex::default(),

@@ -11,6 +11,7 @@
 //! backwards (`convert::timestamp_in`); of the kernel's word that set-id bits must go it passes on that for
 //! writes only (`fs::attrs` decides about the rest).
 
+mod answer;
 mod convert;
 mod patience;
 
@@ -24,20 +25,20 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
+    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use shardfs_proto::types::clock;
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
 use shardfs_proto::types::op::SetAttr;
-use shardfs_proto::types::{GlobalInode, clock};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use answer::{Asked, GENERATION, Refuse, Unwanted, asked, conclude, reply_bytes, reply_entry};
 use convert::{attr_of_name, attr_out, bytes_of, kind_in, kind_out, open_flags, open_mode, set_time};
 
-use crate::errno::{errno, is_trouble};
-use crate::failure::{Failure, Outcome, Posix};
+use crate::failure::{Outcome, Posix};
 use crate::fs::Fs;
 use crate::fs::attrs::XattrMode;
 use crate::fs::names::NewNode;
@@ -52,8 +53,6 @@ const REQUEST_BYTES: usize = 16 << 10;
 const MAX_WRITE_BYTES: u32 = 1 << 20;
 /// Requests that the kernel has in flight for read-ahead and the like.
 const MAX_BACKGROUND: u16 = 64;
-/// Numbers of inodes are never used twice.
-const GENERATION: Generation = Generation(0);
 
 /// What to negotiate with the kernel.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -165,110 +164,6 @@ impl Fuse {
         let caller = Caller { uid: request.uid(), gid: request.gid(), thread: request.pid() };
         self.fs.asks_anew(caller.thread);
         caller
-    }
-}
-
-/// A request, for logs and metrics.
-#[derive(Clone, Copy)]
-struct Asked {
-    op: Op,
-    ino: u64,
-    /// 0: the kernel itself.
-    thread: u32,
-}
-
-fn asked(op: Op, ino: INodeNo, caller: Caller) -> Asked {
-    Asked { op, ino: ino.0, thread: caller.thread }
-}
-
-/// What came of a request whose caller is no more: what it would have held is given back.
-trait Unwanted: Send + 'static {
-    fn give_back(self, _fs: &Fs)
-    where
-        Self: Sized,
-    {
-    }
-}
-
-impl Unwanted for () {}
-impl Unwanted for u32 {}
-impl Unwanted for Bytes {}
-impl Unwanted for Entry {}
-impl Unwanted for Space {}
-impl Unwanted for (FileStat, Duration) {}
-
-impl Unwanted for Opened {
-    fn give_back(self, fs: &Fs) {
-        // If the queue is full, the session's end gives it back.
-        fs.release(self.handle);
-    }
-}
-
-impl Unwanted for (Entry, Opened) {
-    fn give_back(self, fs: &Fs) {
-        self.1.give_back(fs);
-    }
-}
-
-/// Replies; gives the number of a failure.
-fn conclude<R: Refuse, T>(asked: Asked, reply: R, outcome: Outcome<T>, ok: impl FnOnce(R, T)) -> Option<i32> {
-    match outcome {
-        Ok(value) => {
-            ok(reply, value);
-            None
-        }
-        Err(failure) => {
-            let number = errno(&failure);
-            tell(asked, &failure);
-            reply.refuse(number);
-            Some(number.code())
-        }
-    }
-}
-
-/// Trouble of the cluster is worth a line; what programs ask in vain is not.
-fn tell(Asked { op, ino, .. }: Asked, failure: &Failure) {
-    let at = GlobalInode::from_raw(ino).split();
-    let (shard, inode) = at.map_or((0, ino), |(shard, inode)| (shard.get(), inode.get()));
-    match failure {
-        Failure::Domain(error) if is_trouble(failure) => {
-            tracing::warn!(op = op.label(), shard, inode, reason = ?error.reason(), %error, "failed");
-        }
-        Failure::Domain(error) => {
-            tracing::debug!(op = op.label(), shard, inode, reason = ?error.reason(), %error, "refused");
-        }
-        Failure::Posix(posix) => tracing::debug!(op = op.label(), shard, inode, ?posix, "refused"),
-    }
-}
-
-/// A reply that can be an error.
-trait Refuse: Send + 'static {
-    fn refuse(self, errno: Errno);
-}
-
-macro_rules! refuse {
-    ($($reply:ty),*) => {
-        $(impl Refuse for $reply {
-            fn refuse(self, errno: Errno) {
-                self.error(errno);
-            }
-        })*
-    };
-}
-
-refuse!(ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry);
-refuse!(ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr);
-
-fn reply_entry(reply: ReplyEntry, entry: Entry) {
-    reply.entry_with_ttls(&entry.ttl.attr, &entry.ttl.entry, &attr_out(&entry.stat), GENERATION);
-}
-
-fn reply_bytes(reply: ReplyXattr, size: u32, value: &[u8]) {
-    match (size, value.len()) {
-        // At most 128 KiB.
-        (0, length) => reply.size(length as u32),
-        (size, length) if length <= size as usize => reply.data(value),
-        _ => reply.error(errno(&Posix::BufferTooSmall.into())),
     }
 }
 

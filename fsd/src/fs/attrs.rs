@@ -10,6 +10,9 @@ use super::types::{Caller, FileStat, Node};
 use super::{Fs, attr_of};
 use crate::failure::{Failure, Outcome, Posix};
 
+/// What the kernel asks for before the first write to a file.
+const CAPABILITY: &str = "security.capability";
+
 /// How setxattr treats an attribute that is there, or is not.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct XattrMode {
@@ -85,6 +88,9 @@ impl Fs {
     pub async fn get_xattr(&self, ino: u64, name: Bytes) -> Outcome<Bytes> {
         check_namespace(&name)?;
         let Node::InShard(shard, inode) = self.node(ino)? else { return Err(Posix::NoAttribute.into()) };
+        if name == CAPABILITY && self.newborn.is_bare(GlobalInode::from_raw(ino)) {
+            return Err(Posix::NoAttribute.into());
+        }
         let value = self.client.get_xattr(shard, inode, &name).await;
         value.map_err(|error| Failure::from(error).stale_if_gone())
     }
@@ -106,6 +112,7 @@ impl Fs {
     pub async fn set_xattr(&self, ino: u64, name: Bytes, value: Bytes, mode: XattrMode) -> Outcome<()> {
         check_namespace(&name)?;
         let (shard, inode) = self.with_attributes(ino)?;
+        self.newborn.forget(GlobalInode::from_raw(ino));
         let operation = Operation::SetXattr {
             inode,
             name,

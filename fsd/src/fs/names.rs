@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
 use shardfs_proto::types::op::{NewInode, Operation};
-use shardfs_proto::types::{Error, FileKind, FileName, InodeNo, Reason, ShardId};
+use shardfs_proto::types::{Error, FileKind, FileName, GlobalInode, InodeNo, Reason, ShardId};
 
 use super::types::{Caller, Entry, Node, OpenMode, Opened, RenameMode};
 use super::{Fs, attr_of};
@@ -67,6 +67,7 @@ impl Fs {
             outcome => attr_of(outcome?)?,
         };
         let opened = self.opened(shard, &made).await?;
+        self.newborn.made(GlobalInode::new(shard, made.inode));
         Ok((self.entry(shard, false, &made), opened))
     }
 
