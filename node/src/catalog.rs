@@ -202,9 +202,9 @@ impl Catalog {
             volumes: self.volume_statuses(),
             open_shards: manager.open_shards as u32,
             open_shards_max: manager.open_shards_max as u32,
-            block_cache_used_bytes: manager.block_cache_used_bytes as u64,
-            block_cache_capacity_bytes: manager.block_cache_capacity_bytes as u64,
-            write_buffer_used_bytes: manager.write_buffer_used_bytes as u64,
+            block_cache_used_bytes: manager.block_cache_used_bytes,
+            block_cache_capacity_bytes: manager.block_cache_capacity_bytes,
+            write_buffer_used_bytes: manager.write_buffer_used_bytes,
             store_reachable: self.parts.pulse.succeeded(),
             cluster_id: self.parts.cluster_id.clone(),
         }

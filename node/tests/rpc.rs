@@ -1,6 +1,9 @@
 //! Every service driven through the generated clients, against a whole node over a `dir` volume: real
 //! sockets, a real metadata store, a real RocksDB.
 
+// A failed unwrap is a failed test.
+#![allow(clippy::unwrap_used)]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -99,14 +102,14 @@ async fn values_are_put_got_and_deleted() {
     let first = attr(&made.meta);
     assert_eq!((first.size, first.mode, first.nlink), (5, 0o644, 1));
     let got = storage.get(get(shard, "a/b/c")).await.unwrap().into_inner();
-    assert_eq!((&got.value[..], attr(&got.meta)), (&b"hello"[..], first.clone()));
+    assert_eq!((&got.value[..], attr(&got.meta)), (&b"hello"[..], first));
     let part = wire::GetRequest { offset: 1, length: Some(3), ..get(shard, "a/b/c") };
     assert_eq!(storage.get(part).await.unwrap().into_inner().value, "ell");
     let past = wire::GetRequest { offset: 5, ..get(shard, "a/b/c") };
     assert_eq!(storage.get(past).await.unwrap().into_inner().value, "");
     let head = wire::GetRequest { meta_only: true, ..get(shard, "a/b/c") };
     let head = storage.get(head).await.unwrap().into_inner();
-    assert_eq!((&head.value[..], attr(&head.meta)), (&b""[..], first.clone()));
+    assert_eq!((&head.value[..], attr(&head.meta)), (&b""[..], first));
 
     // Over what is there, with options and conditions.
     let options = wire::PutOptions {
