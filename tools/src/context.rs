@@ -156,6 +156,12 @@ impl Context {
             return Ok(client.clone());
         }
         let cluster = self.cluster()?;
+        if let Some(dir) = &cluster.dir
+            && !answers(&cluster.endpoints)
+        {
+            return Err(Failure::new(format!("the cluster in {} is down", dir.display()))
+                .hint(format!("`shardfs dev up --dir {}` starts it", dir.display())));
+        }
         let client = Client::new(ClientConfig {
             endpoints: cluster.endpoints,
             client_id: cluster.client_id,
@@ -163,6 +169,11 @@ impl Context {
             label: format!("shardfs pid {}", std::process::id()),
         })?;
         Ok(self.client.get_or_init(|| client).clone())
+    }
+
+    /// The client, if a command has asked for it.
+    pub fn client_in_use(&self) -> Option<&Client> {
+        self.client.get()
     }
 
     /// Ends what the client holds at the nodes. The last thing that a process does with it.
@@ -301,6 +312,14 @@ impl Place {
             found_by: found_by.to_owned(),
         })
     }
+}
+
+/// Whether somebody listens on any of these unix sockets, or on the supervisor's beside them: then the cluster runs, even
+/// if its nodes are being started at the moment.
+fn answers(endpoints: &[String]) -> bool {
+    let sockets = endpoints.iter().filter_map(|e| e.strip_prefix("unix:")).map(PathBuf::from);
+    let control = sockets.clone().next().map(|s| s.with_file_name(state::CONTROL_SOCKET));
+    control.into_iter().chain(sockets).any(|socket| std::os::unix::net::UnixStream::connect(socket).is_ok())
 }
 
 /// `unix:/path` and `http://host:port` as they are; `host:port` gets its `http://`.

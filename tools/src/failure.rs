@@ -66,6 +66,15 @@ impl Failure {
         self
     }
 
+    /// Puts words after the sentence.
+    #[must_use]
+    pub fn addition(mut self, words: impl fmt::Display) -> Failure {
+        if !self.message.is_empty() {
+            self.message = format!("{}{words}", self.message);
+        }
+        self
+    }
+
     /// The sentence; empty for [`Failure::silent`].
     pub fn message(&self) -> &str {
         &self.message

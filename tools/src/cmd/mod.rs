@@ -22,11 +22,21 @@ pub mod status;
 pub mod umount;
 pub mod volume;
 
+use std::convert::Infallible;
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use shardfs_proto::types::Reason;
 use tokio::signal::unix::SignalKind;
 
 use crate::cli::Command;
 use crate::context::Context;
 use crate::failure::{Failure, Result};
+
+/// A command that is done by then has nothing to explain.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// How long a node gets to answer when it is only asked whether it is there.
+const PROBE: Duration = Duration::from_secs(1);
 
 /// Runs a command.
 pub async fn run(command: Command, context: &Context) -> Result<()> {
@@ -38,27 +48,50 @@ pub async fn run(command: Command, context: &Context) -> Result<()> {
         Command::Mount(args) => mount::run(args, context),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
-        Command::Put(args) => interruptible(put::run(args, context)).await,
-        Command::Get(args) => interruptible(get::run(args, context)).await,
-        Command::Ls(args) => interruptible(ls::run(args, context)).await,
-        Command::Rm(args) => interruptible(rm::run(args, context)).await,
-        Command::Stat(args) => interruptible(stat::run(args, context)).await,
-        Command::Shard(args) => interruptible(shard::run(args, context)).await,
-        Command::Node(args) => interruptible(node::run(args, context)).await,
-        Command::Volume(args) => interruptible(volume::run(args, context)).await,
-        Command::Status(args) => interruptible(status::run(args, context)).await,
-        Command::Fsck(args) => interruptible(fsck::run(args, context)).await,
-        Command::Umount(args) => interruptible(umount::run(args)).await,
+        Command::Put(args) => interruptible(put::run(args, context), context).await,
+        Command::Get(args) => interruptible(get::run(args, context), context).await,
+        Command::Ls(args) => interruptible(ls::run(args, context), context).await,
+        Command::Rm(args) => interruptible(rm::run(args, context), context).await,
+        Command::Stat(args) => interruptible(stat::run(args, context), context).await,
+        Command::Shard(args) => interruptible(shard::run(args, context), context).await,
+        Command::Node(args) => interruptible(node::run(args, context), context).await,
+        Command::Volume(args) => interruptible(volume::run(args, context), context).await,
+        Command::Status(args) => interruptible(status::run(args, context), context).await,
+        Command::Fsck(args) => interruptible(fsck::run(args, context), context).await,
+        Command::Umount(args) => interruptible(umount::run(args), context).await,
     }
 }
 
-/// Drops the command on Ctrl-C or SIGTERM.
-async fn interruptible(command: impl Future<Output = Result<()>>) -> Result<()> {
+/// Drops the command on Ctrl-C or SIGTERM. While no node answers, says so; at the end, says which were asked.
+async fn interruptible(command: impl Future<Output = Result<()>>, context: &Context) -> Result<()> {
     let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
     let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
-    tokio::select! {
+    let result = tokio::select! {
         result = command => result,
         _ = terminate.recv() => Err(Failure::interrupted()),
         _ = interrupt.recv() => Err(Failure::interrupted()),
+        never = say_when_nobody_answers(context) => match never {},
+    };
+    result.map_err(|failure| match (failure.reason(), context.cluster()) {
+        (Some(Reason::Unavailable | Reason::Deadline), Ok(cluster)) => failure.addition(format_args!(
+            " (asked: {}, from {})",
+            cluster.endpoints.join(", "),
+            cluster.found_by
+        )),
+        _ => failure,
+    })
+}
+
+/// Calls are repeated for a minute: a person should know what is waited for.
+async fn say_when_nobody_answers(context: &Context) -> Infallible {
+    tokio::time::sleep(PATIENCE).await;
+    if std::io::stderr().is_terminal()
+        && let (Some(client), Ok(cluster)) = (context.client_in_use(), context.cluster())
+        && !client.reachable(PROBE).await
+    {
+        let seconds = cluster.deadline.as_secs();
+        let endpoints = cluster.endpoints.join(", ");
+        crate::output::note(format!("no node answers at {endpoints}; trying for {seconds} s (--deadline)"));
     }
+    std::future::pending().await
 }

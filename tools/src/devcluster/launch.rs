@@ -206,6 +206,7 @@ pub async fn up(
     }
     layout.create()?;
     state::make_private(&settings.sockets)?;
+    state::check_private(&settings.sockets)?;
     let Some(lock) = supervisor::lock(layout)? else {
         return Err(Failure::new(format!(
             "another `dev up` or `dev down` is at work in {}",

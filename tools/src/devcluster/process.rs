@@ -10,8 +10,10 @@ use std::process::{Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{AsyncReadExt, Interest};
+
+use crate::failure::{Failure, Result};
 
 /// Who a process is.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -145,6 +147,26 @@ pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio
     // Dropping the handle neither kills nor reaps: `Watched` does the latter.
     let child = command.spawn()?;
     Identity::of(child.id()).ok_or_else(|| io::Error::other("ended at once"))
+}
+
+/// A process writes a line when it serves, and closes the pipe without one when it ends.
+pub async fn says_ready(reader: OwnedFd) -> Result<()> {
+    const LINE_BYTES_MAX: u64 = 64 << 10;
+    let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(reader)?;
+    let mut line = Vec::new();
+    let mut pipe = pipe.take(LINE_BYTES_MAX);
+    let mut buffer = [0; 1024];
+    while !line.contains(&b'\n') {
+        match pipe.read(&mut buffer).await? {
+            0 => return Err(Failure::new("did not start")),
+            n => line.extend_from_slice(&buffer[..n]),
+        }
+    }
+    if line.starts_with(b"ready") || line.starts_with(b"{") {
+        Ok(())
+    } else {
+        Err(Failure::new(format!("said {:?} instead of being ready", String::from_utf8_lossy(&line).trim())))
+    }
 }
 
 /// Keeps descriptors that this process was given (a shell's `3>file`) from a program that it starts: one that runs for

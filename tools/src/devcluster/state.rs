@@ -17,7 +17,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,8 @@ use crate::failure::{Failure, OrFail, Result};
 
 /// The settings file, by which a folder is known to be a dev cluster.
 pub const CLUSTER_FILE: &str = "cluster.json";
+/// The supervisor's socket, beside those of the nodes.
+pub const CONTROL_SOCKET: &str = "control.sock";
 /// Version of both files.
 const FORMAT: u32 = 1;
 /// Bytes of a unix socket's path, with its NUL (sun_path).
@@ -209,7 +211,7 @@ impl Layout {
 
     /// The supervisor's socket.
     pub fn control_socket(settings: &Settings) -> PathBuf {
-        settings.sockets.join("control.sock")
+        settings.sockets.join(CONTROL_SOCKET)
     }
 
     /// The nodes' addresses.
@@ -276,6 +278,17 @@ pub fn make_private(dir: &Path) -> Result<()> {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => Ok(()),
         Err(e) => Err(Failure::new(format!("cannot make {}: {e}", dir.display()))),
     }
+}
+
+/// A folder that anybody could have made before us (in /tmp) must be ours alone.
+pub fn check_private(dir: &Path) -> Result<()> {
+    let meta = fs::symlink_metadata(dir).with_context(|| dir.display().to_string())?;
+    let ours = meta.is_dir() && meta.uid() == rustix::process::geteuid().as_raw() && meta.mode() & 0o077 == 0;
+    if ours {
+        return Ok(());
+    }
+    Err(Failure::new(format!("{} is not a folder of yours that only you can enter", dir.display()))
+        .hint("remove it, or run `chmod 700` on it"))
 }
 
 fn read_versioned<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>> {
@@ -388,6 +401,19 @@ mod tests {
         assert_eq!(names.len(), 6);
         assert_eq!(names[0], ("vol-1".to_owned(), "node-1".to_owned()));
         assert_eq!(names[3], ("vol-4".to_owned(), "node-1".to_owned()));
+    }
+
+    #[test]
+    fn folders_of_others_are_refused() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("s");
+        make_private(&dir).unwrap();
+        check_private(&dir).unwrap();
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(&dir, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(check_private(&dir).is_err());
+        std::os::unix::fs::symlink(temp.path(), temp.path().join("link")).unwrap();
+        assert!(check_private(&temp.path().join("link")).is_err());
     }
 
     #[test]

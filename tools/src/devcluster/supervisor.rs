@@ -16,7 +16,6 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use shardfs_node::cluster::embedded_server;
 use shardfs_proto::types::clock;
-use tokio::io::AsyncReadExt;
 use tokio::signal::unix::SignalKind;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
@@ -505,7 +504,7 @@ impl Supervisor {
 
         let (events, task_name, log) = (self.events.clone(), name.to_owned(), member.log.clone());
         tokio::spawn(async move {
-            let wait = says_ready(OwnedFd::from(reader));
+            let wait = process::says_ready(OwnedFd::from(reader));
             let outcome = match tokio::time::timeout(READY_MAX, wait).await {
                 Ok(outcome) => outcome,
                 Err(_) => Err(Failure::new(format!("does not serve after {} s", READY_MAX.as_secs()))),
@@ -586,24 +585,4 @@ fn failed_start(name: &str, why: &str, log: &Path) -> Failure {
         message.push_str(&format!("\n  {line}"));
     }
     Failure::new(message).hint(format!("the whole log: {}", log.display()))
-}
-
-/// A process writes a line when it serves, and closes the pipe without one when it ends.
-async fn says_ready(reader: OwnedFd) -> Result<()> {
-    const LINE_BYTES_MAX: u64 = 64 << 10;
-    let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(reader)?;
-    let mut line = Vec::new();
-    let mut pipe = pipe.take(LINE_BYTES_MAX);
-    let mut buffer = [0; 1024];
-    while !line.contains(&b'\n') {
-        match pipe.read(&mut buffer).await? {
-            0 => return Err(Failure::new("did not start")),
-            n => line.extend_from_slice(&buffer[..n]),
-        }
-    }
-    if line.starts_with(b"ready") || line.starts_with(b"{") {
-        Ok(())
-    } else {
-        Err(Failure::new(format!("said {:?} instead of being ready", String::from_utf8_lossy(&line).trim())))
-    }
 }
