@@ -37,6 +37,8 @@ use crate::shard::{ShardManager, ShardSettings};
 const VOLUMES_WAIT_MAX: Duration = Duration::from_secs(60);
 /// Pause between attempts to reach the metadata store at the start.
 const STORE_PAUSE: Duration = Duration::from_secs(1);
+/// How long one attempt is waited for before that is said.
+const STORE_WAIT_MAX: Duration = Duration::from_secs(3);
 /// How long the parts that only watch or report may take to end.
 const TASK_END_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -75,7 +77,7 @@ impl Node {
         let (listeners, addresses, http_listener) = bind(&config).await?;
         let store: Arc<dyn MetaStore> =
             Arc::new(EmbeddedStore::new(&config.meta).with_context(|| format!("--meta {}", config.meta))?);
-        let cluster_id = reach(&*store).await;
+        let cluster_id = reach(&*store, &config.meta).await;
 
         let record = NodeRecord {
             v: FORMAT,
@@ -377,11 +379,12 @@ fn advertised(advertise: Option<&str>, local: SocketAddr) -> Result<String> {
 }
 
 /// The cluster's id, as soon as the store can be reached.
-async fn reach(store: &dyn MetaStore) -> String {
+async fn reach(store: &dyn MetaStore, address: &str) -> String {
     loop {
-        match bootstrap::ensure_cluster_id(store).await {
-            Ok(id) => return id,
-            Err(error) => tracing::warn!(%error, "waiting for the metadata store"),
+        match tokio::time::timeout(STORE_WAIT_MAX, bootstrap::ensure_cluster_id(store)).await {
+            Ok(Ok(id)) => return id,
+            Ok(Err(error)) => tracing::warn!(%error, "waiting for the metadata store"),
+            Err(_) => tracing::warn!(address, "waiting for the metadata store: it does not answer"),
         }
         tokio::time::sleep(STORE_PAUSE).await;
     }

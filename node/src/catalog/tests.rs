@@ -181,7 +181,10 @@ async fn a_shards_whole_life() {
     let catalog = &node.catalog;
     let request = new("photos");
     let info = catalog.new_shard(&me(), request.clone()).await.unwrap();
-    assert_eq!((info.state, info.limit_bytes, info.name.as_str()), (ShardState::Active, Some(1 << 30), "photos"));
+    assert_eq!(
+        (info.state, info.limit_bytes, info.name.as_str()),
+        (ShardState::Active, Some(1 << 30), "photos")
+    );
     assert!(bench.shard_dir("vol-1", info.id).is_dir());
     // Visible at once, here; a retry answers the same; another request does not get the name.
     let local = catalog.local_shard(&me(), &Selector::Name(name("photos")), None).unwrap();
@@ -199,7 +202,10 @@ async fn a_shards_whole_life() {
     // Rename, also back and onto a name that is taken.
     let renamed = catalog.rename_shard(&me(), &by_id(info.id), name("pictures")).await.unwrap();
     assert_eq!(renamed.name.as_str(), "pictures");
-    assert_eq!(reason(catalog.get_shard(&me(), &Selector::Name(name("photos"))).await), Reason::ShardNotFound);
+    assert_eq!(
+        reason(catalog.get_shard(&me(), &Selector::Name(name("photos"))).await),
+        Reason::ShardNotFound
+    );
     let second = catalog.new_shard(&me(), new("photos")).await.unwrap();
     let clash = catalog.rename_shard(&me(), &by_id(info.id), name("photos")).await;
     assert_eq!(reason(clash), Reason::ShardExists);
@@ -277,7 +283,8 @@ async fn ids_are_unique_under_concurrency() {
     ids.dedup();
     assert_eq!(ids.len(), 6);
     let per_volume = |v: &str| one.catalog.parts.view.shard_count(&VolumeId::new(v).unwrap());
-    eventually("all are seen", async || per_volume("vol-1") + per_volume("vol-2") + per_volume("vol-3") == 6).await;
+    eventually("all are seen", async || per_volume("vol-1") + per_volume("vol-2") + per_volume("vol-3") == 6)
+        .await;
     one.end().await;
     two.end().await;
 }
@@ -367,7 +374,8 @@ async fn what_a_crash_left_is_finished() {
     let (_, kv) = get(&store, shard_key(info.id)).await.unwrap();
     let mut record: ShardRecord = records::decode(b"", &kv.unwrap().value).unwrap();
     record.state = StateWord::Deleted;
-    let txn = Txn::new().put(shard_key(info.id), records::encode(&record)).delete(name_key(&me(), &record.name));
+    let txn =
+        Txn::new().put(shard_key(info.id), records::encode(&record)).delete(name_key(&me(), &record.name));
     store.txn(txn).await.unwrap();
     let dir = bench.shard_dir("vol-1", info.id);
     assert!(dir.is_dir());
@@ -410,7 +418,10 @@ async fn old_tombstones_go() {
     };
     eventually("they go", async || keys("shardfs/shards/").await == resume::TOMBSTONES_MAX).await;
     assert_eq!(keys("shardfs/requests/").await, resume::TOMBSTONES_MAX);
-    assert_eq!(reason(node.catalog.get_shard(&me(), &by_id(ShardId::new(1).unwrap())).await), Reason::ShardNotFound);
+    assert_eq!(
+        reason(node.catalog.get_shard(&me(), &by_id(ShardId::new(1).unwrap())).await),
+        Reason::ShardNotFound
+    );
     node.end().await;
 }
 

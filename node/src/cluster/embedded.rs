@@ -110,10 +110,16 @@ impl EmbeddedStore {
 
     /// What a call's end says about the connection.
     fn judge(&self, generation: u64, status: Option<&Status>) {
+        // A store that is stopping aborts: the next one is behind another connection.
         let broken = status.is_some_and(|s| {
             matches!(
                 s.code(),
-                Code::Unavailable | Code::Unknown | Code::Cancelled | Code::Internal | Code::DeadlineExceeded
+                Code::Unavailable
+                    | Code::Unknown
+                    | Code::Cancelled
+                    | Code::Internal
+                    | Code::DeadlineExceeded
+                    | Code::Aborted
             )
         });
         self.shared.reachable.store(!broken, Ordering::Relaxed);

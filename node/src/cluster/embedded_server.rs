@@ -62,7 +62,11 @@ const STOP_WAIT_MAX: Duration = Duration::from_secs(3);
 /// A running store.
 pub struct Handle {
     address: ListenAddr,
+    /// New calls are refused.
     stop: CancellationToken,
+    /// Nothing will be published any more: watches end when they have told everything.
+    ended: CancellationToken,
+    reader: Reader,
     server: tokio::task::JoinHandle<()>,
     queue: SyncSender<Message>,
     writer: Option<JoinHandle<()>>,
@@ -85,13 +89,14 @@ pub async fn serve(path: PathBuf, listen: ListenAddr) -> Result<Handle> {
         leases: leases.clone(),
         flushed: clock::monotonic(),
     };
-    let stop = CancellationToken::new();
+    let (stop, ended) = (CancellationToken::new(), CancellationToken::new());
     let service = Service {
-        reader: opened.reader,
+        reader: opened.reader.clone(),
         queue: queue.clone(),
         log,
         leases,
         stop: stop.clone(),
+        ended: ended.clone(),
         watches: Arc::new(tokio::sync::Semaphore::new(WATCHES_MAX)),
     };
     let service = MetaServer::new(service)
@@ -121,7 +126,7 @@ pub async fn serve(path: PathBuf, listen: ListenAddr) -> Result<Handle> {
         .spawn(move || writer_loop.run(&messages))
         .context("starting the metadata store's writer")?;
     tracing::info!(%address, file = %path.display(), "metadata store serves");
-    Ok(Handle { address, stop, server, queue, writer: Some(writer) })
+    Ok(Handle { address, stop, ended, reader: opened.reader, server, queue, writer: Some(writer) })
 }
 
 async fn log_end(serving: impl Future<Output = Result<(), tonic::transport::Error>>) {
@@ -148,6 +153,18 @@ impl Handle {
 
     async fn end(mut self, clean: bool) -> Result<()> {
         self.stop.cancel();
+        let (queue, writer) = (self.queue.clone(), self.writer.take());
+        // The writer first, so that watches can tell what it did last.
+        let written = tokio::task::spawn_blocking(move || {
+            // A writer that has ended needs no message.
+            let _ = queue.send(Message::Stop { clean });
+            writer.map_or(Ok(()), |w| {
+                w.join().map_err(|_| anyhow::anyhow!("the metadata store's writer panicked"))
+            })
+        })
+        .await
+        .context("stopping the metadata store")?;
+        self.ended.cancel();
         if !clean || tokio::time::timeout(STOP_WAIT_MAX, &mut self.server).await.is_err() {
             self.server.abort();
             // Only its end is of interest here; that it was aborted is known.
@@ -157,17 +174,15 @@ impl Handle {
             // Not being there any more is as good.
             let _ = std::fs::remove_file(path);
         }
-        let (queue, writer) = (self.queue, self.writer.take());
-        tokio::task::spawn_blocking(move || {
-            // A writer that has ended needs no message.
-            let _ = queue.send(Message::Stop { clean });
-            drop(queue);
-            writer.map_or(Ok(()), |w| {
-                w.join().map_err(|_| anyhow::anyhow!("the metadata store's writer panicked"))
-            })
-        })
-        .await
-        .context("stopping the metadata store")?
+        let closed = async {
+            while !self.reader.is_closed() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        if tokio::time::timeout(STOP_WAIT_MAX, closed).await.is_err() {
+            tracing::warn!("metadata store: its file is still being read");
+        }
+        written
     }
 }
 
@@ -312,6 +327,7 @@ struct Service {
     log: Arc<Log>,
     leases: Leases,
     stop: CancellationToken,
+    ended: CancellationToken,
     watches: Arc<tokio::sync::Semaphore>,
 }
 
@@ -387,7 +403,7 @@ impl Meta for Service {
                 "{WATCHES_MAX} watches are running already"
             ))));
         };
-        let batches = watch(self.log.clone(), range, start, self.stop.clone());
+        let batches = watch(self.log.clone(), range, start, self.ended.clone());
         let replies = async_stream::stream! {
             let _permit = permit;
             for await batch in batches {
@@ -445,12 +461,13 @@ fn watch(
     log: Arc<Log>,
     range: KeyRange,
     start: Revision,
-    stop: CancellationToken,
+    ended: CancellationToken,
 ) -> impl Stream<Item = StoreResult<WatchBatch>> {
     async_stream::stream! {
         let mut latest = log.subscribe();
         let mut next = start;
         let mut told = Revision::new(start.get() - 1);
+        let mut last_look = false;
         let mut progress = tokio::time::interval(WATCH_PROGRESS_INTERVAL);
         progress.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         progress.reset();
@@ -474,11 +491,13 @@ fn watch(
             if went_on {
                 continue;
             }
+            if last_look {
+                yield Err(StoreError::OutcomeUnknown("the metadata store is stopping".into()));
+                break;
+            }
             tokio::select! {
-                _ = stop.cancelled() => {
-                    yield Err(StoreError::OutcomeUnknown("the metadata store is stopping".into()));
-                    break;
-                }
+                // What was published before is still told.
+                _ = ended.cancelled() => last_look = true,
                 _ = latest.changed() => {}
                 _ = progress.tick() => {
                     told = told.max(Revision::new(next.get() - 1));

@@ -13,7 +13,7 @@
 //! of volatile changes that a crash took back are never given out again.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use bytes::{Bytes, BytesMut};
 use redb::{
@@ -56,10 +56,10 @@ pub(super) enum Outcome {
     LeaseRevoked,
 }
 
-/// Reads, from any thread.
+/// Reads, from any thread, as long as the writer lives.
 #[derive(Clone)]
 pub(super) struct Reader {
-    db: Arc<Database>,
+    db: Weak<Database>,
 }
 
 /// The one writer.
@@ -126,7 +126,7 @@ pub(super) fn open(path: &Path) -> StoreResult<Opened> {
     let db = Arc::new(db);
     let writer =
         Writer { db: db.clone(), revision: start, reserved: start + RESERVE, volatile: false, broken: None };
-    Ok(Opened { reader: Reader { db }, writer, revision: Revision::new(start), leases })
+    Ok(Opened { reader: Reader { db: Arc::downgrade(&db) }, writer, revision: Revision::new(start), leases })
 }
 
 fn read_meta(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> StoreResult<Option<u64>> {
@@ -134,9 +134,15 @@ fn read_meta(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> StoreR
 }
 
 impl Reader {
+    /// The writer has ended and nobody reads: the file is closed.
+    pub(super) fn is_closed(&self) -> bool {
+        self.db.strong_count() == 0
+    }
+
     /// Reads a range from the last commit. Blocks on the device.
     pub(super) fn range(&self, range: &KeyRange, limit: usize) -> StoreResult<RangeAnswer> {
-        let tx = self.db.begin_read().map_err(failed)?;
+        let db = self.db.upgrade().ok_or_else(|| StoreError::Unavailable("it is stopping".into()))?;
+        let tx = db.begin_read().map_err(failed)?;
         let revision = read_meta(&tx.open_table(META).map_err(failed)?, "revision")?.unwrap_or(0);
         let (kvs, more) = scan(&tx.open_table(KEYS).map_err(failed)?, range, limit)?;
         Ok(RangeAnswer { revision: Revision::new(revision), kvs, more })

@@ -129,7 +129,8 @@ async fn a_silent_node_is_seen_and_an_absent_store_is_not_blamed_on_nodes() {
     let start = async |id: &str| {
         let record = node(id);
         let registered = heartbeat::register(&*store, &record).await.unwrap();
-        let (pulse, replaced, stop) = (Arc::new(Pulse::default()), CancellationToken::new(), CancellationToken::new());
+        let (pulse, replaced, stop) =
+            (Arc::new(Pulse::default()), CancellationToken::new(), CancellationToken::new());
         let beating = heartbeat::run(
             store.clone(),
             record.id.clone(),

@@ -48,7 +48,7 @@ fn attaches_detaches_and_keeps_content() {
     fs::write(attached.root.join("x"), "y").unwrap();
     let seen = LoopProvider.describe(&spec).unwrap();
     assert!(seen.mounted);
-    assert_eq!(seen.devices, [attached.device.clone()]);
+    assert_eq!(seen.devices, std::slice::from_ref(&attached.device));
     let second = LoopProvider.attach(&spec).unwrap_err();
     assert_eq!(second.reason(), Reason::Unavailable, "{second}");
     LoopProvider.detach(&spec, attached).unwrap();
@@ -73,7 +73,7 @@ fn cleans_up_what_a_killed_node_left() {
     let again = LoopProvider.attach(&spec).unwrap();
     assert_eq!(fs::read(again.root.join("unsynced")).unwrap(), b"kept by the page cache");
     let seen = LoopProvider.describe(&spec).unwrap();
-    assert_eq!(seen.devices, [again.device.clone()]);
+    assert_eq!(seen.devices, std::slice::from_ref(&again.device));
     assert_eq!(mounts::at(&spec.mount_point).unwrap().len(), 1);
     LoopProvider.detach(&spec, again).unwrap();
     // Killed between attaching the device and mounting it.
