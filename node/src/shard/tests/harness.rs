@@ -198,18 +198,24 @@ impl Drop for World {
     }
 }
 
+/// A copy of a database as it is at one moment: made again if files came or went meanwhile.
 fn copy_of(db: &std::path::Path) -> tempfile::TempDir {
-    let copy = tempfile::tempdir().unwrap();
-    let to = copy.path().join("db");
-    std::fs::create_dir(&to).unwrap();
-    for entry in std::fs::read_dir(db).unwrap() {
-        let from = entry.unwrap().path();
-        // Temporary files may go while they are copied.
-        if let Err(e) = std::fs::copy(&from, to.join(from.file_name().unwrap())) {
-            assert_eq!(e.kind(), std::io::ErrorKind::NotFound);
+    let list = || -> std::collections::BTreeMap<PathBuf, Option<u64>> {
+        let entries = std::fs::read_dir(db).unwrap().map(|e| e.unwrap());
+        entries.map(|e| (e.path(), e.metadata().ok().map(|m| m.len()))).collect()
+    };
+    for _ in 0..100 {
+        let before = list();
+        let copy = tempfile::tempdir().unwrap();
+        let to = copy.path().join("db");
+        std::fs::create_dir(&to).unwrap();
+        let whole = before.keys().all(|from| std::fs::copy(from, to.join(from.file_name().unwrap())).is_ok());
+        if whole && list() == before {
+            return copy;
         }
+        std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    copy
+    panic!("the database never stood still");
 }
 
 /// Keys of a family.

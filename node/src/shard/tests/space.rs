@@ -135,7 +135,7 @@ impl Drop for SmallDisk {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_is_full_is_survived() {
     let root = tempfile::tempdir().unwrap();
-    let Some(_disk) = SmallDisk::new(root.path(), 96) else {
+    let Some(_disk) = SmallDisk::new(root.path(), 128) else {
         eprintln!("skipped: mounting is not allowed here");
         return;
     };
@@ -148,9 +148,10 @@ async fn a_disk_that_is_full_is_survived() {
     manager.create(&dir, &init(None)).unwrap();
     // The room says there is plenty: the disk itself must refuse.
     let room = Arc::new(TestRoom(AtomicU64::new(1 << 40)));
-    // Space that an operator can give back.
+    // Space that an operator can give back: writes resume by writing memtables to files, so it must hold
+    // those (the write-buffer budget, and what is being flushed already) and not only the deletes.
     let ballast = root.path().join("ballast");
-    std::fs::write(&ballast, vec![0u8; 24 << 20]).unwrap();
+    std::fs::write(&ballast, vec![0u8; 48 << 20]).unwrap();
     let shard = manager.open(shard_id(), &dir, Arc::clone(&room) as _).await.unwrap();
     let mut written = 0u64;
     let error = loop {
@@ -178,7 +179,11 @@ async fn a_disk_that_is_full_is_survived() {
             match shard.mutate(mutation(None, 0, operation)).await {
                 Ok(_) => break,
                 Err(e) if e.reason() == Reason::NotFound => break,
-                Err(e) => assert!(std::time::Instant::now() < deadline, "writes never resumed: {e}"),
+                Err(e) => assert!(
+                    std::time::Instant::now() < deadline,
+                    "writes never resumed: {e}; free pages: {:?}",
+                    rustix::fs::statvfs(root.path()).map(|s| s.f_bfree)
+                ),
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
