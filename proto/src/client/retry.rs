@@ -123,7 +123,7 @@ impl Client {
         let endpoint = node.endpoint.clone();
         let error = match tokio::time::timeout(attempt_max, attempt(Attempt { node, epoch, number })).await {
             Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(status)) => crate::status::from_status(&status),
+            Ok(Err(status)) => answered(&status, &endpoint, target),
             Err(_) => {
                 Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
             }
@@ -142,6 +142,21 @@ impl Client {
     }
 }
 
+/// The error behind a status. One without our detail comes from the transport, so it names the endpoint;
+/// and a peer that does not know our services is no node: another endpoint may be one.
+fn answered(status: &tonic::Status, endpoint: &str, target: Target) -> Error {
+    let error = crate::status::from_status(status);
+    if !status.details().is_empty() {
+        return error;
+    }
+    match (target, error.reason()) {
+        (Target::Any, Reason::Unsupported | Reason::Internal) => {
+            Error::unavailable(format!("{endpoint} is no ShardFS node: {}", error.message()))
+        }
+        (Target::Any | Target::Shard(_), _) => error.context(endpoint),
+    }
+}
+
 fn past(started: Instant, deadline: Duration, pause: Duration) -> bool {
     clock::monotonic().duration_since(started).saturating_add(pause) > deadline
 }
@@ -149,6 +164,16 @@ fn past(started: Instant, deadline: Duration, pause: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_of_the_transport_name_the_endpoint() {
+        let refused = answered(&tonic::Status::unavailable("refused"), "http://h:1", Target::Any);
+        assert!(refused.is_retryable() && refused.message().contains("http://h:1"));
+        let foreign = answered(&tonic::Status::unimplemented(""), "http://h:1", Target::Any);
+        assert_eq!(foreign.reason(), Reason::Unavailable);
+        let ours = crate::status::to_status(&Error::not_found("no such key"));
+        assert_eq!(answered(&ours, "http://h:1", Target::Any).message(), "no such key");
+    }
 
     #[test]
     fn backoff_grows_to_its_bound() {

@@ -1,3 +1,5 @@
+//! What fuser decodes and what the kernel is told, both ways.
+
 use super::*;
 
 /// As fuser 0.18 decodes what the kernel sends.
