@@ -9,7 +9,7 @@ use super::retry::Target;
 use super::shards::selected;
 use crate::convert;
 use crate::types::cluster::{CheckItem, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
-use crate::types::{Error, Result, ShardId};
+use crate::types::{Error, Reason, Result, ShardId};
 use crate::wire;
 
 /// Asking one certain node is not repeated for long: the answer to "is it there" may be no.
@@ -77,7 +77,8 @@ impl Client {
         !probes.is_empty() && futures::future::select_ok(probes).await.is_ok()
     }
 
-    /// Checks a shard against the invariants of its records, while it serves. Findings, then a summary.
+    /// Checks a shard, whoever owns it, against the invariants of its records, while it serves. Findings,
+    /// then a summary.
     pub fn check_shard(
         &self,
         shard: ShardId,
@@ -85,6 +86,7 @@ impl Client {
     ) -> impl Stream<Item = Result<CheckItem>> + Send + use<> {
         let client = self.clone();
         async_stream::try_stream! {
+            client.learn_any(shard).await?;
             let mut stream = client
                 .call(Target::Shard(shard), async |attempt| {
                     let request = wire::CheckShardRequest { shard: selected(shard), read_data };
@@ -96,5 +98,15 @@ impl Client {
                 yield convert::check_item_from_wire(reply)?;
             }
         }
+    }
+
+    /// Learns where a shard lives that may be somebody else's, which GetShard would not tell.
+    async fn learn_any(&self, shard: ShardId) -> Result<()> {
+        let shards = self.all_shards(false).await?;
+        let info = shards.iter().find(|info| info.id == shard).ok_or_else(|| {
+            Error::new(Reason::ShardNotFound, format!("there is no shard {shard}")).with_shard(shard)
+        })?;
+        self.inner.routes.learn(shard, &info.location);
+        Ok(())
     }
 }
