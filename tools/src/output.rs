@@ -263,6 +263,11 @@ fn civil(seconds: i64) -> (i64, u32, u32, u32) {
     (year + era * 400 + i64::from(month <= 2), month, day_of_month, second)
 }
 
+/// "1 node", "3 nodes".
+pub fn count(number: u64, thing: &str) -> String {
+    if number == 1 { format!("1 {thing}") } else { format!("{number} {thing}s") }
+}
+
 /// A duration for people: `350 ms`, `12 s`, `3 min 5 s`, `2 h 4 min`, `3 d 2 h`.
 pub fn duration_text(ms: u64) -> String {
     let s = ms / 1000;
@@ -341,6 +346,11 @@ mod tests {
         assert_eq!(time(951_782_400), "2000-02-29 00:00:00");
         assert_eq!(time(1_795_231_445), "2026-11-21 03:24:05");
         assert_eq!(time_json(Timestamp::new(1, 5).unwrap()), "1970-01-01T00:00:01.000000005Z");
+    }
+
+    #[test]
+    fn counts_print() {
+        assert_eq!((count(0, "node"), count(1, "node")), ("0 nodes".to_owned(), "1 node".to_owned()));
     }
 
     #[test]

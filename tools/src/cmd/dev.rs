@@ -235,17 +235,24 @@ fn spinner() -> ProgressBar {
 
 /// What `dev up` says at the end: what there is, and what to try.
 fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: bool) -> String {
-    let volumes = settings.nodes * settings.volumes_per_node;
+    let volumes = u64::from(settings.nodes * settings.volumes_per_node);
     let what = match settings.volumes {
-        VolumeKind::Loop => format!("{volumes} loop volumes of {}", size::human(settings.volume_size_bytes)),
-        VolumeKind::Dir => format!("{volumes} folders as volumes"),
+        VolumeKind::Loop => format!(
+            "{} of {}",
+            output::count(volumes, "loop volume"),
+            size::human(settings.volume_size_bytes)
+        ),
+        VolumeKind::Dir => format!("{} as volumes", output::count(volumes, "folder")),
     };
     let place = match &settings.mount {
         Some(mount) => format!("mounted on {}", mount.display()),
         None => "not mounted".to_owned(),
     };
     let took = began.elapsed().as_secs_f64();
-    let mut text = format!("ShardFS is up: {} nodes, {what}, {place} ({took:.1} s).\n", settings.nodes);
+    let mut text = format!(
+        "ShardFS is up: {}, {what}, {place} ({took:.1} s).\n",
+        output::count(u64::from(settings.nodes), "node")
+    );
     let program = std::env::args().next().unwrap_or_else(|| "shardfs".to_owned());
     // Commands that are typed here find .shardfs by themselves.
     let here = std::env::current_dir().ok().and_then(|d| std::fs::canonicalize(d).ok());

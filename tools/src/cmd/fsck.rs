@@ -10,7 +10,7 @@ use shardfs_proto::types::op::ShardState;
 use super::remote::find_shard;
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, Result};
-use crate::output::{Out, note, printable};
+use crate::output::{self, Out, note, printable};
 use crate::paths::shard_name;
 use crate::size;
 
@@ -77,9 +77,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     }
     if !args.json && shards.len() != 1 {
         out.line(format!(
-            "{} shards, {} inodes, {}: {}",
-            shards.len(),
-            total.inodes,
+            "{}, {}, {}: {}",
+            output::count(shards.len() as u64, "shard"),
+            output::count(total.inodes, "inode"),
             size::human(total.bytes),
             if findings == 0 { "clean".to_owned() } else { format!("{findings} findings") }
         ))?;

@@ -400,7 +400,11 @@ async fn check_mount_point(layout: &Layout, mount: &Path) -> Result<()> {
                 there.source,
                 there.fs_type
             ))
-            .hint(format!("`shardfs umount {}`, or choose another mount point", mount.display())));
+            .hint(if there.fs_type.starts_with("fuse.shardfs") {
+                format!("`shardfs umount {}`, or choose another mount point", mount.display())
+            } else {
+                "choose another mount point".to_owned()
+            }));
         }
     }
     std::fs::create_dir_all(mount).with_context(|| format!("cannot make {}", mount.display()))?;

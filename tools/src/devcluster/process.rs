@@ -29,12 +29,14 @@ pub struct Identity {
 impl Identity {
     /// Of a running process; `None` if there is none, or only its corpse.
     pub fn of(pid: u32) -> Option<Identity> {
+        let (state, identity) = Identity::with_state(pid)?;
+        (!matches!(state, b'Z' | b'X')).then_some(identity)
+    }
+
+    fn with_state(pid: u32) -> Option<(u8, Identity)> {
         let stat = fs::read(format!("/proc/{pid}/stat")).ok()?;
         let (state, start_ticks) = parse_stat(&stat)?;
-        if matches!(state, b'Z' | b'X') {
-            return None;
-        }
-        Some(Identity { pid, start_ticks, boot_id: boot_id()? })
+        Some((state, Identity { pid, start_ticks, boot_id: boot_id()? }))
     }
 
     /// Whether that very process still runs.
@@ -89,19 +91,18 @@ pub struct Watched {
 impl Watched {
     /// Watches a process that runs; `None` if it does not (any more). Needs a tokio runtime.
     pub fn new(identity: Identity) -> io::Result<Option<Watched>> {
-        let Some(pid) = i32::try_from(identity.pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
-        let pidfd = match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
-            Ok(fd) => fd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
-            Err(e) => return Err(e.into()),
-        };
+        let Some(pidfd) = open(identity.pid)? else { return Ok(None) };
         // Checked after the pidfd holds the process: the pid cannot have changed hands since.
         if !identity.is_running() {
             return Ok(None);
         }
+        Watched::register(identity, pidfd).map(Some)
+    }
+
+    fn register(identity: Identity, pidfd: OwnedFd) -> io::Result<Watched> {
         // SAFETY: an `OwnedFd` keeps its descriptor open and the same for as long as it lives, and lives in the `AsyncFd`.
         let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
-        Ok(Some(Watched { identity, pidfd }))
+        Ok(Watched { identity, pidfd })
     }
 
     /// Who it is.
@@ -137,19 +138,33 @@ impl Watched {
     }
 }
 
+fn open(pid: u32) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
+    match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Ok(fd) => Ok(Some(fd)),
+        Err(rustix::io::Errno::SRCH) => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
 /// Starts a program with its output at the end of `log` and `ready` as its standard input: the daemons are told
-/// `--ready-fd 0`. It gets a process group of its own, so that Ctrl-C in a terminal does not reach it.
-pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio>) -> io::Result<Identity> {
+/// `--ready-fd 0`. It gets a process group of its own, so that Ctrl-C in a terminal does not reach it. Needs a tokio
+/// runtime.
+pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio>) -> io::Result<Watched> {
     let log = File::options().create(true).append(true).open(log)?;
     let mut command = Command::new(program);
     command.args(args).stdin(ready).stdout(log.try_clone()?).stderr(log).process_group(0);
     inherit_only_stdio(&mut command);
     // Dropping the handle neither kills nor reaps: `Watched` does the latter.
     let child = command.spawn()?;
-    Identity::of(child.id()).ok_or_else(|| io::Error::other("ended at once"))
+    // Nobody else reaps our child: even if it has ended already, its pid is still its own.
+    match (open(child.id())?, Identity::with_state(child.id())) {
+        (Some(pidfd), Some((_, identity))) => Watched::register(identity, pidfd),
+        _ => Err(io::Error::other("ended, and was reaped by somebody else")),
+    }
 }
 
-/// A process writes a line when it serves, and closes the pipe without one when it ends.
+/// A process writes `ready` when it serves; why not, if it can say that; and closes the pipe when it ends.
 pub async fn says_ready(reader: OwnedFd) -> Result<()> {
     const LINE_BYTES_MAX: u64 = 64 << 10;
     let pipe = tokio::net::unix::pipe::Receiver::from_owned_fd(reader)?;
@@ -165,7 +180,8 @@ pub async fn says_ready(reader: OwnedFd) -> Result<()> {
     if line.starts_with(b"ready") || line.starts_with(b"{") {
         Ok(())
     } else {
-        Err(Failure::new(format!("said {:?} instead of being ready", String::from_utf8_lossy(&line).trim())))
+        // It says why not.
+        Err(Failure::new(format!("did not start: {}", String::from_utf8_lossy(&line).trim())))
     }
 }
 
@@ -260,13 +276,8 @@ mod tests {
         rustix::io::fcntl_setfd(&leak, rustix::io::FdFlags::empty()).unwrap();
         let log = temp.path().join("log");
         let args = ["-c".to_owned(), format!("test -e /proc/self/fd/{}", leak.as_raw_fd())];
-        let identity = start(Path::new("/bin/sh"), &args, &log, Stdio::null());
-        // It may have ended before it was looked at.
-        if let Ok(identity) = identity
-            && let Some(watched) = Watched::new(identity).unwrap()
-        {
-            assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(1));
-        }
+        let watched = start(Path::new("/bin/sh"), &args, &log, Stdio::null()).unwrap();
+        assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(1));
     }
 
     #[tokio::test]
@@ -274,16 +285,21 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         let log = temp.path().join("log");
         let args = |script: &str| vec!["-c".to_owned(), script.to_owned()];
-        let run =
+        let watched =
             start(Path::new("/bin/sh"), &args("echo hello; sleep 0.2; exit 7"), &log, Stdio::null()).unwrap();
-        let watched = Watched::new(run.clone()).unwrap().unwrap();
+        let run = watched.identity().clone();
         assert_eq!(watched.ended().await.unwrap().unwrap().code(), Some(7));
         assert_eq!(log_tail(&log, 3), ["hello"]);
         assert!(!run.is_running());
         assert!(Watched::new(run).unwrap().is_none());
 
-        let sleeper = start(Path::new("/bin/sleep"), &["100".to_owned()], &log, Stdio::null()).unwrap();
-        let watched = Watched::new(sleeper.clone()).unwrap().unwrap();
+        // One that ends before it is looked at has a status as well.
+        let brief = start(Path::new("/bin/false"), &[], &log, Stdio::null()).unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert_eq!(brief.ended().await.unwrap().unwrap().code(), Some(1));
+
+        let watched = start(Path::new("/bin/sleep"), &["100".to_owned()], &log, Stdio::null()).unwrap();
+        let sleeper = watched.identity().clone();
         watched.signal(Signal::STOP).unwrap();
         while !sleeper.is_stopped() {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;

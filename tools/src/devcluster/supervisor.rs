@@ -488,17 +488,16 @@ impl Supervisor {
         if let Err(e) = move_log(&member.log) {
             warn!("cannot move {} aside: {e}", member.log.display());
         }
-        let identity = process::start(&member.program, &member.args, &member.log, OwnedFd::from(writer))
+        let process = process::start(&member.program, &member.args, &member.log, OwnedFd::from(writer))
             .map_err(|e| failed_start(name, &e.to_string(), &member.log))?;
+        let identity = process.identity().clone();
+        let process = Arc::new(process);
         let record = ProcessRecord {
             identity: identity.clone(),
             program: member.program.clone(),
             args: member.args.clone(),
         };
         self.processes.members.insert(name.to_owned(), record);
-        let watched = Watched::new(identity.clone())?
-            .ok_or_else(|| failed_start(name, "ended at once", &member.log))?;
-        let process = Arc::new(watched);
         let generation = member.note_start(process.clone());
         info!("{name} started (pid {})", identity.pid);
 
@@ -581,8 +580,11 @@ impl Supervisor {
 /// "node-1 exited with status 1", with the end of its log.
 fn failed_start(name: &str, why: &str, log: &Path) -> Failure {
     let mut message = format!("{name} {why}");
-    for line in process::log_tail(log, TAIL_LINES) {
-        message.push_str(&format!("\n  {line}"));
+    // A reason that it gave itself is in its log as well: once is enough.
+    if !why.contains(": ") {
+        for line in process::log_tail(log, TAIL_LINES) {
+            message.push_str(&format!("\n  {line}"));
+        }
     }
     Failure::new(message).hint(format!("the whole log: {}", log.display()))
 }
