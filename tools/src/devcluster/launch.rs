@@ -17,9 +17,10 @@ use tracing::info;
 
 use super::cleanup;
 use super::control::{self, ClusterStatus, Reply, Request};
+use super::lock;
 use super::process::{self, Identity};
 use super::state::{self, Layout, NODES_MAX, Ports, Settings, VOLUMES_PER_NODE_MAX, VolumeKind};
-use super::supervisor::{self, Programs, Supervisor};
+use super::supervisor::{Programs, Supervisor};
 use crate::failure::{Failure, OrFail, Result};
 use crate::system::{self, MountHealth};
 
@@ -207,7 +208,7 @@ pub async fn up(
     layout.create()?;
     state::make_private(&settings.sockets)?;
     state::check_private(&settings.sockets)?;
-    let Some(lock) = supervisor::lock(layout)? else {
+    let Some(lock) = lock::take(layout)? else {
         return Err(Failure::new(format!(
             "another `dev up` or `dev down` is at work in {}",
             layout.dir().display()
@@ -219,15 +220,16 @@ pub async fn up(
         info!("supervising in the foreground");
         run_foreground(layout, settings.clone(), programs, lock, progress, on_up).await
     } else {
-        // The supervisor takes it for its own life.
-        drop(lock);
-        spawn_supervisor(layout, progress).await.map(|()| {
+        spawn_supervisor(layout, lock, progress).await.map(|()| {
             on_up(&settings);
             Outcome::Started
         })
     };
-    if result.is_err() && fresh {
-        // Nothing was stored in it yet. Its logs stay: they say why.
+    if result.is_err()
+        && fresh
+        && let Ok(Some(_lock)) = lock::take(layout)
+    {
+        // It is nobody else's by now, and nothing was stored in it yet. Its logs stay: they say why.
         if let Err(e) = cleanup::delete(layout, &settings, true) {
             crate::output::note(format!("warning: {e}"));
         }
@@ -276,8 +278,7 @@ pub async fn supervise(layout: &Layout) -> Result<()> {
     let _ = rustix::process::setsid();
     let result = async {
         let settings = layout.read_settings()?.ok_or_else(|| Failure::new("no settings"))?;
-        let lock =
-            supervisor::lock(layout)?.ok_or_else(|| Failure::new("another supervisor has the lock"))?;
+        let lock = lock::inherited(layout)?;
         let mut progress = |what: &str| report(&Report::Progress(what.to_owned()));
         start_or_stop(layout, settings, Programs::find()?, lock, &mut progress).await
     }
@@ -301,7 +302,8 @@ fn report(report: &Report) {
     let _ = stdout.write_all(&control::line(report)).and_then(|()| stdout.flush());
 }
 
-async fn spawn_supervisor(layout: &Layout, progress: &mut dyn FnMut(&str)) -> Result<()> {
+/// The supervisor gets the lock as its standard input: it is never free in between.
+async fn spawn_supervisor(layout: &Layout, lock: File, progress: &mut dyn FnMut(&str)) -> Result<()> {
     let log_path = layout.log("supervisor");
     let log = File::options().create(true).append(true).open(&log_path);
     let log = log.with_context(|| log_path.display().to_string())?;
@@ -312,7 +314,7 @@ async fn spawn_supervisor(layout: &Layout, progress: &mut dyn FnMut(&str)) -> Re
         .args(["dev", "supervise", "--dir"])
         .arg(layout.dir())
         .current_dir("/")
-        .stdin(Stdio::null())
+        .stdin(lock)
         .stdout(Stdio::piped())
         .stderr(log)
         .spawn()
@@ -468,7 +470,7 @@ pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
     let asked = control::ask(&Layout::control_socket(&settings), &request).await?.is_some();
     let deadline = tokio::time::Instant::now() + LOCK_WAIT;
     let _lock = loop {
-        if let Some(lock) = supervisor::lock(layout)? {
+        if let Some(lock) = lock::take(layout)? {
             break lock;
         }
         if tokio::time::Instant::now() > deadline {
@@ -493,7 +495,7 @@ pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
 /// Deletes a cluster that is down.
 pub fn delete(layout: &Layout) -> Result<()> {
     let settings = settings_of(layout)?;
-    let Some(_lock) = supervisor::lock(layout)? else {
+    let Some(_lock) = lock::take(layout)? else {
         return Err(Failure::new("the cluster is being used"));
     };
     cleanup::delete(layout, &settings, false)

@@ -8,6 +8,7 @@
 //! | [`control`] | the protocol on the supervisor's socket; [`listen`]: its side of it |
 //! | [`housekeeping`] | logs that stay bounded, ports that stay the same |
 //! | [`supervisor`] | the one loop that starts, watches and restarts |
+//! | [`lock`] | one supervisor a folder |
 //! | [`meta`] | the metadata store and what it is filled with |
 //! | [`member`] | one supervised process: its command line, its states, its backoff |
 //! | [`cleanup`] | mounts and loop devices that a killed process left behind: only this cluster's |
@@ -26,6 +27,7 @@ pub mod control;
 pub mod housekeeping;
 pub mod launch;
 pub mod listen;
+pub mod lock;
 pub mod member;
 pub mod meta;
 pub mod process;

@@ -27,7 +27,7 @@ use super::listen::{self, Asked};
 use super::member::{MOUNT, Member, Phase};
 use super::process::{self, Identity, Watched};
 use super::state::{Layout, ProcessRecord, Processes, Settings};
-use crate::failure::{Failure, OrFail, Result};
+use crate::failure::{Failure, Result};
 use crate::system::{self, MountHealth};
 
 /// Events on their way to the loop.
@@ -84,18 +84,6 @@ pub struct Supervisor {
     /// Held for life; released by the kernel when the process ends, however it ends.
     _lock: File,
     _meta: embedded_server::Handle,
-}
-
-/// Takes the cluster's lock; `None`: a supervisor has it.
-pub fn lock(layout: &Layout) -> Result<Option<File>> {
-    let path = layout.lock();
-    let file = File::options().create(true).truncate(false).write(true).open(&path);
-    let file = file.with_context(|| path.display().to_string())?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(std::fs::TryLockError::WouldBlock) => Ok(None),
-        Err(std::fs::TryLockError::Error(e)) => Err(Failure::new(format!("{}: {e}", path.display()))),
-    }
 }
 
 impl Supervisor {
