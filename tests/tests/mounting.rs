@@ -77,7 +77,9 @@ fn a_signal_unmounts_cleanly() {
             .unwrap();
         // SAFETY: a signal to the daemon of this mount, by number.
         unsafe { libc::kill(daemon.pid as i32, signal) };
-        eventually(Duration::from_secs(10), || if daemon.is_alive() { Err("still alive".into()) } else { Ok(()) });
+        eventually(Duration::from_secs(10), || {
+            if daemon.is_alive() { Err("still alive".into()) } else { Ok(()) }
+        });
         assert_eq!(fs::read_dir(&point).unwrap().count(), 0, "unmounted");
         assert_eq!(fs::read_to_string(shard.join("k")).unwrap(), signal.to_string());
     }

@@ -37,12 +37,12 @@ fn cp_a_of_a_big_tree() {
     println!("{} files, {} bytes", made.files, made.bytes);
     shell.run("cp -a tree $M/ && diff -r --no-dereference tree $M/tree");
     tree::assert_same(&local.join("tree"), &mount.join("tree"));
-    // And within the mount, and back.
-    shell.run("cp -a $M/tree $M/again && cp -a $M/again back && diff -r --no-dereference tree back");
+    // And back.
+    shell.run("cp -a $M/tree back");
     tree::assert_same(&local.join("tree"), &local.join("back"));
     let count = |shell: &Shell, place: &str| shell.run(&format!("find {place} -type f -printf x | wc -c"));
     assert_eq!(count(&shell, "tree"), count(&shell, "$M/tree"));
-    shell.run("rm -rf $M/again && test ! -e $M/again && rm -rf back");
+    shell.run("rm -rf $M/tree/d-* && ! ls -d $M/tree/d-* 2>/dev/null");
     Cluster::shared().assert_clean("cp");
 }
 
@@ -66,7 +66,7 @@ fn tar_out_and_in() {
 #[test]
 fn rsync_twice_moves_nothing_the_second_time() {
     let (_, local, shell) = places("rsync");
-    tree::generate(&local.join("tree"), 2_000, seed());
+    tree::generate(&local.join("tree"), 1_000, seed());
     shell.run("rsync -aHAX --numeric-ids tree/ $M/tree/ && diff -r --no-dereference tree $M/tree");
     let second = shell.run("rsync -aHAX --numeric-ids --itemize-changes --stats tree/ $M/tree/");
     assert!(second.contains("Number of regular files transferred: 0"), "{second}");
@@ -108,16 +108,16 @@ fn sqlite_in_rollback_and_wal_mode() {
                test "$(sqlite3 $db "PRAGMA journal_mode=$MODE")" = $MODE
                sqlite3 $db 'CREATE TABLE t(id INTEGER PRIMARY KEY, v TEXT); CREATE INDEX i ON t(v);'
                # Two writers at once, each row a transaction of its own.
-               write() { for i in $(seq 40); do sqlite3 -cmd '.timeout 60000' $db "INSERT INTO t(v) VALUES('$1-$i')"; done; }
+               write() { for i in $(seq 20); do sqlite3 -cmd '.timeout 60000' $db "INSERT INTO t(v) VALUES('$1-$i')"; done; }
                write a & one=$!; write b & two=$!; wait $one; wait $two
-               sqlite3 -cmd '.timeout 60000' $db "BEGIN; INSERT INTO t(v) WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n WHERE x<20000)
+               sqlite3 -cmd '.timeout 60000' $db "BEGIN; INSERT INTO t(v) WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x+1 FROM n WHERE x<5000)
                  SELECT hex(randomblob(40)) FROM n; COMMIT;"
                sqlite3 $db "BEGIN; DELETE FROM t; ROLLBACK;"
                test "$(sqlite3 $db 'PRAGMA integrity_check')" = ok
                sqlite3 $db 'SELECT count(*) FROM t'
                sqlite3 $db 'VACUUM' && test "$(sqlite3 $db 'PRAGMA integrity_check')" = ok"#,
         );
-        assert_eq!(rows.trim(), "20080", "{mode}");
+        assert_eq!(rows.trim(), "5040", "{mode}");
     }
 }
 
