@@ -5,6 +5,9 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 
+/// Directories above a file, at most: as in real source trees.
+const DEPTH_MAX: usize = 5;
+
 /// What [`generate`] made.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Made {
@@ -27,7 +30,7 @@ pub fn generate(root: &Path, files: usize, seed: u64) -> Made {
         if made.files.is_multiple_of(40) {
             let parent = folders[random.usize(..folders.len())].clone();
             let folder = parent.join(format!("d-{}", unusual(&mut random, folders.len())));
-            let shallow = folder.components().count() < root.components().count() + 12;
+            let shallow = folder.components().count() < root.components().count() + DEPTH_MAX;
             // One in ten stays empty.
             if shallow && fs::create_dir(&folder).is_ok() && random.u8(..10) > 0 {
                 folders.push(folder);
