@@ -12,9 +12,10 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use shardfs_proto::types::{Error, Reason, Result, VolumeId};
+use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
 pub mod dir;
 pub mod loopdev;
@@ -27,6 +28,11 @@ const IDENTITY_FILE: &str = ".shardfs-volume";
 pub const LOOP_BYTES_MIN: u64 = 64 << 20;
 /// The largest backing file: what ext4 with 4 KiB blocks and 32-bit group counts comfortably holds.
 pub const LOOP_BYTES_MAX: u64 = 64 << 40;
+
+/// How long the lock of a volume is waited for.
+const LOCK_WAIT_MAX: Duration = Duration::from_millis(500);
+/// Pause between attempts.
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// What is to be attached, and where.
 #[derive(Clone, Debug)]
@@ -161,13 +167,22 @@ fn write_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
 /// Takes the lock of a file or folder that stands for attaching it for writing.
 fn lock(path: &Path, what: &VolumeId) -> Result<OwnedFd> {
     let file = File::open(path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file.into()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::unavailable(format!(
-            "volume {what}: another process has {} attached for writing; it is tried again until that ends",
-            path.display()
-        ))),
-        Err(e) => Err(Error::io(format!("locking {}: {e}", path.display()))),
+    let begun = clock::monotonic();
+    loop {
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file.into()),
+            // A program that was just started holds copies of all locks until it has begun to run.
+            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WAIT_MAX => {
+                std::thread::sleep(LOCK_PAUSE)
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(Error::unavailable(format!(
+                    "volume {what}: another process has {} attached for writing; it is tried again until that ends",
+                    path.display()
+                )));
+            }
+            Err(e) => return Err(Error::io(format!("locking {}: {e}", path.display()))),
+        }
     }
 }
 
