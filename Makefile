@@ -33,15 +33,8 @@ build: deps ## build the programs
 	cargo build --release --locked --workspace --bins
 
 up: build ## build, start three nodes on this machine and mount them on ./mnt
-	@mkdir -p $(MNT)
 	@"$(BIN)/shardfs" dev up --dir $(DIR) --mount $(MNT)
-	@printf '%s\n' '' 'ShardFS is mounted on ./$(MNT). Directories are shards, files are keys:' \
-	  '  mkdir $(MNT)/photos && cp -r /usr/share/doc $(MNT)/photos' \
-	  '  $(BIN)/shardfs --dir $(DIR) ls photos' \
-	  '  echo hello | $(BIN)/shardfs --dir $(DIR) put - photos/greeting && cat $(MNT)/photos/greeting' \
-	  '  $(BIN)/shardfs --dir $(DIR) status' \
-	  '  $(BIN)/shardfs dev kill node-2 --dir $(DIR)    # and: dev start node-2' \
-	  'make down stops it; what was written stays in ./$(DIR).'
+	@echo '`make down` stops it as well; what was written stays in $(DIR).'
 
 down: ## unmount ./mnt and stop the nodes; keeps the data
 	@"$(BIN)/shardfs" dev down --dir $(DIR)
