@@ -23,7 +23,7 @@ use crate::system;
 /// `shardfs dev`.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Everything of a cluster lies in one folder: --dir DIR, or SHARDFS_DIR, or the nearest .shardfs above the working directory, or
+    after_help = "Everything of a cluster lies in one folder: --dir DIR, or SHARDFS_DIR, or the nearest .shardfs above the working directory, or \
 .shardfs in it. The nodes are processes of their own: killing one is real.
 
 Examples:
@@ -86,9 +86,9 @@ enum Meta {
 
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as
-it was. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays
-down until `dev start`. If the supervisor itself was killed, or the machine was restarted, `dev up` recovers: processes that
+    after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as \
+it was. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays \
+down until `dev start`. If the supervisor itself was killed, or the machine was restarted, `dev up` recovers: processes that \
 still run are taken over, what they left behind is cleaned up.
 
 Logs: DIR/logs/. Programs: shardfs-node and shardfsd beside this one, in PATH, or SHARDFS_NODE_BIN and SHARDFSD_BIN.

@@ -17,7 +17,7 @@ use crate::size;
 /// `shardfs fsck`.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "Checks that names, link counts, content, counters and indexes agree. Changes nothing. Exit code 1 if anything was found,
+    after_help = "Checks that names, link counts, content, counters and indexes agree. Changes nothing. Exit code 1 if anything was found, \
 or if a shard could not be checked.
 
 Examples:

@@ -39,7 +39,7 @@ const JOBS_MAX: u64 = 256;
 /// `shardfs get`.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "A DEST that ends with `/` is a directory: SRC keeps its own name below it; so it does in an existing directory, unless
+    after_help = "A DEST that ends with `/` is a directory: SRC keeps its own name below it; so it does in an existing directory, unless \
 -r is given. Otherwise DEST is the new name. Without DEST, SRC comes into the working directory under its own name.
 
 Examples:
@@ -48,7 +48,7 @@ Examples:
   shardfs get -r photos/2026 ./2026          everything below photos/2026
   shardfs get -rp photos ./photos            the whole shard, with modes and times
 
-A file is there as a whole or not at all; a value that changes while it is read is read again from its start. With -r an
+A file is there as a whole or not at all; a value that changes while it is read is read again from its start. With -r an \
 error with one file does not stop the others (the exit code is then 1)."
 )]
 pub struct Args {

@@ -32,7 +32,7 @@ Examples:
   shardfs ls --prefix photos/2026-  keys that begin so, wherever the `/` is
   shardfs ls -R0 photos | xargs -0 -n1 echo
 
-Control characters, backslashes and bytes that are no UTF-8 are shown as \\xNN and the like; -0 prints names as they are, each
+Control characters, backslashes and bytes that are no UTF-8 are shown as \\xNN and the like; -0 prints names as they are, each \
 ended by NUL. --json prints one object a line; a name that is no UTF-8 is `key_hex` there."
 )]
 pub struct Args {

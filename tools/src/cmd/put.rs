@@ -55,8 +55,8 @@ Examples:
   shardfs put -r ./site www/                everything in ./site, below www/site
   tar c dir | shardfs put - backup/dir.tar  from standard input
 
-A value replaces one of the same name as a whole: nobody ever sees half of it. Directories are made as needed.
-With -r: symbolic links are stored as such, sockets and devices are skipped, an error with one file does not stop the
+A value replaces one of the same name as a whole: nobody ever sees half of it. Directories are made as needed. \
+With -r: symbolic links are stored as such, sockets and devices are skipped, an error with one file does not stop the \
 others (the exit code is then 1)."
 )]
 pub struct Args {

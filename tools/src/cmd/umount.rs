@@ -15,8 +15,8 @@ const POLL: Duration = Duration::from_millis(50);
 /// `shardfs umount`.
 #[derive(clap::Args, Debug)]
 #[command(
-    after_help = "A mount whose daemon was killed answers \"Transport endpoint is not connected\" to everything; this takes it away, whatever
-still has files open there. A live mount that is in use is not touched, and you are told by whom; --force detaches it: who
+    after_help = "A mount whose daemon was killed answers \"Transport endpoint is not connected\" to everything; this takes it away, whatever \
+still has files open there. A live mount that is in use is not touched, and you are told by whom; --force detaches it: who \
 uses it can go on until they close their files, and nobody else finds it.
 
 Examples:
