@@ -132,12 +132,8 @@ fn generated_types_stay_at_the_edges() {
     let proto = ["proto/src/lib.rs", "proto/src/convert", "proto/src/status", "proto/src/client/"];
     assert_eq!(strays("proto", "wire", &proto), [""; 0]);
     // group.rs stores the answers of exactly-once mutations in their wire form.
-    let node = [
-        "node/src/rpc/",
-        "node/src/cluster/embedded",
-        "node/src/cluster/wire.rs",
-        "node/src/shard/group.rs",
-    ];
+    let node =
+        ["node/src/rpc/", "node/src/cluster/embedded", "node/src/cluster/wire.rs", "node/src/shard/group.rs"];
     assert_eq!(strays("node", "wire", &node), [""; 0]);
     assert_eq!(strays("fsd", "wire", &[]), [""; 0]);
     assert_eq!(strays("tools", "wire", &[]), [""; 0]);

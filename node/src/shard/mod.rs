@@ -25,7 +25,7 @@ mod txn;
 mod view;
 
 pub use content::{ContentWriter, PutStreamStart};
-pub use handle::{initialize, KeepAnswer, Mutation, Shard};
+pub use handle::{KeepAnswer, Mutation, Shard, initialize};
 pub use manager::{ManagerStatus, ShardManager, ShardSettings};
 pub use view::ReadView;
 

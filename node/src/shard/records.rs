@@ -12,13 +12,13 @@ mod codec;
 mod inode;
 mod sys;
 
-pub use inode::{Content, InodeRecord, INODE_FLAG_AUTO, INLINE_BYTES_MAX};
-pub use sys::{Counters, Header, Orphan, SessionRecord, Slot, Staged, HEADER_FORMAT};
+pub use inode::{Content, INLINE_BYTES_MAX, INODE_FLAG_AUTO, InodeRecord};
+pub use sys::{Counters, HEADER_FORMAT, Header, Orphan, SessionRecord, Slot, Staged};
 
 use bytes::Bytes;
 use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};
 
-use codec::{kind_to_u8, Decoder, Encoder};
+use codec::{Decoder, Encoder, kind_to_u8};
 
 /// What a name in a directory stands for (family `dirent`).
 ///
