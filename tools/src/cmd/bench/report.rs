@@ -145,7 +145,7 @@ impl Report {
                 let value = median(&column.values);
                 row.push(value.map_or("-".to_owned(), |v| format!("{} {}", figure(v), metric.unit.as_str())));
                 if i != self.base {
-                    row.push(ratio(value, base).map_or("-".to_owned(), |r| format!("{r:.2}")));
+                    row.push(ratio(value, base).map_or("-".to_owned(), ratio_text));
                 }
             }
             table.rows.push(row);
@@ -219,6 +219,15 @@ fn ratio(value: Option<f64>, base: Option<f64>) -> Option<f64> {
     match (value, base) {
         (Some(value), Some(base)) if base > 0.0 => Some(value / base),
         (_, _) => None,
+    }
+}
+
+/// Two digits that mean something: `1.27`, `0.34`, `0.0026`.
+fn ratio_text(ratio: f64) -> String {
+    match ratio {
+        r if r >= 0.1 || r == 0.0 => format!("{r:.2}"),
+        r if r >= 0.01 => format!("{r:.3}"),
+        r => format!("{r:.4}"),
     }
 }
 
@@ -330,6 +339,15 @@ create        8       b  2.00 ms  2.00 ms  2.00 ms  2.00 ms      3
 only b        8       b  2.00 ms  2.00 ms  2.00 ms  2.00 ms      1
 ";
         assert_eq!(report(None).unwrap().text(), want);
+    }
+
+    #[test]
+    fn ratios() {
+        for (ratio, text) in
+            [(1.274, "1.27"), (0.25, "0.25"), (0.0431, "0.043"), (0.00264, "0.0026"), (0.0, "0.00")]
+        {
+            assert_eq!(ratio_text(ratio), text);
+        }
     }
 
     #[test]
