@@ -420,7 +420,8 @@ impl Store for RocksStore {
     }
 }
 
-/// What an error of RocksDB means. Its message names the file.
+/// What an error of RocksDB means. RocksDB names a damaged SST or log in its message, a damaged blob file
+/// it does not: then only the shard is known.
 fn map_error(shard: ShardId, what: &str, e: &rocksdb::Error) -> Error {
     let text = e.to_string();
     let full = text.contains("No space left on device") || text.contains("Disk quota exceeded");
