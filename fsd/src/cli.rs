@@ -106,6 +106,9 @@ pub struct Args {
     /// What is logged: error, warn, info, debug, trace, or filters such as shardfsd=debug [default: info]
     #[arg(long, value_name = "FILTER", env = "SHARDFS_LOG_LEVEL")]
     pub log_level: Option<String>,
+    /// Take away a dead mount at MOUNTPOINT, whose daemon is gone, when everything else is ready
+    #[arg(long)]
+    pub replace_dead: bool,
     /// With --foreground: write "ready" and a newline to this descriptor once the mount is usable
     #[arg(long, value_name = "FD", requires = "foreground")]
     pub ready_fd: Option<RawFd>,

@@ -93,6 +93,8 @@ pub struct Settings {
     pub log_level: String,
     /// Where to say that the mount is usable.
     pub ready_fd: Option<RawFd>,
+    /// Whether a dead mount at the mount point may be taken away.
+    pub replace_dead: bool,
 }
 
 impl Settings {
@@ -232,6 +234,7 @@ fn resolve(args: Args, file: File, options: options::MountOptions) -> Result<Set
         log_file,
         log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
+        replace_dead: args.replace_dead,
         ready_fd: args.ready_fd,
     })
 }

@@ -563,7 +563,7 @@ impl Filesystem for Fuse {
             reply.statfs(
                 space.blocks,
                 space.free_blocks,
-                space.free_blocks,
+                space.available_blocks,
                 space.inodes,
                 space.free_inodes,
                 BLOCK_BYTES,

@@ -46,7 +46,7 @@ pub fn run(args: cli::Args) -> Result<()> {
     if parent.is_none() && !args.foreground {
         // Mistakes are told before anything is started.
         let settings = Settings::load(args)?;
-        mounts::usable(&settings.mount_point)?;
+        mounts::usable(&settings.mount_point, settings.replace_dead)?;
         return background::start();
     }
     let mut waiting = Waiting::new(parent.or(args.ready_fd))?;
@@ -61,7 +61,7 @@ pub fn run(args: cli::Args) -> Result<()> {
 fn serve(args: cli::Args, foreground: bool, waiting: &mut Waiting) -> Result<()> {
     let mut settings = Settings::load(args)?;
     logging::start(&settings, foreground)?;
-    settings.mount_point = mounts::usable(&settings.mount_point)?;
+    settings.mount_point = mounts::usable(&settings.mount_point, settings.replace_dead)?;
     // A daemon keeps no directory busy.
     std::env::set_current_dir("/").context("/")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

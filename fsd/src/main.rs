@@ -6,6 +6,8 @@ use clap::Parser;
 use shardfsd::cli::{self, Args, Invocation};
 
 fn main() -> ExitCode {
+    // In the background it is started through a link of another name, which `ps` and `pidof` would show.
+    let _ = rustix::thread::set_name(c"shardfsd");
     let mut words = std::env::args_os();
     let program = words.next().unwrap_or_default();
     if !cli::is_helper(&program) {

@@ -69,8 +69,9 @@ fn unescape(field: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// The canonical form of a mount point, if one can mount there; else words that say what to do.
-pub fn usable(path: &Path) -> Result<PathBuf> {
+/// The canonical form of a mount point, if one can mount there; else words that say what to do. With
+/// `replace_dead` one can where a dead ShardFS mount is.
+pub fn usable(path: &Path, replace_dead: bool) -> Result<PathBuf> {
     let shown = path.display();
     // The last component may be a dead mount, which cannot be looked at.
     let canonical = match (path.parent(), path.file_name()) {
@@ -86,7 +87,8 @@ pub fn usable(path: &Path) -> Result<PathBuf> {
     let looked = look(&canonical);
     let mounted = at(&canonical)?.is_some_and(|mount| mount.fs_type == FS_TYPE);
     match looked {
-        Some(Err(error)) if error.raw_os_error() == Some(libc::ENOTCONN) => bail!(
+        Some(Err(error)) if is_dead(&error) && mounted && replace_dead => Ok(canonical),
+        Some(Err(error)) if is_dead(&error) => bail!(
             "mount point {shown} is a stale mount (\"Transport endpoint is not connected\"): its daemon is gone. Mend it \
              with `shardfs umount {shown}` or `fusermount3 -u {shown}`, then mount again"
         ),
@@ -101,10 +103,25 @@ pub fn usable(path: &Path) -> Result<PathBuf> {
         Some(Ok(_)) if mounted => {
             bail!("ShardFS is mounted at {shown} already: unmount it first (`umount {shown}`)")
         }
-        Some(Ok(metadata)) if metadata.is_symlink() => usable(&canonical.canonicalize()?),
+        Some(Ok(metadata)) if metadata.is_symlink() => usable(&canonical.canonicalize()?, replace_dead),
         Some(Ok(metadata)) if !metadata.is_dir() => bail!("mount point {shown} is not a directory"),
         Some(Ok(_)) => Ok(canonical),
     }
+}
+
+fn is_dead(error: &std::io::Error) -> bool {
+    error.raw_os_error() == Some(libc::ENOTCONN)
+}
+
+/// Whether a ShardFS mount without a daemon is at the path.
+pub fn dead_at(path: &Path) -> Result<bool> {
+    Ok(matches!(look(path), Some(Err(error)) if is_dead(&error))
+        && at(path)?.is_some_and(|mount| mount.fs_type == FS_TYPE))
+}
+
+/// Whether the directory holds anything, which a mount there would hide.
+pub fn hides_something(path: &Path) -> bool {
+    std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_some())
 }
 
 /// Looks in a thread of its own; `None`: no answer.
@@ -161,12 +178,12 @@ mod tests {
         let file = temp.path().join("file");
         std::fs::write(&file, "").unwrap();
         std::os::unix::fs::symlink(temp.path(), temp.path().join("link")).unwrap();
-        let said = |path: &Path| format!("{:#}", usable(path).unwrap_err());
+        let said = |path: &Path| format!("{:#}", usable(path, false).unwrap_err());
         assert!(said(&file).contains("not a directory"));
         assert!(said(&temp.path().join("absent")).contains("does not exist"));
-        assert!(usable(&temp.path().join("no/such")).is_err());
+        assert!(usable(&temp.path().join("no/such"), false).is_err());
         let real = temp.path().canonicalize().unwrap();
-        assert_eq!(usable(&temp.path().join("link")).unwrap(), real);
-        assert_eq!(usable(temp.path()).unwrap(), real);
+        assert_eq!(usable(&temp.path().join("link"), false).unwrap(), real);
+        assert_eq!(usable(temp.path(), false).unwrap(), real);
     }
 }

@@ -51,6 +51,17 @@ pub enum Ending {
 
 /// Mounts at a path that `mounts::usable` has checked, and starts to serve.
 pub fn mount(path: &Path, settings: &Settings, fuse: Fuse) -> Result<Mounted> {
+    // As late as can be: meanwhile programs write to the directory below.
+    while settings.replace_dead && mounts::dead_at(path)? {
+        let by_helper = !rustix::process::geteuid().is_root();
+        detach(path, by_helper, true).context("taking the dead mount away")?;
+    }
+    if mounts::hides_something(path) {
+        tracing::warn!(
+            path = %path.display(),
+            "the mount point is not empty: what it holds is hidden while ShardFS is mounted"
+        );
+    }
     let (fd, by_helper) = attach(path, settings)?;
     let device = match mounts::at(path) {
         Ok(Some(mount)) if mount.fs_type == FS_TYPE => Some(mount.device),
@@ -180,6 +191,12 @@ fn attach(path: &Path, settings: &Settings) -> Result<(OwnedFd, bool)> {
             bail!(
                 "/dev/fuse is missing ({error}): load the kernel's FUSE module (`modprobe fuse`); in a container, pass \
                  the device in (--device /dev/fuse)"
+            )
+        }
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) && !rustix::process::geteuid().is_root() => {
+            bail!(
+                "/dev/fuse cannot be opened ({error}): this user may not mount here. Mount as root, or let root give \
+                 /dev/fuse its usual mode (`chmod 666 /dev/fuse`)"
             )
         }
         Err(error) if matches!(error.raw_os_error(), Some(libc::EPERM | libc::EACCES)) => {

@@ -45,15 +45,18 @@ impl Fs {
                 }
             }
         }
-        self.opened(shard, &attr).await
+        self.opened(shard, &attr, mode).await
     }
 
     /// A handle for an inode that was registered; gives the registration back if there is no room.
-    pub(super) async fn opened(&self, shard: ShardId, attr: &Attr) -> Outcome<Opened> {
+    ///
+    /// What is opened for appending passes the page cache by: a write through the cache that begins within a
+    /// page comes here in two requests, between which somebody else may append.
+    pub(super) async fn opened(&self, shard: ShardId, attr: &Attr, mode: OpenMode) -> Outcome<Opened> {
         match self.handles.insert(Handle::File(Arc::new(FileHandle::new(shard, attr.inode)))) {
             Ok(handle) => {
                 let keep_cache = self.pages.keep(GlobalInode::new(shard, attr.inode), attr.version);
-                Ok(Opened { handle, direct: false, keep_cache })
+                Ok(Opened { handle, direct: mode.write && mode.append, keep_cache })
             }
             Err(failure) => {
                 self.releaser.release(shard, attr.inode).await;

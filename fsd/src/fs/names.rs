@@ -66,7 +66,7 @@ impl Fs {
             }
             outcome => attr_of(outcome?)?,
         };
-        let opened = self.opened(shard, &made).await?;
+        let opened = self.opened(shard, &made, open).await?;
         self.newborn.made(GlobalInode::new(shard, made.inode));
         Ok((self.entry(shard, false, &made), opened))
     }

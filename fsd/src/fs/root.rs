@@ -10,6 +10,8 @@
 //! A shard that another client makes, renames or deletes shows at the next lookup: the kernel keeps no
 //! names of the root.
 
+use std::collections::HashMap;
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,7 +20,8 @@ use shardfs_proto::types::cluster::{NewShard, ShardInfo};
 use shardfs_proto::types::name::VIRTUAL_DIRECTORY;
 use shardfs_proto::types::op::{SetAttr, ShardState};
 use shardfs_proto::types::{
-    Attr, Error, FileKind, GlobalInode, InodeNo, Reason, ShardId, ShardName, Timestamp, clock,
+    Attr, Error, FileKind, GlobalInode, InodeNo, NodeId, Reason, ShardId, ShardName, Timestamp, Version,
+    clock,
 };
 
 use super::dirs::FIRST_OFFSET;
@@ -33,6 +36,16 @@ use crate::failure::{Failure, Outcome, Posix};
 const COUNT_AGE_MAX: Duration = Duration::from_secs(1);
 /// How long stat of the root waits for the nodes; after that it tells what it knew last.
 const COUNT_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long the attributes of a shard's directory are waited for before it is asked whether its node is away,
+/// and how long that answer holds.
+const SHARD_WAIT_MAX: Duration = Duration::from_secs(2);
+const AWAY_AGE_MAX: Duration = Duration::from_secs(5);
+/// The wait while the node is known to be away.
+const AWAY_WAIT_MAX: Duration = Duration::from_millis(20);
+/// Shards whose attributes are remembered; when there are more, all are forgotten.
+const SEEN_MAX: usize = 16_384;
+/// Permission bits that are shown of a shard whose node is away and whose attributes this mount has never seen.
+const AWAY_MODE: u32 = 0o755;
 /// How long statfs of the root waits for each node; one that does not answer is left out.
 const SPACE_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -40,6 +53,10 @@ const SPACE_WAIT_MAX: Duration = Duration::from_secs(2);
 #[derive(Default)]
 pub struct RootState {
     known: Mutex<Known>,
+    /// When a node was last found to be away.
+    away: Mutex<HashMap<NodeId, Instant>>,
+    /// The attributes that shards' directories had last, to show while their node is away.
+    seen: Mutex<HashMap<ShardId, Attr>>,
 }
 
 #[derive(Default)]
@@ -136,10 +153,21 @@ impl Fs {
         let (info, attr) = match guess {
             Some(id) => {
                 let closed = self.shards.is_closed(id);
-                let (info, attr) =
-                    tokio::join!(self.shard_named(&name), self.client.get_attr(id, InodeNo::ROOT));
+                let mut asked = pin!(self.client.get_attr(id, InodeNo::ROOT));
+                let early = tokio::time::timeout(AWAY_WAIT_MAX, asked.as_mut());
+                let (info, early) = tokio::join!(self.shard_named(&name), early);
                 let info = info?;
-                if info.id == id { (info, (closed, attr)) } else { self.with_root_attr(info).await }
+                match early {
+                    _ if info.id != id => self.with_root_attr(info).await,
+                    Ok(attr) => {
+                        self.saw(id, &attr);
+                        (info, (closed, attr))
+                    }
+                    Err(_) => {
+                        let attr = self.unless_away(&info, asked).await;
+                        (info, (closed, attr))
+                    }
+                }
             }
             None => {
                 let info = self.shard_named(&name).await?;
@@ -153,8 +181,55 @@ impl Fs {
 
     async fn with_root_attr(&self, info: ShardInfo) -> (ShardInfo, (bool, Result<Attr, Error>)) {
         let closed = self.shards.is_closed(info.id);
-        let attr = self.client.get_attr(info.id, InodeNo::ROOT).await;
+        let asked = pin!(self.client.get_attr(info.id, InodeNo::ROOT));
+        let attr = self.unless_away(&info, asked).await;
         (info, (closed, attr))
+    }
+
+    /// What was asked of a shard's node; while the cluster says that the node is away, what is known without it.
+    /// So one node that is away makes nobody wait who looks at the root: the kernel lets no name be made
+    /// there while another is looked up.
+    async fn unless_away(
+        &self,
+        info: &ShardInfo,
+        mut asked: std::pin::Pin<&mut impl Future<Output = Result<Attr, Error>>>,
+    ) -> Result<Attr, Error> {
+        let Some(node) = &info.location.node else { return asked.await };
+        let is_fresh = |at: &Instant| clock::monotonic().duration_since(*at) < AWAY_AGE_MAX;
+        loop {
+            let away = self.root.away.lock().get(node).is_some_and(is_fresh);
+            let wait = if away { AWAY_WAIT_MAX } else { SHARD_WAIT_MAX };
+            if let Ok(answer) = tokio::time::timeout(wait, asked.as_mut()).await {
+                self.root.away.lock().remove(node);
+                self.saw(info.id, &answer);
+                return answer;
+            }
+            if away || self.is_away(node).await {
+                let seen = self.root.seen.lock().get(&info.id).cloned();
+                return Ok(seen.unwrap_or_else(|| away_attr(info, self.settings.uid, self.settings.gid)));
+            }
+        }
+    }
+
+    fn saw(&self, shard: ShardId, answer: &Result<Attr, Error>) {
+        let Ok(attr) = answer else { return };
+        let mut seen = self.root.seen.lock();
+        if seen.len() >= SEEN_MAX {
+            seen.clear();
+        }
+        seen.insert(shard, attr.clone());
+    }
+
+    /// Whether the other nodes miss its heartbeat.
+    async fn is_away(&self, node: &NodeId) -> bool {
+        let Ok(Ok(nodes)) = tokio::time::timeout(SHARD_WAIT_MAX, self.client.nodes()).await else {
+            return false;
+        };
+        let away = nodes.iter().any(|info| info.id == *node && !info.alive);
+        if away {
+            self.root.away.lock().insert(node.clone(), clock::monotonic());
+        }
+        away
     }
 
     /// A shard's entry in the root: the name is never kept by the kernel longer than the settings say.
@@ -295,6 +370,7 @@ impl Fs {
         Ok(Space {
             blocks: stat.total_bytes / block,
             free_blocks: stat.free_bytes / block,
+            available_blocks: stat.available_bytes / block,
             inodes: stat.inodes_used.saturating_add(free_inodes),
             free_inodes,
         })
@@ -318,6 +394,7 @@ impl Fs {
         Ok(Space {
             blocks: total / block,
             free_blocks: free / block,
+            available_blocks: free / block,
             inodes: shards.saturating_add(free_inodes),
             free_inodes,
         })
@@ -329,5 +406,25 @@ fn gone_is_no_entry(error: Error) -> Failure {
     match error.reason() {
         Reason::ShardNotFound | Reason::ShardDeleted => Posix::NoEntry.into(),
         _ => error.into(),
+    }
+}
+
+/// A shard's directory as it looks while its node is away.
+fn away_attr(info: &ShardInfo, uid: u32, gid: u32) -> Attr {
+    Attr {
+        inode: InodeNo::ROOT,
+        kind: FileKind::Directory,
+        mode: AWAY_MODE,
+        uid,
+        gid,
+        nlink: 2,
+        size: u64::from(BLOCK_BYTES),
+        blocks: 0,
+        rdev: 0,
+        atime: info.created,
+        mtime: info.created,
+        ctime: info.created,
+        btime: info.created,
+        version: Version::new(0),
     }
 }

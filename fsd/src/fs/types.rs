@@ -106,6 +106,8 @@ pub struct OpenMode {
     pub truncate: bool,
     /// O_EXCL.
     pub exclusive: bool,
+    /// O_APPEND.
+    pub append: bool,
 }
 
 /// How a write is meant.
@@ -152,6 +154,8 @@ pub struct Space {
     pub blocks: u64,
     /// Blocks free.
     pub free_blocks: u64,
+    /// Blocks that may still be written.
+    pub available_blocks: u64,
     /// Inodes in all.
     pub inodes: u64,
     /// Inodes free.

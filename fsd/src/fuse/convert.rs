@@ -94,6 +94,7 @@ pub(super) fn open_mode(flags: i32) -> OpenMode {
         write: OpenFlags(flags).acc_mode() != OpenAccMode::O_RDONLY,
         truncate: flags & libc::O_TRUNC != 0,
         exclusive: flags & libc::O_EXCL != 0,
+        append: flags & libc::O_APPEND != 0,
     }
 }
 

@@ -12,7 +12,7 @@ use tokio::net::UnixStream;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::types::limits::MESSAGE_BYTES_MAX;
+use crate::types::limits::{MESSAGE_BYTES_MAX, REPLY_BYTES_MAX};
 use crate::types::{ClientId, Error, Result};
 use crate::wire::admin_client::AdminClient;
 use crate::wire::files_client::FilesClient;
@@ -44,18 +44,18 @@ pub(super) struct Node {
 impl Node {
     pub(super) fn storage(&self) -> StorageClient<Channel> {
         StorageClient::new(self.channel.clone())
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_decoding_message_size(REPLY_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     pub(super) fn files(&self) -> FilesClient<Channel> {
         FilesClient::new(self.channel.clone())
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_decoding_message_size(REPLY_BYTES_MAX)
             .max_encoding_message_size(MESSAGE_BYTES_MAX)
     }
 
     pub(super) fn admin(&self) -> AdminClient<Channel> {
-        AdminClient::new(self.channel.clone()).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        AdminClient::new(self.channel.clone()).max_decoding_message_size(REPLY_BYTES_MAX)
     }
 
     /// A request that says for whom it is made.

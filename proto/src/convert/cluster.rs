@@ -12,6 +12,7 @@ pub fn shard_stat_to_wire(s: &ShardStat) -> wire::StatShardReply {
     wire::StatShardReply {
         total_bytes: s.total_bytes,
         free_bytes: s.free_bytes,
+        available_bytes: s.available_bytes,
         inodes_used: s.inodes_used,
         state: state_to_wire(s.state).into(),
         used_bytes: s.used_bytes,
@@ -23,6 +24,7 @@ pub fn shard_stat_from_wire(s: wire::StatShardReply) -> Result<ShardStat> {
     Ok(ShardStat {
         total_bytes: s.total_bytes,
         free_bytes: s.free_bytes,
+        available_bytes: s.available_bytes,
         inodes_used: s.inodes_used,
         used_bytes: s.used_bytes,
         state: state_from_wire(s.state)?,

@@ -60,8 +60,10 @@ pub struct ShardInfo {
 pub struct ShardStat {
     /// The limit, or the volume's room.
     pub total_bytes: u64,
-    /// What may still be written.
+    /// What of it is not used.
     pub free_bytes: u64,
+    /// What may still be written.
+    pub available_bytes: u64,
     /// Inodes in use.
     pub inodes_used: u64,
     /// Logical bytes in use.

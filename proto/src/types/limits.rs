@@ -18,6 +18,8 @@ pub const BATCH_BYTES_MAX: usize = 16 << 20;
 pub const BATCH_ITEMS_MAX: usize = 16_384;
 /// Bytes of a gRPC message, either way: a full batch with its keys and framing.
 pub const MESSAGE_BYTES_MAX: usize = BATCH_BYTES_MAX + (4 << 20);
+/// Bytes of an answer that a client takes: that of a batch repeats each item's metadata, indexes included.
+pub const REPLY_BYTES_MAX: usize = 8 * MESSAGE_BYTES_MAX;
 /// Bytes of a file: what 64 KiB chunks numbered by 28 bits hold.
 pub const FILE_BYTES_MAX: u64 = 16 << 40;
 /// Names of one inode: the figure of ext4, which programs know.

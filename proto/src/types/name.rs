@@ -112,6 +112,12 @@ impl ShardName {
         if name.chars().any(char::is_control) {
             return Err(Error::invalid(format!("shard name {name:?}: control characters are not allowed")));
         }
+        // `@7` is how people write the shard with the id 7.
+        if name.strip_prefix('@').is_some_and(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit())) {
+            return Err(Error::invalid(format!(
+                "{name:?} means the shard with that id: choose another shard name"
+            )));
+        }
         if name == VIRTUAL_DIRECTORY {
             return Err(Error::invalid(format!(
                 "{VIRTUAL_DIRECTORY:?} is reserved: choose another shard name"

@@ -40,8 +40,9 @@ fn times_go_out_exactly() {
 #[test]
 fn open_flags_are_read() {
     let mode = open_mode(libc::O_WRONLY | libc::O_TRUNC | libc::O_EXCL);
-    assert_eq!(mode, OpenMode { write: true, truncate: true, exclusive: true });
+    assert_eq!(mode, OpenMode { write: true, truncate: true, exclusive: true, append: false });
     assert_eq!(open_mode(libc::O_RDONLY), OpenMode::default());
+    assert!(open_mode(libc::O_WRONLY | libc::O_APPEND).append);
     assert!(open_mode(libc::O_RDWR).write);
 }
 
