@@ -53,6 +53,8 @@ pub struct CatalogParts {
     pub cluster_id: String,
     /// The limit of shards that ask for none.
     pub limit_bytes_default: Option<u64>,
+    /// Bytes of a chunk of new shards.
+    pub chunk_bytes: u32,
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
     /// The copy of its records; somebody runs it.
@@ -347,5 +349,8 @@ impl Drop for Fence {
     }
 }
 
+#[cfg(test)]
+#[cfg(feature = "failpoints")]
+mod failpoints;
 #[cfg(test)]
 mod tests;

@@ -16,6 +16,7 @@ use serde::Deserialize;
 use shardfs_proto::types::NodeId;
 
 use crate::net::ListenAddr;
+use crate::shard::chunk::CHUNK_BYTES;
 
 /// Calls that a shutdown waits for.
 const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(10);
@@ -23,6 +24,8 @@ const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(10);
 const BLOCK_CACHE_BYTES_MIN: u64 = 8 << 20;
 /// Write buffers below this make every shard flush all the time.
 const WRITE_BUFFER_BYTES_MIN: u64 = 8 << 20;
+/// Smaller chunks make more records than their content is worth; larger ones are read whole for a few bytes.
+const CHUNK_SIZE_RANGE: std::ops::RangeInclusive<u32> = 16 << 10..=1 << 20;
 
 /// How log lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Deserialize)]
@@ -84,6 +87,9 @@ pub struct Args {
     /// Limit on the bytes of a new shard that asks for none; 0: the volume's room [default: 0]
     #[arg(long, value_name = "BYTES", env = "SHARDFS_DEFAULT_LIMIT")]
     pub default_limit: Option<String>,
+    /// Bytes of a chunk of the files of new shards, a power of two from 16KiB to 1MiB [default: 64KiB]
+    #[arg(long, value_name = "BYTES", env = "SHARDFS_CHUNK_SIZE")]
+    pub chunk_size: Option<String>,
     /// Seconds that a shutdown waits for calls under way [default: 10]
     #[arg(long, value_name = "SECONDS", env = "SHARDFS_SHUTDOWN_SECONDS")]
     pub shutdown_seconds: Option<u64>,
@@ -121,6 +127,7 @@ pub struct File {
     write_buffer: Option<String>,
     open_shards: Option<usize>,
     default_limit: Option<String>,
+    chunk_size: Option<String>,
     shutdown_seconds: Option<u64>,
     log_format: Option<LogFormat>,
     log_level: Option<String>,
@@ -131,6 +138,8 @@ pub struct File {
 pub struct NodeConfig {
     /// Its id.
     pub id: NodeId,
+    /// Its machine's id in its cloud.
+    pub instance_id: Option<String>,
     /// Its cloud's region, for the log.
     pub region: Option<String>,
     /// Where it keeps what it keeps.
@@ -153,6 +162,8 @@ pub struct NodeConfig {
     pub open_shards_max: usize,
     /// Limit of a new shard that asks for none.
     pub default_limit_bytes: Option<u64>,
+    /// Bytes of a chunk of new shards.
+    pub chunk_bytes: u32,
     /// Patience of a shutdown.
     pub shutdown: Duration,
     /// How log lines look.
@@ -186,7 +197,11 @@ fn parse(text: &str) -> Result<File> {
 }
 
 fn resolve(args: Args, file: File) -> Result<NodeConfig> {
-    let id = args.id.or(file.id).or(args.instance_id).context("no node id: give --id, NODE_ID or `id:`")?;
+    let id = args
+        .id
+        .or(file.id)
+        .or_else(|| args.instance_id.clone())
+        .context("no node id: give --id, NODE_ID or `id:`")?;
     let data_dir =
         args.data_dir.or(file.data_dir).context("no data folder: give --data-dir or `data_dir:`")?;
     let meta = args.meta.or(file.meta).context("no metadata store: give --meta or `meta:`")?;
@@ -209,6 +224,11 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         );
     }
     let default_limit = bytes("default-limit", args.default_limit, file.default_limit, 0)?;
+    let chunk_bytes = bytes("chunk-size", args.chunk_size, file.chunk_size, u64::from(CHUNK_BYTES))?;
+    let chunk_bytes = match u32::try_from(chunk_bytes) {
+        Ok(bytes) if bytes.is_power_of_two() && CHUNK_SIZE_RANGE.contains(&bytes) => bytes,
+        _ => bail!("--chunk-size: {chunk_bytes} bytes are not a power of two from 16KiB to 1MiB"),
+    };
     let open_shards_max = args.open_shards.or(file.open_shards).unwrap_or(512);
     if open_shards_max == 0 {
         bail!("--open-shards: at least 1 shard must be allowed to be open");
@@ -218,6 +238,7 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
     let shutdown = args.shutdown_seconds.or(file.shutdown_seconds).map(Duration::from_secs);
     Ok(NodeConfig {
         id: NodeId::new(id).context("--id")?,
+        instance_id: args.instance_id,
         region: args.region.or(file.region),
         data_dir: std::path::absolute(&data_dir)
             .with_context(|| format!("--data-dir {}", data_dir.display()))?,
@@ -230,6 +251,7 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         write_buffer_bytes,
         open_shards_max,
         default_limit_bytes: (default_limit != 0).then_some(default_limit),
+        chunk_bytes,
         shutdown: shutdown.unwrap_or(SHUTDOWN_DEFAULT),
         log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
@@ -344,6 +366,11 @@ mod tests {
         let mut bad = needed();
         bad.block_cache = Some("1KiB".into());
         assert!(resolve(bad, File::default()).is_err());
+        for size in ["48KiB", "8KiB", "2MiB", "8GiB"] {
+            let mut bad = needed();
+            bad.chunk_size = Some(size.into());
+            assert!(format!("{:#}", resolve(bad, File::default()).unwrap_err()).contains("--chunk-size"));
+        }
     }
 
     #[test]

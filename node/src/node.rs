@@ -39,6 +39,8 @@ const VOLUMES_WAIT_MAX: Duration = Duration::from_secs(60);
 const STORE_PAUSE: Duration = Duration::from_secs(1);
 /// How long one attempt is waited for before that is said.
 const STORE_WAIT_MAX: Duration = Duration::from_secs(3);
+/// Pause between two returns of unused memory to the system.
+const TRIM_PAUSE: Duration = Duration::from_secs(30);
 /// How long the parts that only watch or report may take to end.
 const TASK_END_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -87,7 +89,7 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").into(),
             started: clock::now(),
             incarnation: bootstrap::random_id(),
-            instance_id: String::new(),
+            instance_id: config.instance_id.clone().unwrap_or_default(),
             region: config.region.clone().unwrap_or_default(),
         };
         let registered = heartbeat::register(&*store, &record).await?;
@@ -120,6 +122,7 @@ impl Node {
             data_dir: config.data_dir.clone(),
             cluster_id,
             limit_bytes_default: config.default_limit_bytes,
+            chunk_bytes: config.chunk_bytes,
             store,
             view,
             pulse,
@@ -130,6 +133,7 @@ impl Node {
             tracing::warn!("some volumes are still being attached; serving the others");
         }
 
+        background.push(tokio::spawn(give_memory_back(stop_background.clone())));
         let metrics = Metrics::new();
         let stop_serving = CancellationToken::new();
         let services = Services::new(catalog.clone(), metrics.clone());
@@ -232,6 +236,22 @@ impl Node {
             drop(unsafe { OwnedFd::from_raw_fd(number) });
         }
         Ok(())
+    }
+}
+
+/// Returns to the system, now and then, what large requests needed: the allocator by itself keeps it.
+async fn give_memory_back(stop: CancellationToken) {
+    while tokio::time::timeout(TRIM_PAUSE, stop.cancelled()).await.is_err() {
+        let trimmed = tokio::task::spawn_blocking(|| {
+            // SAFETY: may be called at any time, from any thread.
+            #[cfg(target_env = "gnu")]
+            unsafe {
+                libc::malloc_trim(0);
+            }
+        });
+        if trimmed.await.is_err() {
+            return;
+        }
     }
 }
 

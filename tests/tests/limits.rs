@@ -133,3 +133,63 @@ fn a_full_volume_refuses_writes_reads_on_and_recovers() {
     cluster.assert_clean("filler");
     cluster.assert_clean("bystander");
 }
+
+#[test]
+fn several_busy_shards_fill_a_small_volume_and_nothing_breaks() {
+    const WRITERS: usize = 6;
+    let cluster = Cluster::start(&Options { nodes: 1, volume_bytes: Some(384 << 20), ..Options::default() });
+    let shards: Vec<_> = (0..WRITERS).map(|n| cluster.shard(&format!("busy-{n}"))).collect();
+    let piece = |shard: usize, number: usize| -> Vec<u8> {
+        let seed = (shard * 1000 + number) as u32;
+        (0..1u32 << 20).map(|i| ((i ^ seed).wrapping_mul(2_654_435_761) >> 11) as u8).collect()
+    };
+    // None of them syncs before it is full: as much as possible waits in memory.
+    let whole: Vec<usize> = std::thread::scope(|scope| {
+        let writers: Vec<_> = shards
+            .iter()
+            .enumerate()
+            .map(|(shard, dir)| {
+                scope.spawn(move || {
+                    let mut number = 0;
+                    let error = loop {
+                        match fs::write(dir.join(format!("f{number}")), piece(shard, number)) {
+                            Ok(()) => number += 1,
+                            Err(error) => break error,
+                        }
+                        assert!(number < 384, "more than the volume holds");
+                    };
+                    assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+                    fs::File::open(dir).unwrap().sync_all().unwrap();
+                    number
+                })
+            })
+            .collect();
+        writers.into_iter().map(|writer| writer.join().unwrap()).collect()
+    });
+    println!("{whole:?} MiB fitted into a volume of 384 MiB");
+    assert!(whole.iter().sum::<usize>() > 100, "{whole:?}");
+    let check = || {
+        for (shard, dir) in shards.iter().enumerate() {
+            for number in 0..whole[shard] {
+                assert!(fs::read(dir.join(format!("f{number}"))).unwrap() == piece(shard, number));
+            }
+        }
+    };
+    check();
+    // Full as it is, the volume can be opened again by a node that was killed.
+    cluster.cli_run(&["dev", "kill", "node-1"]);
+    cluster.cli_run(&["dev", "start", "node-1"]);
+    check();
+    for (shard, dir) in shards.iter().enumerate() {
+        for number in 0..=whole[shard] {
+            let _ = fs::remove_file(dir.join(format!("f{number}")));
+        }
+    }
+    for (shard, dir) in shards.iter().enumerate() {
+        eventually(Duration::from_secs(120), || {
+            write_synced(&dir.join("again"), &piece(shard, 7)).map_err(|e| e.to_string())
+        });
+        assert!(fs::read(dir.join("again")).unwrap() == piece(shard, 7));
+        cluster.assert_clean(&format!("busy-{shard}"));
+    }
+}

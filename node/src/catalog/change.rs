@@ -276,6 +276,7 @@ impl Catalog {
             id: record.id,
             owner: record.owner.clone(),
             limit_bytes: record.limit_bytes,
+            chunk_bytes: self.parts.chunk_bytes,
             mode: record.mode,
             uid: record.uid,
             gid: record.gid,

@@ -61,6 +61,18 @@ impl Room for ShardRoom {
         self.0.growth_bytes()
     }
 
+    fn wrote(&self, bytes: u64) {
+        self.0.wrote(bytes);
+    }
+
+    fn unflushed(&self, before: u64, now: u64) {
+        self.0.unflushed(before, now);
+    }
+
+    fn look_again(&self) {
+        self.0.look_again();
+    }
+
     fn total_bytes(&self) -> u64 {
         self.0.total_bytes()
     }

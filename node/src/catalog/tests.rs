@@ -21,7 +21,7 @@ use crate::shard::{Mutation, ShardSettings};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A store that outlives the nodes.
-struct Bench {
+pub(super) struct Bench {
     dir: tempfile::TempDir,
     _server: Handle,
     address: String,
@@ -29,14 +29,14 @@ struct Bench {
 }
 
 /// A node's catalog, running.
-struct TestNode {
-    catalog: Arc<Catalog>,
+pub(super) struct TestNode {
+    pub(super) catalog: Arc<Catalog>,
     tasks: Vec<JoinHandle<()>>,
     stop: CancellationToken,
 }
 
 impl Bench {
-    async fn new(volumes: &[(&str, &str)]) -> Bench {
+    pub(super) async fn new(volumes: &[(&str, &str)]) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("meta.sock");
         let server = serve(dir.path().join("meta.redb"), ListenAddr::Unix(socket)).await.unwrap();
@@ -62,7 +62,7 @@ impl Bench {
         EmbeddedStore::new(&self.address).unwrap()
     }
 
-    async fn node(&self, id: &str) -> TestNode {
+    pub(super) async fn node(&self, id: &str) -> TestNode {
         let store: Arc<dyn MetaStore> = Arc::new(self.store());
         let view = View::new();
         let stop = CancellationToken::new();
@@ -97,6 +97,7 @@ impl Bench {
             data_dir: self.dir.path().join(id),
             cluster_id: self.cluster_id.clone(),
             limit_bytes_default: Some(1 << 30),
+            chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
             store,
             view,
             pulse,
@@ -113,13 +114,13 @@ impl Bench {
     }
 
     /// A shard's folder, seen past the node.
-    fn shard_dir(&self, volume: &str, id: ShardId) -> PathBuf {
+    pub(super) fn shard_dir(&self, volume: &str, id: ShardId) -> PathBuf {
         self.dir.path().join("backing").join(volume).join(format!("shard-{id}"))
     }
 }
 
 impl TestNode {
-    async fn end(self) {
+    pub(super) async fn end(self) {
         self.catalog.shutdown().await.unwrap();
         self.stop.cancel();
         for task in self.tasks {
@@ -128,7 +129,7 @@ impl TestNode {
     }
 }
 
-fn me() -> ClientId {
+pub(super) fn me() -> ClientId {
     ClientId::new("me").unwrap()
 }
 
@@ -136,24 +137,24 @@ fn name(text: &str) -> ShardName {
     ShardName::new(text).unwrap()
 }
 
-fn new(shard: &str) -> NewShard {
+pub(super) fn new(shard: &str) -> NewShard {
     static REQUEST: AtomicU64 = AtomicU64::new(1);
     let request_id = format!("request-{}", REQUEST.fetch_add(1, Ordering::Relaxed));
     NewShard { name: name(shard), limit_bytes: None, mode: 0o750, uid: 1, gid: 2, request_id }
 }
 
-fn by_id(id: ShardId) -> Selector {
+pub(super) fn by_id(id: ShardId) -> Selector {
     Selector::Id(id)
 }
 
-fn reason<T>(outcome: Result<T>) -> Reason {
+pub(super) fn reason<T>(outcome: Result<T>) -> Reason {
     match outcome {
         Ok(_) => panic!("succeeded"),
         Err(error) => error.reason(),
     }
 }
 
-async fn put(shard: &Shard, key: &str) -> Result<()> {
+pub(super) async fn put(shard: &Shard, key: &str) -> Result<()> {
     use shardfs_proto::types::op::{Durability, Operation, PutItem, PutOptions};
     let item = PutItem {
         key: Key::new(key.to_owned())?,
@@ -165,7 +166,7 @@ async fn put(shard: &Shard, key: &str) -> Result<()> {
     shard.mutate(mutation).await.map(drop)
 }
 
-async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+pub(super) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
     let reached = async {
         while !holds().await {
             tokio::time::sleep(Duration::from_millis(20)).await;

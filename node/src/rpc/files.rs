@@ -346,12 +346,13 @@ impl Files for FilesService {
             let usage = self.0.shard(&client, &selector, header.epoch).await?.usage();
             let growth = room.growth_bytes();
             let (total_bytes, free_bytes) = match usage.limit_bytes {
-                Some(limit) => (limit, limit.saturating_sub(usage.used_bytes).min(growth)),
+                Some(limit) => (limit, limit.saturating_sub(usage.used_bytes)),
                 None => (room.total_bytes(), growth),
             };
             Ok(convert::shard_stat_to_wire(&ShardStat {
                 total_bytes,
                 free_bytes,
+                available_bytes: free_bytes.min(growth),
                 inodes_used: usage.inodes,
                 used_bytes: usage.used_bytes,
                 state: usage.state,

@@ -14,10 +14,12 @@
 //! Must not: touch a store's keys or records, or retry.
 
 mod admin;
+mod budget;
 mod files;
 mod storage;
 mod stream;
 
+use std::collections::HashSet;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -38,6 +40,7 @@ use tonic::transport::Server;
 use tonic::transport::server::TcpIncoming;
 use tonic::{Code, Response, Status};
 use tonic_health::server::HealthReporter;
+use tower::util::MapResponseLayer;
 
 use crate::catalog::Catalog;
 use crate::shard::{Mutation, ReadView, Shard};
@@ -59,6 +62,8 @@ const KEEPALIVE: Duration = Duration::from_secs(20);
 const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
 /// Fsck runs at a time on a node: each takes a thread and disk bandwidth.
 const CHECKS_MAX: usize = 2;
+/// Streamed Puts at a time on a node: each holds up to two pieces in memory.
+const PUT_STREAMS_MAX: usize = 256;
 
 /// Is told of every call: for metrics. Must be cheap; it runs on the call's thread.
 pub trait CallObserver: Send + Sync + 'static {
@@ -80,6 +85,9 @@ pub struct Services {
     catalog: Arc<Catalog>,
     observer: Arc<dyn CallObserver>,
     checks: Arc<tokio::sync::Semaphore>,
+    put_streams: Arc<tokio::sync::Semaphore>,
+    /// Shards of which damage was logged.
+    damaged: Arc<parking_lot::Mutex<HashSet<ShardId>>>,
 }
 
 /// Where to listen. Bound by the caller, so that a port in use is its error to report.
@@ -93,7 +101,13 @@ pub enum Listener {
 impl Services {
     /// The services over a node's catalog.
     pub fn new(catalog: Arc<Catalog>, observer: Arc<dyn CallObserver>) -> Services {
-        Services { catalog, observer, checks: Arc::new(tokio::sync::Semaphore::new(CHECKS_MAX)) }
+        Services {
+            catalog,
+            observer,
+            checks: Arc::new(tokio::sync::Semaphore::new(CHECKS_MAX)),
+            put_streams: Arc::new(tokio::sync::Semaphore::new(PUT_STREAMS_MAX)),
+            damaged: Arc::default(),
+        }
     }
 
     /// All services, with health checks and reflection. The reporter says SERVING for each of them; set
@@ -103,13 +117,15 @@ impl Services {
         use wire::files_server::FilesServer;
         use wire::storage_server::StorageServer;
         let limit = MESSAGE_BYTES_MAX;
+        // An answer to a mutation that was applied must not fail for its size; streams bound their own messages.
         let storage = StorageServer::new(storage::StorageService::new(self.clone()))
             .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit);
+            .max_encoding_message_size(usize::MAX);
         let files = FilesServer::new(files::FilesService::new(self.clone()))
             .max_decoding_message_size(limit)
-            .max_encoding_message_size(limit);
-        let admin = AdminServer::new(admin::AdminService::new(self.clone())).max_encoding_message_size(limit);
+            .max_encoding_message_size(usize::MAX);
+        let admin =
+            AdminServer::new(admin::AdminService::new(self.clone())).max_encoding_message_size(usize::MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<StorageServer<storage::StorageService>>().await;
         reporter.set_serving::<FilesServer<files::FilesService>>().await;
@@ -146,8 +162,10 @@ impl Services {
         }
         .boxed()
         .shared();
+        let budget = budget::RequestBudget::new();
         let servers = listeners.into_iter().map(|listener| {
-            let router = server().add_routes(routes.clone());
+            let mut layered = server().layer(MapResponseLayer::new(with_detail)).layer(budget.clone());
+            let router = layered.add_routes(routes.clone());
             let shutdown = shutdown.clone();
             async move {
                 match listener {
@@ -176,6 +194,9 @@ impl Services {
     ) -> Result<Response<T>, Status> {
         let observation = Observation::begin(self.observer.clone(), method);
         let outcome = guarded(method, call).await;
+        if let Err(error) = &outcome {
+            self.note_damage(method, error);
+        }
         observation.end(&outcome);
         outcome.map(Response::new).map_err(|error| status::to_status(&error))
     }
@@ -189,9 +210,20 @@ impl Services {
         let observation = Observation::begin(self.observer.clone(), method);
         let failed = observation.clone();
         guarded(method, call(observation)).await.map(Response::new).map_err(|error| {
+            self.note_damage(method, &error);
             failed.end_with(status::code(error.reason()));
             status::to_status(&error)
         })
+    }
+
+    /// Logs damage, once a shard: who reads the log should not have to hear it from a client.
+    fn note_damage(&self, method: &'static str, error: &Error) {
+        if error.reason() == Reason::Corrupt
+            && let Some(shard) = error.shard()
+            && self.damaged.lock().insert(shard)
+        {
+            tracing::error!(%shard, call = method, %error, "the shard is damaged");
+        }
     }
 
     /// The shard that a call is about, if the caller may use it here.
@@ -213,6 +245,24 @@ pub fn server() -> Server {
         .tcp_nodelay(true)
         .tcp_keepalive(Some(KEEPALIVE))
 }
+
+/// Gives an error of the transport (a message that is too large or none, a call that is unknown) the detail
+/// that the handlers' errors have.
+fn with_detail(response: Answered) -> Answered {
+    let Some(status) = Status::from_header_map(response.headers()) else { return response };
+    let reason = match status.code() {
+        Code::OutOfRange => Reason::TooLarge,
+        Code::Internal => Reason::InvalidArgument,
+        Code::Unimplemented => Reason::Unsupported,
+        _ => return response,
+    };
+    if !status.details().is_empty() {
+        return response;
+    }
+    status::to_status(&Error::new(reason, status.message())).into_http()
+}
+
+type Answered = axum::http::Response<tonic::body::Body>;
 
 /// One call under observation. Dropped without an end, the last clone reports `Cancelled`.
 #[derive(Clone)]

@@ -1,9 +1,11 @@
 //! The Storage service: shards and values by key.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
+use prost::Message;
 use shardfs_proto::convert;
 use shardfs_proto::status::detail_to_wire;
 use shardfs_proto::types::attr::MODE_BITS;
@@ -23,6 +25,8 @@ use crate::shard::{PutStreamStart, ReadView, Shard, read};
 const LIST_BATCH_ENTRIES_MAX: usize = 512;
 /// Bytes of keys after which a message of a List is sent.
 const LIST_BATCH_BYTES_MAX: usize = 256 << 10;
+/// How long a streamed Put waits for its next message.
+const STREAM_IDLE_MAX: Duration = Duration::from_secs(60);
 /// Keys of a BatchGet that are looked up together.
 const GET_GROUP_KEYS: usize = 128;
 /// Bytes of values after which a turn of a BatchGet ends.
@@ -57,6 +61,10 @@ impl StorageService {
         request: Request<Streaming<wire::PutStreamRequest>>,
     ) -> Result<wire::PutReply> {
         use put_stream_request::Part;
+        let Ok(_place) = Arc::clone(&self.0.put_streams).try_acquire_owned() else {
+            return Err(Error::new(Reason::Busy, "too many streamed Puts are under way: try again")
+                .with_retry_after_ms(200));
+        };
         let (metadata, _, mut parts) = request.into_parts();
         let header = match next_part(&mut parts).await? {
             Some(Part::Header(header)) => header,
@@ -96,7 +104,11 @@ impl StorageService {
 async fn next_part(
     parts: &mut Streaming<wire::PutStreamRequest>,
 ) -> Result<Option<put_stream_request::Part>> {
-    match parts.next().await {
+    let next = tokio::time::timeout(STREAM_IDLE_MAX, parts.next()).await.map_err(|_| {
+        let seconds = STREAM_IDLE_MAX.as_secs();
+        Error::new(Reason::Deadline, format!("nothing came for {seconds} s: the stream is broken off"))
+    })?;
+    match next {
         None => Ok(None),
         Some(Ok(message)) => match message.part {
             Some(part) => Ok(Some(part)),
@@ -152,23 +164,29 @@ impl Storage for StorageService {
         let call = async {
             let (metadata, _, r) = request.into_parts();
             check_items(r.items.len(), "items")?;
-            let bytes: usize = r.items.iter().map(|item| item.value.len()).sum();
+            let bytes: usize = r.items.iter().map(|item| item.key.len() + item.value.len()).sum();
             if bytes > BATCH_BYTES_MAX {
                 return Err(Error::new(
                     Reason::TooLarge,
                     format!(
-                        "the batch has {bytes} bytes of values; the limit is {BATCH_BYTES_MAX}: send several"
+                        "the batch has {bytes} bytes of keys and values; the limit is {BATCH_BYTES_MAX}: send several"
                     ),
                 ));
             }
-            let operation =
-                Operation::PutValues { items: convert::put_items_from_wire(r.items)?, atomic: r.atomic };
+            // Malformed items of a batch that is not atomic fail like any other item; which they are
+            // depends on the request alone, so a retry finds the same ones.
+            let (items, malformed) = if r.atomic {
+                (convert::put_items_from_wire(r.items)?, Vec::new())
+            } else {
+                split_malformed(r.items)
+            };
+            let operation = Operation::PutValues { items, atomic: r.atomic };
             let mutation = storage_mutation(r.write_id, r.durability, operation)?;
             let shard = self.open(&metadata, r.shard, r.epoch).await?;
-            let result = about(shard.id(), shard.mutate(mutation).await)?;
-            Ok(wire::BatchPutReply {
-                results: result.results.iter().map(convert::put_result_to_wire).collect(),
-            })
+            let results = about(shard.id(), shard.mutate(mutation).await)?.results;
+            let results: Vec<_> =
+                merge(results, malformed).into_iter().map(|result| about(shard.id(), result)).collect();
+            Ok(wire::BatchPutReply { results: results.iter().map(convert::put_result_to_wire).collect() })
         };
         self.0.unary("Storage/BatchPut", call).await
     }
@@ -387,6 +405,30 @@ impl Storage for StorageService {
 /// names is longer than one over gRPC may be.
 const LIST_POSITION_BYTES_MAX: usize = 256 * (shardfs_proto::types::limits::DEPTH_MAX + 1);
 
+/// The items that are well-formed, and the errors of the others at their positions, ascending.
+fn split_malformed(items: Vec<wire::PutItem>) -> (Vec<PutItem>, Vec<(usize, Error)>) {
+    let (mut good, mut bad) = (Vec::with_capacity(items.len()), Vec::new());
+    for (position, item) in items.into_iter().enumerate() {
+        match convert::put_item_from_wire(item) {
+            Ok(item) => good.push(item),
+            Err(error) => bad.push((position, error)),
+        }
+    }
+    (good, bad)
+}
+
+/// The results of all items: those of [`split_malformed`]'s errors in their places among the others.
+fn merge(results: Vec<Result<ObjectMeta>>, malformed: Vec<(usize, Error)>) -> Vec<Result<ObjectMeta>> {
+    let mut merged = Vec::with_capacity(results.len() + malformed.len());
+    let mut results = results.into_iter();
+    for (position, error) in malformed {
+        merged.extend(results.by_ref().take(position - merged.len()));
+        merged.push(Err(error));
+    }
+    merged.extend(results);
+    merged
+}
+
 fn check_items(items: usize, what: &str) -> Result<()> {
     if items > BATCH_ITEMS_MAX {
         return Err(Error::new(
@@ -557,9 +599,25 @@ impl Lines {
             }
         }
         if !batch.is_empty() {
-            out.push(self.message(batch)?);
+            split(self.message(batch)?, out);
         }
         Ok(turn)
+    }
+}
+
+/// Cuts a message whose metadata is large.
+fn split(message: wire::ListReply, out: &mut Vec<wire::ListReply>) {
+    let (mut entries, mut bytes) = (Vec::new(), 0);
+    for entry in message.entries {
+        bytes += entry.encoded_len();
+        entries.push(entry);
+        if bytes >= LIST_BATCH_BYTES_MAX {
+            out.push(wire::ListReply { entries: std::mem::take(&mut entries) });
+            bytes = 0;
+        }
+    }
+    if !entries.is_empty() {
+        out.push(wire::ListReply { entries });
     }
 }
 

@@ -48,6 +48,10 @@ const RESUME_PAUSE_MIN: Duration = Duration::from_millis(100);
 const RESUME_PAUSE_MAX: Duration = Duration::from_secs(2);
 /// Attempts that failed with an error of the device after which the shard asks to be opened anew.
 const RESUMES_MAX: u32 = 5;
+/// With less room than this a shard flushes what it has in memory before it takes more, if that is worth it:
+/// flushing frees the log.
+const ROOM_SHORT_BYTES: u64 = 64 << 20;
+const FLUSH_WORTH_BYTES: u64 = 4 << 20;
 
 /// What is asked of the executor.
 pub enum Command {
@@ -157,7 +161,6 @@ struct Core {
     counters: Counters,
     live: Live,
     cache: InodeCache,
-    room: RoomBudget,
     trouble: Option<Trouble>,
 }
 
@@ -167,22 +170,6 @@ struct Trouble {
     next_try: Instant,
     pause: Duration,
     attempts: u32,
-}
-
-/// What the volume has left, between two looks at it.
-struct RoomBudget {
-    last: u64,
-    written: u64,
-}
-
-impl RoomBudget {
-    fn left(&mut self, room: &dyn Room) -> u64 {
-        let figure = room.growth_bytes();
-        if figure != self.last {
-            *self = RoomBudget { last: figure, written: 0 };
-        }
-        figure.saturating_sub(self.written)
-    }
 }
 
 /// See the module.
@@ -198,6 +185,9 @@ pub struct Executor {
     usage: Mutex<Usage>,
     broken: AtomicBool,
     freed_bytes: AtomicU64,
+    reclaiming: AtomicBool,
+    /// What the room was told last.
+    unflushed_bytes: Mutex<u64>,
 }
 
 impl Executor {
@@ -217,19 +207,16 @@ impl Executor {
             queue: Mutex::default(),
             places: Arc::new(Semaphore::new(QUEUE_OPS_MAX)),
             kib: Arc::new(Semaphore::new(QUEUE_KIB_MAX)),
-            core: Mutex::new(Core {
-                counters,
-                live,
-                cache: InodeCache::default(),
-                room: RoomBudget { last: u64::MAX, written: 0 },
-                trouble: None,
-            }),
+            core: Mutex::new(Core { counters, live, cache: InodeCache::default(), trouble: None }),
             log: SyncLog::default(),
             usage: Mutex::new(usage),
             broken: AtomicBool::new(false),
             freed_bytes: 0.into(),
+            reclaiming: AtomicBool::new(false),
+            unflushed_bytes: Mutex::new(0),
         };
         executor.recover()?;
+        executor.note_unflushed();
         Ok(executor)
     }
 
@@ -268,9 +255,41 @@ impl Executor {
         self.freed_bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Whether the caller may reclaim: nobody else does.
+    pub fn begin_reclaim(&self) -> bool {
+        !self.reclaiming.swap(true, Ordering::AcqRel)
+    }
+
+    /// Ends it.
+    pub fn end_reclaim(&self) {
+        self.reclaiming.store(false, Ordering::Release);
+    }
+
     /// Logical bytes freed since they were last taken.
     pub fn freed_bytes(&self) -> u64 {
         self.freed_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Tells the volume what of the shard a flush will write.
+    pub fn note_unflushed(&self) -> u64 {
+        let mut told = self.unflushed_bytes.lock();
+        let now = self.store.unflushed_bytes();
+        self.room.unflushed(*told, now);
+        *told = now;
+        now
+    }
+
+    /// Flushes if the volume has less room than `short` and it is worth it: the log goes, and with it
+    /// the risk that the flush finds no room later. Blocks.
+    pub fn flush_if_short(&self, short: u64) {
+        if self.room.growth_bytes() >= short || self.note_unflushed() < FLUSH_WORTH_BYTES {
+            return;
+        }
+        if let Err(error) = self.store.flush() {
+            tracing::warn!(shard = %self.header().id, %error, "a flush for want of room failed");
+        }
+        self.note_unflushed();
+        self.room.look_again();
     }
 
     /// Queues a command and waits for its answer. `schedule` is called when a drain must be started.
@@ -379,9 +398,10 @@ impl Executor {
             group.into_iter().for_each(|job| self.answer(job, &Err(error.clone())));
             return;
         }
-        let Core { counters, live, cache, room, .. } = core;
+        self.flush_if_short(ROOM_SHORT_BYTES);
+        let Core { counters, live, cache, .. } = core;
         let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
-        let mut run = Group::new(txn, live, &*self.store, &header, room.left(&*self.room));
+        let mut run = Group::new(txn, live, &*self.store, &header, self.room.growth_bytes());
         let mut outcomes = Vec::with_capacity(group.len());
         let mut changed_by: Vec<Option<SessionId>> = Vec::new();
         let mut sync = false;
@@ -408,8 +428,13 @@ impl Executor {
         match written {
             Ok(None) => {}
             Ok(Some(done)) => {
-                core.room.written += done.batch.size_bytes();
-                let freed = core.counters.used_bytes.saturating_sub(done.counters.used_bytes);
+                let bytes = done.batch.size_bytes();
+                self.room.wrote(bytes);
+                let mut told = self.unflushed_bytes.lock();
+                self.room.unflushed(*told, *told + bytes);
+                *told += bytes;
+                drop(told);
+                let freed = core.counters.charged_bytes().saturating_sub(done.counters.charged_bytes());
                 self.note_freed_bytes(freed);
                 core.counters = done.counters;
                 for (ino, record) in done.inodes {
@@ -542,6 +567,13 @@ impl Executor {
     }
 }
 
+impl Drop for Executor {
+    fn drop(&mut self) {
+        // Closing flushes nothing, but what is opened again is counted again.
+        self.room.unflushed(*self.unflushed_bytes.lock(), 0);
+    }
+}
+
 impl Job {
     fn identity(&self) -> Option<(SessionId, Sequence)> {
         match &self.command {
@@ -555,7 +587,7 @@ impl Job {
 
 fn usage(header: &Header, counters: &Counters) -> Usage {
     Usage {
-        used_bytes: counters.used_bytes,
+        used_bytes: counters.charged_bytes(),
         inodes: counters.inodes,
         limit_bytes: header.limit_bytes,
         state: header.state,

@@ -240,7 +240,7 @@ pub fn initialize(store: &dyn Store, init: &super::ShardInit) -> Result<()> {
         owner: init.owner.clone(),
         state: ShardState::Active,
         limit_bytes: init.limit_bytes,
-        chunk_bytes: super::chunk::CHUNK_BYTES,
+        chunk_bytes: init.chunk_bytes,
         created: now,
     };
     let root = InodeRecord {

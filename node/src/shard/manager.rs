@@ -39,6 +39,9 @@ const RECLAIM_BYTES: u64 = 256 << 20;
 /// The same while the volume is short of room, and what short means.
 const RECLAIM_BYTES_SHORT: u64 = 1 << 20;
 const SHORT_ROOM_BYTES: u64 = 512 << 20;
+/// Ticks between two looks at what a reclaim left, and how much of it is worth another.
+const RECLAIM_AGAIN_TICKS: u64 = 20;
+const RECLAIM_LEFT_BYTES: u64 = 16 << 20;
 /// How long an open waits for a place, and a close for its callers to leave.
 const PLACE_WAIT_MAX: Duration = Duration::from_secs(5);
 const LEAVE_WAIT_MAX: Duration = Duration::from_secs(10);
@@ -359,6 +362,14 @@ impl ShardManager {
             if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
                 tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
             }
+            shard.executor().note_unflushed();
+            if room.growth_bytes() < SHORT_ROOM_BYTES {
+                let shard = Arc::clone(&shard);
+                let flush = move || shard.executor().flush_if_short(SHORT_ROOM_BYTES);
+                if let Err(error) = tokio::task::spawn_blocking(flush).await {
+                    tracing::error!(%error, "a flush panicked");
+                }
+            }
             if ticks.is_multiple_of(SESSION_TICKS)
                 && let Err(error) = shard.expire_sessions(ttl).await
             {
@@ -369,15 +380,24 @@ impl ShardManager {
             }
             let short = room.growth_bytes() < SHORT_ROOM_BYTES;
             let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
-            if shard.executor().freed_bytes() >= enough {
-                let freed = shard.executor().take_freed_bytes();
-                let store = Arc::clone(shard.executor().store());
+            let executor = shard.executor();
+            // The files tell as well: a reclaim that found no room for itself, or a snapshot in its way,
+            // gave back less than was freed.
+            let left = || {
+                let (files, used) = (shard.properties(), executor.usage().used_bytes);
+                (files.sst_bytes + files.blob_bytes).saturating_sub(used + used / 4) >= RECLAIM_LEFT_BYTES
+            };
+            let again = short && ticks.is_multiple_of(RECLAIM_AGAIN_TICKS) && left();
+            if (executor.freed_bytes() >= enough || again) && executor.begin_reclaim() {
+                let freed = executor.take_freed_bytes();
                 // Not waited for: it may take minutes. The shard stays open meanwhile.
                 tokio::task::spawn_blocking(move || {
-                    if let Err(error) = store.reclaim() {
-                        shard.executor().note_freed_bytes(freed);
+                    let executor = shard.executor();
+                    if let Err(error) = executor.store().reclaim() {
+                        executor.note_freed_bytes(freed);
                         tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet");
                     }
+                    executor.end_reclaim();
                 });
             }
         }))

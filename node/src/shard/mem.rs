@@ -146,6 +146,10 @@ impl Store for MemStore {
         Ok(())
     }
 
+    fn unflushed_bytes(&self) -> u64 {
+        0
+    }
+
     fn properties(&self) -> StoreProperties {
         StoreProperties::default()
     }

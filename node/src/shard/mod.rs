@@ -23,6 +23,7 @@ pub mod store;
 mod sync_log;
 mod txn;
 mod view;
+mod wal;
 
 pub use content::{ContentWriter, PutStreamStart};
 pub use handle::{KeepAnswer, Mutation, Shard, initialize};
@@ -41,6 +42,8 @@ pub struct ShardInit {
     pub owner: ClientId,
     /// Limit on its logical bytes.
     pub limit_bytes: Option<u64>,
+    /// Bytes of a chunk, fixed for good: see [`chunk::CHUNK_BYTES`].
+    pub chunk_bytes: u32,
     /// Permission bits of the root directory.
     pub mode: u32,
     /// Owner of the root directory.
@@ -50,9 +53,18 @@ pub struct ShardInit {
 }
 
 /// What a volume has left. Answers are cached: they cost next to nothing.
+///
+/// What was written is on the volume once, in a log, and will be there twice, when it is flushed: until
+/// then its bytes are spoken for.
 pub trait Room: Send + Sync {
     /// Bytes that the volume's shards may still grow by.
     fn growth_bytes(&self) -> u64;
+    /// Notes that so many bytes were added to a log.
+    fn wrote(&self, bytes: u64);
+    /// Notes that a shard's bytes which are not flushed yet were `before` and are `now`.
+    fn unflushed(&self, before: u64, now: u64);
+    /// Makes the next answer a fresh one.
+    fn look_again(&self);
     /// Bytes of the volume.
     fn total_bytes(&self) -> u64;
     /// Bytes free on it.

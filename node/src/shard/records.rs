@@ -13,7 +13,7 @@ mod inode;
 mod sys;
 
 pub use inode::{Content, INLINE_BYTES_MAX, INODE_FLAG_AUTO, InodeRecord};
-pub use sys::{Counters, HEADER_FORMAT, Header, Orphan, SessionRecord, Slot, Staged};
+pub use sys::{Counters, HEADER_FORMAT, Header, INODE_COST_BYTES, Orphan, SessionRecord, Slot, Staged};
 
 use bytes::Bytes;
 use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};

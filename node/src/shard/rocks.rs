@@ -5,7 +5,7 @@
 //! shared by all shards of a process ([`RocksShared`]).
 //!
 //! Invariants: the log is recovered to a point in time and its files are listed in the manifest, so a
-//! lost one is an error and no silent crash tail; a snapshot or iterator never outlives its database.
+//! lost one is an error and no silent crash tail; damage within a log is found before it is replayed (`wal`); a snapshot or iterator never outlives its database.
 //!
 //! Must not: know what keys and values mean (chunk patches excepted).
 
@@ -254,6 +254,7 @@ impl RocksStore {
 
     /// Opens a database that must be there. Replays its log. An error names the shard and what is wrong.
     pub fn open(shared: &RocksShared, shard: ShardId, path: &Path) -> Result<RocksStore> {
+        super::wal::check_logs(path).map_err(|e| e.context(format!("shard {shard}")).with_shard(shard))?;
         Self::open_with(shared, shard, path, false)
     }
 
@@ -397,10 +398,21 @@ impl Store for RocksStore {
         let mut options = CompactOptions::default();
         options.set_exclusive_manual_compaction(false);
         options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
-        for cf in [Cf::Chunk, Cf::Inode] {
+        // All of them: entries and index values that were deleted may weigh more than content.
+        for cf in Cf::ALL {
             self.inner.db.compact_range_cf_opt(self.inner.cf(cf), None::<&[u8]>, None::<&[u8]>, &options);
         }
         Ok(())
+    }
+
+    fn unflushed_bytes(&self) -> u64 {
+        let of = |cf: Cf| {
+            let bytes =
+                self.inner.db.property_int_value_cf(self.inner.cf(cf), "rocksdb.cur-size-all-mem-tables");
+            // An empty memtable has some as well.
+            bytes.ok().flatten().unwrap_or(0).saturating_sub(ARENA_BLOCK_BYTES as u64)
+        };
+        Cf::ALL.into_iter().map(of).sum()
     }
 
     fn properties(&self) -> StoreProperties {

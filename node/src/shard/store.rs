@@ -122,6 +122,9 @@ pub trait Store: Reader {
     /// Gives space of deleted content back to the volume: rewrites what is needed, may take long.
     fn reclaim(&self) -> Result<()>;
 
+    /// Bytes that a flush would write, roughly.
+    fn unflushed_bytes(&self) -> u64;
+
     /// Figures for metrics.
     fn properties(&self) -> StoreProperties;
 }

@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn the_root_is_mounted() {
-        assert!(!at(Path::new("/")).unwrap().is_empty());
+    fn proc_is_mounted() {
+        assert!(!at(Path::new("/proc")).unwrap().is_empty());
     }
 }

@@ -5,6 +5,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -32,6 +33,10 @@ const BALLAST_FILE: &str = ".shardfs-ballast";
 pub struct VolumeRoom {
     root: PathBuf,
     reading: Mutex<Option<(Instant, Reading)>>,
+    /// Bytes written since the reading.
+    written: AtomicU64,
+    /// Bytes that flushes will write.
+    unflushed: AtomicU64,
 }
 
 #[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
@@ -43,13 +48,36 @@ struct Reading {
 impl VolumeRoom {
     /// Of the volume with this root.
     pub fn new(root: PathBuf) -> VolumeRoom {
-        VolumeRoom { root, reading: Mutex::new(None) }
+        VolumeRoom { root, reading: Mutex::new(None), written: 0.into(), unflushed: 0.into() }
     }
 
     /// Bytes by which shards may still grow. 0 if the volume cannot be asked.
     pub fn growth_bytes(&self) -> u64 {
         let reading = self.read();
-        reading.free_bytes.saturating_sub(reserve_bytes(reading.total_bytes))
+        reading
+            .free_bytes
+            .saturating_sub(reserve_bytes(reading.total_bytes))
+            .saturating_sub(self.written.load(Ordering::Relaxed))
+            .saturating_sub(self.unflushed.load(Ordering::Relaxed))
+    }
+
+    /// Notes bytes added to a log.
+    pub fn wrote(&self, bytes: u64) {
+        self.written.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Notes that a shard's bytes which flushes will write were `before` and are `now`.
+    pub fn unflushed(&self, before: u64, now: u64) {
+        if now >= before {
+            self.unflushed.fetch_add(now - before, Ordering::Relaxed);
+        } else {
+            self.unflushed.fetch_sub(before - now, Ordering::Relaxed);
+        }
+    }
+
+    /// Forgets the last reading.
+    pub fn look_again(&self) {
+        *self.reading.lock() = None;
     }
 
     /// Bytes in all.
@@ -80,6 +108,7 @@ impl VolumeRoom {
                 Reading::default()
             }
         };
+        self.written.store(0, Ordering::Relaxed);
         *kept = Some((now, reading));
         reading
     }
@@ -87,7 +116,7 @@ impl VolumeRoom {
     /// Keeps the ballast: gives it back when the volume is nearly full, makes it again when there is room.
     /// Blocking; called about once a second.
     pub fn tend(&self) {
-        *self.reading.lock() = None;
+        self.look_again();
         let reading = self.read();
         let path = self.root.join(BALLAST_FILE);
         let bytes = ballast_bytes(reading.total_bytes);
@@ -165,6 +194,22 @@ mod tests {
         assert!(matches!(at(bytes), Ballast::Leave));
         assert!(matches!(at(reserve_bytes(total)), Ballast::Leave));
         assert!(matches!(at(total), Ballast::Make));
+    }
+
+    #[test]
+    fn what_is_not_flushed_is_spoken_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = VolumeRoom::new(dir.path().to_owned());
+        let all = 1 << 60;
+        room.unflushed(0, all);
+        assert_eq!(room.growth_bytes(), 0);
+        room.unflushed(all, 0);
+        room.wrote(all);
+        assert!(room.growth_bytes() == 0 || room.written.load(Ordering::Relaxed) == 0);
+        room.look_again();
+        room.read();
+        assert_eq!(room.written.load(Ordering::Relaxed), 0, "a new reading shows what was written");
+        assert_eq!(room.unflushed.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use shardfs_node::cluster::embedded_server;
 use shardfs_node::config::{Args, NodeConfig};
 use shardfs_node::net::ListenAddr;
 use shardfs_node::node;
-use shardfs_proto::types::limits::MESSAGE_BYTES_MAX;
+use shardfs_proto::types::limits::{MESSAGE_BYTES_MAX, REPLY_BYTES_MAX};
 use shardfs_proto::types::{NodeId, Reason, VolumeId};
 use shardfs_proto::wire::admin_client::AdminClient;
 use shardfs_proto::wire::files_client::FilesClient;
@@ -103,13 +103,13 @@ impl Node {
     /// The Storage service for somebody else, or nobody.
     pub fn storage_as(&self, id: Option<&str>) -> StorageClient<Called> {
         StorageClient::new(self.called(id))
-            .max_decoding_message_size(MESSAGE_BYTES_MAX)
+            .max_decoding_message_size(REPLY_BYTES_MAX)
             .max_encoding_message_size(2 * MESSAGE_BYTES_MAX)
     }
 
     /// The Files service.
     pub fn files(&self) -> FilesClient<Called> {
-        FilesClient::new(self.called(Some(CLIENT_ID))).max_decoding_message_size(MESSAGE_BYTES_MAX)
+        FilesClient::new(self.called(Some(CLIENT_ID))).max_decoding_message_size(REPLY_BYTES_MAX)
     }
 
     /// The Admin service.

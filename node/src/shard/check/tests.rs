@@ -167,7 +167,8 @@ fn cookie_of(t: &Tree, directory: InodeNo, name: &[u8]) -> Cookie {
 #[test]
 fn wrong_links_and_parents_are_found() {
     use FindingKind::*;
-    broken(&[LinkCount], |t| {
+    // Further names are counted.
+    broken(&[LinkCount, Usage], |t| {
         let mut record = t.f.get(t.small);
         record.nlink = 7;
         t.f.set(t.small, &record);

@@ -218,7 +218,7 @@ impl Apply<'_, '_> {
 
     /// Fails unless so many bytes more could be written now. Nothing is set aside for them.
     fn check_room_for(&self, bytes: u64) -> Result<()> {
-        let used = self.txn.counters().used_bytes;
+        let used = self.txn.counters().charged_bytes();
         self.check_limit(used.saturating_add(bytes), used, self.live.staged_bytes())?;
         if bytes > self.room_bytes {
             return Err(Error::new(

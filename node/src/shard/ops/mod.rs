@@ -27,7 +27,7 @@ use shardfs_proto::types::{
 };
 
 use super::keys::{self, Cf};
-use super::records::{Content, CookieEntry, Dirent, Header, InodeRecord, Orphan};
+use super::records::{Content, CookieEntry, Dirent, Header, INODE_COST_BYTES, InodeRecord, Orphan};
 use super::session::{Effect, Live};
 use super::txn::Txn;
 
@@ -40,9 +40,6 @@ const GROUP_EXEC: u32 = 0o010;
 
 /// Names at a shard's root that later features take.
 const RESERVED_AT_ROOT: [&[u8]; 2] = [b".snap", b".index"];
-
-/// Bytes of the volume that a new inode with its names takes, roughly.
-const INODE_COST_BYTES: u64 = 512;
 
 /// One operation at work.
 pub struct Apply<'a, 's> {
@@ -109,7 +106,8 @@ impl Apply<'_, '_> {
 
     /// Fails if the last layer makes the shard larger than its limit or the volume fuller than it may be.
     pub(super) fn check_growth(&self) -> Result<()> {
-        let (after, before) = (self.txn.counters().used_bytes, self.txn.counters_below().used_bytes);
+        let (after, before) =
+            (self.txn.counters().charged_bytes(), self.txn.counters_below().charged_bytes());
         self.check_limit(after, before, self.live.staged_bytes())?;
         let (grown, all) = self.txn.grown_bytes();
         if grown > 0 && all > self.room_bytes {
@@ -130,7 +128,7 @@ impl Apply<'_, '_> {
             return Err(Error::new(
                 Reason::ShardFull,
                 format!(
-                    "shard {}: its limit is {}, {} are used, {} more are needed: delete something or raise the limit",
+                    "shard {}: its limit is {}, {} are used, {} more are needed: delete something",
                     self.header.id,
                     human_bytes(limit),
                     human_bytes(before + staged),
@@ -209,7 +207,8 @@ impl Apply<'_, '_> {
                 .parent
                 .ok_or_else(|| Error::corrupt(format!("inode {at}: a directory without a parent")))?;
             path.push(at);
-            if path.len() > 2 * DEPTH_MAX {
+            // A subtree that was moved may lie deeper than directories can be made.
+            if path.len() as u64 > self.txn.counters().inodes {
                 return Err(Error::corrupt(format!("directory {from} is its own ancestor")));
             }
         }

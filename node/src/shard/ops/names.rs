@@ -6,7 +6,7 @@ use shardfs_proto::types::op::{NewInode, OpResult};
 use shardfs_proto::types::{Error, FileKind, FileName, InodeNo, Reason, Result};
 
 use super::{Apply, Identity};
-use crate::shard::records::InodeRecord;
+use crate::shard::records::{INODE_COST_BYTES, InodeRecord};
 use crate::shard::session::{Effect, unknown};
 
 impl From<NewInode> for Identity {
@@ -149,7 +149,7 @@ impl Apply<'_, '_> {
         record.ctime = self.now;
         let kind = record.kind;
         let record = self.txn.put_inode(ino, record)?;
-        self.txn.grow(super::INODE_COST_BYTES);
+        self.txn.grow(INODE_COST_BYTES);
         self.add_name(parent, name, (ino, kind), None);
         self.touch_directory(parent, 1, 0)?;
         Ok(self.answer(ino, &record))

@@ -118,6 +118,10 @@ impl Apply<'_, '_> {
             return Err(Error::new(Reason::TooLarge, "a session lists more open files than it may hold"));
         }
         for (ino, count) in &counts {
+            // What never was or is gone takes no memory.
+            if self.txn.inode(*ino)?.is_none() {
+                continue;
+            }
             let more = count.saturating_sub(self.live.opens(session, *ino));
             if more > 0 {
                 self.effects.push(Effect::Opens(session, *ino, more as i64));
@@ -148,7 +152,7 @@ impl Apply<'_, '_> {
             .staged(content)
             .ok_or_else(|| Error::internal(format!("content {} is not staged", content.get())))?;
         let bytes: u64 = chunks.iter().map(|chunk| chunk.len() as u64).sum();
-        let used = self.txn.counters().used_bytes;
+        let used = self.txn.counters().charged_bytes();
         self.check_limit(used.saturating_add(bytes), used, self.live.staged_bytes())?;
         for chunk in chunks {
             let number = u32::try_from(staged.chunks)

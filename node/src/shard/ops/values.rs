@@ -84,12 +84,12 @@ impl Apply<'_, '_> {
             .staged(put.content)
             .ok_or_else(|| Error::internal(format!("content {} is not staged", put.content.get())))?;
         let value = Value::Staged { id: put.content, size: staged.bytes, count: staged.chunks };
-        let before = self.txn.counters().used_bytes;
+        let before = self.txn.counters().charged_bytes();
         let meta = self.put(&put.key, &put.options, value)?;
         self.txn.delete(Cf::Sys, keys::staged(put.content));
         self.effects.push(Effect::Staged(put.content, None));
         let others = self.live.staged_bytes().saturating_sub(staged.bytes);
-        self.check_limit(self.txn.counters().used_bytes, before, others)?;
+        self.check_limit(self.txn.counters().charged_bytes(), before, others)?;
         Ok(OpResult { meta: Some(meta), created: true, ..OpResult::default() })
     }
 

@@ -7,6 +7,7 @@ use shardfs_proto::types::op::{IndexValue, Indexes, ObjectMeta};
 use shardfs_proto::types::{Attr, Error, FileKind, InodeNo, Result, Timestamp, Version};
 
 use super::codec::{Decoder, Encoder, kind_to_u8};
+use super::sys::INODE_COST_BYTES;
 use crate::shard::keys::ContentId;
 
 /// Bytes of content that an inode record holds itself: one page. Larger content lies in chunks.
@@ -122,12 +123,34 @@ impl InodeRecord {
         }
     }
 
-    /// Logical bytes: what the shard's limit and usage count.
-    pub fn used_bytes(&self, chunk_bytes: u32) -> u64 {
+    /// Logical bytes of content: what st_blocks shows.
+    pub fn content_bytes(&self, chunk_bytes: u32) -> u64 {
         match &self.content {
             Content::Inline(bytes) => bytes.len() as u64,
             Content::Chunks { count, .. } => self.size.min(count.saturating_mul(u64::from(chunk_bytes))),
         }
+    }
+
+    /// Logical bytes: content, attributes, symlink target and further names; the inode itself with its first
+    /// name is counted by [`super::Counters::charged_bytes`].
+    pub fn used_bytes(&self, chunk_bytes: u32) -> u64 {
+        let xattrs: usize = self.xattrs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        let indexes: usize = self
+            .indexes
+            .iter()
+            .map(|(name, value)| {
+                name.len()
+                    + match value {
+                        IndexValue::Text(text) => text.len(),
+                        IndexValue::Integer(_) | IndexValue::Time(_) => 8,
+                    }
+            })
+            .sum();
+        let further_names = match self.kind {
+            FileKind::Directory => 0,
+            _ => u64::from(self.nlink.saturating_sub(1)) * INODE_COST_BYTES,
+        };
+        self.content_bytes(chunk_bytes) + (xattrs + indexes + self.target.len()) as u64 + further_names
     }
 
     /// The attributes that callers see.
@@ -147,7 +170,7 @@ impl InodeRecord {
             nlink: self.nlink,
             size,
             // Whole pages, in units of 512 bytes.
-            blocks: self.used_bytes(chunk_bytes).div_ceil(4096) * 8,
+            blocks: self.content_bytes(chunk_bytes).div_ceil(4096) * 8,
             rdev: self.rdev,
             atime: self.atime,
             mtime: self.mtime,

@@ -110,7 +110,15 @@ pub struct Counters {
 
 const COUNTERS_FORMAT: u8 = 1;
 
+/// What an inode with its name counts beside its content: records in five families, roughly.
+pub const INODE_COST_BYTES: u64 = 512;
+
 impl Counters {
+    /// Logical bytes: what the shard's limit and usage count. The root is free.
+    pub fn charged_bytes(&self) -> u64 {
+        self.used_bytes.saturating_add(self.inodes.saturating_sub(1).saturating_mul(INODE_COST_BYTES))
+    }
+
     /// To bytes.
     pub fn encode(&self) -> Bytes {
         let mut e = Encoder::new(COUNTERS_FORMAT, 49);

@@ -24,6 +24,13 @@ impl Room for TestRoom {
     fn growth_bytes(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
+    fn wrote(&self, bytes: u64) {
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(bytes)))
+            .unwrap();
+    }
+    fn unflushed(&self, _: u64, _: u64) {}
+    fn look_again(&self) {}
     fn total_bytes(&self) -> u64 {
         1 << 40
     }
@@ -53,6 +60,7 @@ pub fn shard_id() -> ShardId {
 
 pub fn init(limit: Option<u64>) -> ShardInit {
     ShardInit {
+        chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
         id: shard_id(),
         owner: ClientId::new("tests").unwrap(),
         limit_bytes: limit,

@@ -9,7 +9,7 @@ use shardfs_proto::types::{Reason, ShardId};
 use super::harness::*;
 use crate::shard::{Room, Shard, ShardInit, ShardManager, ShardSettings};
 
-fn manager(open_shards_max: usize) -> Arc<ShardManager> {
+pub(super) fn manager(open_shards_max: usize) -> Arc<ShardManager> {
     ShardManager::new(ShardSettings {
         block_cache_bytes: 8 << 20,
         write_buffer_bytes: 32 << 20,
@@ -18,19 +18,19 @@ fn manager(open_shards_max: usize) -> Arc<ShardManager> {
     })
 }
 
-fn room() -> Arc<dyn Room> {
+pub(super) fn room() -> Arc<dyn Room> {
     Arc::new(TestRoom(AtomicU64::new(1 << 40)))
 }
 
-fn id(n: u64) -> ShardId {
+pub(super) fn id(n: u64) -> ShardId {
     ShardId::new(n).unwrap()
 }
 
-fn dir(root: &Path, n: u64) -> std::path::PathBuf {
+pub(super) fn dir(root: &Path, n: u64) -> std::path::PathBuf {
     root.join(format!("shard-{n}"))
 }
 
-async fn put_one(shard: &Shard, k: &str) {
+pub(super) async fn put_one(shard: &Shard, k: &str) {
     let mutation = crate::shard::Mutation {
         session: None,
         sequence: None,

@@ -1,5 +1,7 @@
 //! Shards on both stores: against a reference model, and one behaviour at a time.
 
+#[cfg(feature = "failpoints")]
+mod failpoints;
 mod harness;
 mod limits;
 mod manager;

@@ -70,6 +70,9 @@ impl Store for Failing {
     fn reclaim(&self) -> Result<()> {
         self.check()
     }
+    fn unflushed_bytes(&self) -> u64 {
+        0
+    }
     fn properties(&self) -> StoreProperties {
         self.store.properties()
     }

@@ -1,0 +1,187 @@
+//! Looks through a closed database's logs for damage, before RocksDB replays them.
+//!
+//! Replay stops at the first record that is not whole and takes the rest for what a crash cut off. That is right
+//! for a torn end, and silently loses what was synced if the record was damaged later. The two can be told
+//! apart: what a crash leaves ends in the file's end or, after a loss of power, in pages that were never
+//! written, which read as zeros. A record that is damaged otherwise, with whole records after it, is damage.
+//!
+//! The format is RocksDB's, and LevelDB's before it: blocks of 32 KiB; records of a checksum (CRC-32C, masked, over
+//! type and payload), a length and a type; what does not fit a block goes on in the next.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use shardfs_proto::types::{Error, Result};
+
+const BLOCK_BYTES: usize = 32 << 10;
+const HEADER_BYTES: usize = 7;
+/// What an unwritten part of a file is made of.
+const PAGE_BYTES: usize = 4 << 10;
+/// Types with a log number after the header, for recycled logs.
+const RECYCLABLE: [u8; 6] = [5, 6, 7, 8, 11, 131];
+const PLAIN: [u8; 7] = [1, 2, 3, 4, 9, 10, 130];
+const CRC_MASK: u32 = 0xa282_ead8;
+
+/// Fails with CORRUPT if a log of the database is damaged within.
+pub fn check_logs(dir: &Path) -> Result<()> {
+    let failed = |what: &Path, e: std::io::Error| Error::io(format!("reading {}: {e}", what.display()));
+    let mut logs: Vec<PathBuf> = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| failed(dir, e))? {
+        let path = entry.map_err(|e| failed(dir, e))?.path();
+        if path.extension().is_some_and(|extension| extension == "log") {
+            logs.push(path);
+        }
+    }
+    logs.sort();
+    for path in logs {
+        let mut content = Vec::new();
+        File::open(&path)
+            .and_then(|mut file| file.read_to_end(&mut content))
+            .map_err(|e| failed(&path, e))?;
+        if let Some(at) = damage(&content) {
+            return Err(Error::corrupt(format!(
+                "log {} is damaged at byte {at}, and whole records follow: it was not replayed, so that they are not \
+                 lost. Restore the file from a copy; or, to give up all from there on: truncate -s {at} {}",
+                path.display(),
+                path.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Where a log is damaged otherwise than a crash would.
+fn damage(log: &[u8]) -> Option<usize> {
+    let mut at = 0;
+    while at < log.len() {
+        let left = BLOCK_BYTES - at % BLOCK_BYTES;
+        if left < HEADER_BYTES {
+            at += left;
+        } else if let Some(length) = record_at(log, at) {
+            at += length;
+        } else {
+            let next = next_record(log, at)?;
+            return (!has_unwritten_page(log, at, next)).then_some(at);
+        }
+    }
+    None
+}
+
+/// The length, header included, of the whole record at a position.
+fn record_at(log: &[u8], at: usize) -> Option<usize> {
+    let block = &log[at..log.len().min(at - at % BLOCK_BYTES + BLOCK_BYTES)];
+    let (header, rest) = block.split_at_checked(HEADER_BYTES)?;
+    let [c0, c1, c2, c3, l0, l1, kind] = <[u8; HEADER_BYTES]>::try_from(header).ok()?;
+    // The log number counts to the header, not to the length.
+    let number_bytes = match kind {
+        kind if PLAIN.contains(&kind) => 0,
+        kind if RECYCLABLE.contains(&kind) => 4,
+        _ => return None,
+    };
+    let length = usize::from(u16::from_le_bytes([l0, l1])) + number_bytes;
+    let checked = rest.get(..length)?;
+    let crc = crc32c::crc32c_append(crc32c::crc32c(&[kind]), checked);
+    let masked = crc.rotate_right(15).wrapping_add(CRC_MASK);
+    (masked == u32::from_le_bytes([c0, c1, c2, c3])).then_some(HEADER_BYTES + length)
+}
+
+/// The first whole record after the one at `at`, which is not whole: where its length says that the next begins,
+/// or at the beginning of a later block.
+fn next_record(log: &[u8], at: usize) -> Option<usize> {
+    let block_end = at - at % BLOCK_BYTES + BLOCK_BYTES;
+    let claimed = log.get(at + 4..at + 6).map(|l| usize::from(u16::from_le_bytes([l[0], l[1]])));
+    let after = claimed
+        .map(|length| at + HEADER_BYTES + length)
+        .filter(|next| *next + HEADER_BYTES <= block_end.min(log.len()));
+    after
+        .into_iter()
+        .chain((block_end..log.len()).step_by(BLOCK_BYTES))
+        .find(|position| record_at(log, *position).is_some())
+}
+
+/// Whether the range touches a page of zeros only.
+fn has_unwritten_page(log: &[u8], from: usize, to: usize) -> bool {
+    let first = from - from % PAGE_BYTES;
+    (first..to).step_by(PAGE_BYTES).any(|page| {
+        let start = page.max(from);
+        log[start..log.len().min(page + PAGE_BYTES)].iter().all(|byte| *byte == 0)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A log of records as RocksDB writes them.
+    fn log(records: &[Vec<u8>]) -> Vec<u8> {
+        let mut log = Vec::new();
+        for record in records {
+            let (mut rest, mut first) = (record.as_slice(), true);
+            loop {
+                let mut left = BLOCK_BYTES - log.len() % BLOCK_BYTES;
+                if left < HEADER_BYTES {
+                    log.resize(log.len() + left, 0);
+                    left = BLOCK_BYTES;
+                }
+                let taken = rest.len().min(left - HEADER_BYTES);
+                let last = taken == rest.len();
+                let kind = match (first, last) {
+                    (true, true) => 1,
+                    (true, false) => 2,
+                    (false, false) => 3,
+                    (false, true) => 4,
+                };
+                let crc = crc32c::crc32c_append(crc32c::crc32c(&[kind]), &rest[..taken]);
+                log.extend(crc.rotate_right(15).wrapping_add(CRC_MASK).to_le_bytes());
+                log.extend((taken as u16).to_le_bytes());
+                log.push(kind);
+                log.extend_from_slice(&rest[..taken]);
+                rest = &rest[taken..];
+                first = false;
+                if last {
+                    break;
+                }
+            }
+        }
+        log
+    }
+
+    fn records() -> Vec<Vec<u8>> {
+        let mut rng = fastrand::Rng::with_seed(7);
+        (0..200).map(|_| (0..rng.usize(1..9000)).map(|_| rng.u8(1..)).collect()).collect()
+    }
+
+    #[test]
+    fn whole_and_torn_logs_are_what_a_crash_leaves() {
+        let whole = log(&records());
+        assert_eq!(damage(&whole), None);
+        assert_eq!(damage(&[]), None);
+        let mut rng = fastrand::Rng::with_seed(8);
+        for _ in 0..500 {
+            let length = rng.usize(..whole.len());
+            assert_eq!(damage(&whole[..length]), None, "torn at {length}");
+            // Pages that were never written, with later ones written.
+            let mut holes = whole[..length].to_vec();
+            let page = rng.usize(..=length / PAGE_BYTES) * PAGE_BYTES;
+            let end = length.min(page + PAGE_BYTES * rng.usize(1..4));
+            holes[page..end].fill(0);
+            assert_eq!(damage(&holes), None, "pages of {page}..{end} of {length} were not written");
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_with_records_after_it_is_damage() {
+        let whole = log(&records());
+        let mut rng = fastrand::Rng::with_seed(9);
+        for _ in 0..500 {
+            let mut damaged = whole.clone();
+            let at = rng.usize(..whole.len() - 2 * BLOCK_BYTES);
+            damaged[at] ^= 1 << rng.u8(..8);
+            // The bytes that fill a block are no record's.
+            if damage(&damaged).is_none() {
+                assert!(BLOCK_BYTES - at % BLOCK_BYTES < HEADER_BYTES, "byte {at}");
+            }
+        }
+    }
+}
