@@ -11,6 +11,8 @@ export CARGO_TARGET_DIR
 
 BIN := $(CARGO_TARGET_DIR)/release
 DIR ?= .shardfs
+PREFIX ?= /usr/local
+DESTDIR ?=
 MNT ?= mnt
 # The versions of what is fetched beside the workspace's own dependencies.
 PJDFSTEST_VERSION := 0.2.2
@@ -18,7 +20,7 @@ CARGO_DENY_VERSION := 0.20.2
 CARGO_LLVM_COV_VERSION := 0.9.1
 TOOLS := $(CARGO_TARGET_DIR)/tools
 
-.PHONY: help deps deps-test build up down test test-long pjdfstest coverage bench fmt lint deny
+.PHONY: help deps deps-test build install up down test test-long pjdfstest coverage bench fmt lint deny
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +33,13 @@ deps-test: ## install what the tests need as well
 
 build: deps ## build the programs
 	cargo build --release --locked --workspace --bins
+
+install: build ## install programs, manual pages, completions and the mount helper (PREFIX, DESTDIR)
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/bash-completion/completions" "$(DESTDIR)/sbin"
+	install "$(BIN)/shardfs" "$(BIN)/shardfsd" "$(BIN)/shardfs-node" "$(DESTDIR)$(PREFIX)/bin/"
+	ln -sf "$(PREFIX)/bin/shardfsd" "$(DESTDIR)/sbin/mount.fuse.shardfs"
+	"$(BIN)/shardfs" man --man-dir "$(DESTDIR)$(PREFIX)/share/man/man1"
+	"$(BIN)/shardfs" completions bash >"$(DESTDIR)$(PREFIX)/share/bash-completion/completions/shardfs"
 
 up: build ## build, start three nodes on this machine and mount them on ./mnt
 	@"$(BIN)/shardfs" dev up --dir $(DIR) --mount $(MNT)
@@ -53,11 +62,8 @@ pjdfstest: deps-test $(TOOLS)/bin/pjdfstest ## run pjdfstest on a mount, and pri
 $(TOOLS)/bin/pjdfstest:
 	cargo install --quiet --locked --root "$(TOOLS)" --target-dir "$(TOOLS)/build" pjdfstest --version =$(PJDFSTEST_VERSION)
 
-coverage: deps-test ## line coverage of the unit tests (cargo-llvm-cov)
-	@rustup component add llvm-tools >/dev/null 2>&1 || \
-	  { echo 'coverage: needs the llvm-tools of a rustup toolchain: rustup component add llvm-tools' >&2; exit 1; }
-	@cargo llvm-cov --version >/dev/null 2>&1 || cargo install --quiet --locked --target-dir "$(TOOLS)/build" cargo-llvm-cov --version =$(CARGO_LLVM_COV_VERSION)
-	cargo llvm-cov --release --locked --workspace --exclude shardfs-tests --summary-only
+coverage: deps-test ## line coverage of the unit tests (builds everything anew, instrumented)
+	@CARGO_LLVM_COV_VERSION=$(CARGO_LLVM_COV_VERSION) tests/scripts/coverage.sh
 
 bench: build ## ShardFS and ext4 on the same kind of loop device, one table
 	@tests/scripts/bench.sh
