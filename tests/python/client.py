@@ -286,8 +286,11 @@ check(len(results) == 1000 and all(r.WhichOneof("outcome") == "meta" for r in re
 results = batch([item(b"x", b""), item(b"a/b", b""), item(b"z", b"")]).results
 check([r.WhichOneof("outcome") for r in results] == ["meta", "error", "meta"], results)
 check(results[1].error.reason == common_pb2.ERROR_REASON_IS_DIRECTORY, results[1])
-# A malformed item makes the message malformed: nothing of it is applied.
-fails(IA, "INVALID_ARGUMENT", lambda: batch([item(b"new", b""), item(b"../y", b"")]))
+# A malformed item fails for itself; of an atomic batch nothing is applied.
+results = batch([item(b"x", b""), item(b"../y", b"")]).results
+check([r.WhichOneof("outcome") for r in results] == ["meta", "error"], results)
+check(results[1].error.reason == common_pb2.ERROR_REASON_INVALID_ARGUMENT, results[1])
+fails(IA, "INVALID_ARGUMENT", lambda: batch([item(b"new", b""), item(b"../y", b"")], atomic=True))
 fails(NF, "NOT_FOUND", lambda: get(b"new"))
 fails(FP, "IS_DIRECTORY", lambda: batch([item(b"new", b""), item(b"a/b", b"")], atomic=True))
 fails(NF, "NOT_FOUND", lambda: get(b"new"))

@@ -4,10 +4,14 @@
 
 use std::fs;
 use std::io::Write;
-use std::process::Stdio;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use shardfs_tests::{Cluster, sh, tree};
+use shardfs_tests::cluster::{bin_dir, eventually};
+use shardfs_tests::{Cluster, Options, sh, tree};
 
 /// A field of a JSON value that must be there, by path.
 fn field<'a>(value: &'a Value, path: &str) -> &'a Value {
@@ -29,6 +33,24 @@ fn piped(cluster: &Cluster, input: &[u8], arguments: &[&str]) -> Vec<u8> {
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "shardfs {arguments:?}: {}", output.status);
     output.stdout
+}
+
+/// The command line with nothing but these arguments.
+fn shardfs(arguments: &[&str]) -> Command {
+    let mut command = Command::new(bin_dir().join("shardfs"));
+    command.args(arguments).stdin(Stdio::null()).env("NO_COLOR", "1");
+    command
+}
+
+/// What a command that must fail with this code says on standard error.
+fn fails_with(code: i32, output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{said}");
+    said
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
 }
 
 #[test]
@@ -173,8 +195,10 @@ fn completions_and_man_pages() {
     }
     let pages = cluster.scratch("man");
     cluster.cli_run(&["man", "--man-dir", pages.to_str().unwrap()]);
-    let page = fs::read_to_string(pages.join("shardfs-put.1")).unwrap();
-    assert!(page.contains(".TH"), "{page}");
+    let page = |name: &str| fs::read_to_string(pages.join(name)).unwrap();
+    assert!(page("shardfs-put.1").contains(".TH") && page("shardfs-put.1").contains("SRC..."));
+    assert!(page("shardfsd.1").contains("MOUNTPOINT"));
+    assert!(page("shardfs-node.1").contains("data"), "the daemon, not the command");
     assert!(cluster.cli_run(&["--help"]).contains("dev up"));
     for command in ["put", "get", "ls", "rm", "stat", "shard", "fsck", "mount", "umount", "bench", "dev"] {
         assert!(cluster.cli_run(&[command, "--help"]).contains("Usage"), "{command}");
@@ -196,4 +220,227 @@ fn readers_that_go_away_are_no_error_to_shout_about() {
         ),
     );
     assert!(!said.contains("panicked") && !said.contains("Broken pipe"), "{said}");
+}
+
+#[test]
+fn a_folder_with_somebodys_files_is_no_place_for_a_cluster() {
+    let scratch = Cluster::shared().scratch("somebodys");
+    let (dir, file) = (scratch.join("d"), scratch.join("d/logs/app.log"));
+    fs::create_dir_all(file.parent().unwrap()).unwrap();
+    fs::write(&file, "mine").unwrap();
+    let up = ["--dir", text(&dir), "dev", "up", "--nodes", "1", "--volumes", "dir"];
+    let said = fails_with(2, &shardfs(&up).output().unwrap());
+    assert!(said.contains("not empty and no cluster") && said.contains("an empty or a new folder"), "{said}");
+    assert_eq!(fs::read_dir(&dir).unwrap().count(), 1, "nothing was made");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "mine");
+    // A file is no mount point.
+    let other = scratch.join("e");
+    let mut up = shardfs(&["--dir", text(&other), "dev", "up", "--nodes", "1", "--volumes", "dir"]);
+    let said = fails_with(2, &up.args(["--mount", text(&file)]).output().unwrap());
+    assert!(said.contains("app.log is a file; a folder is needed"), "{said}");
+}
+
+#[test]
+fn a_mount_that_never_worked_is_forgotten() {
+    let options = Options { nodes: 1, volumes: "dir", ..Options::default() };
+    let (cluster, output) = Cluster::try_start(&options, &["-o", "no_such_option=1"]);
+    let said = fails_with(1, &output);
+    assert!(said.contains("the nodes are up") && said.contains("no_such_option"), "{said}");
+    assert!(said.contains(&format!("mount {}", cluster.mount().display())), "says what to do: {said}");
+    assert_eq!(cluster.settings()["mount"], Value::Null);
+    // What it says to do works.
+    cluster.cli_run(&["mount", text(&cluster.mount())]);
+    fs::write(cluster.shard("s").join("k"), "v").unwrap();
+    cluster.cli_run(&["umount", text(&cluster.mount())]);
+    // Neither the mount nor its options come back.
+    cluster.cli_run(&["dev", "down"]);
+    cluster.cli_run(&["dev", "up"]);
+    assert_eq!(cluster.cli_run(&["get", "s/k", "-"]), "v");
+
+    // One that worked is remembered, until it is not wanted any more.
+    cluster.cli_run(&["dev", "down"]);
+    assert!(cluster.up(&options, &[]).status.success());
+    cluster.cli_run(&["dev", "down"]);
+    cluster.cli_run(&["dev", "up"]);
+    assert!(cluster.mount().join("s/k").exists());
+    cluster.cli_run(&["dev", "down"]);
+    for flags in [&["--no-mount"][..], &[]] {
+        cluster.cli_run(&[&["dev", "up"], flags].concat());
+        assert!(!cluster.mount().join("s").exists());
+        cluster.cli_run(&["dev", "down"]);
+    }
+
+    // It takes only its own with it.
+    fs::write(cluster.dir().join("logs/notes"), "mine").unwrap();
+    let said = cluster.cli_run(&["dev", "down", "--delete", "--yes"]);
+    assert!(said.contains("stays"), "{said}");
+    let left = sh(cluster.root(), "find c -mindepth 1 | sort");
+    assert_eq!(left, "c/logs\nc/logs/notes\n");
+}
+
+#[test]
+fn a_lost_supervisor_is_called_so() {
+    let cluster = Cluster::start(&Options { nodes: 1, volumes: "dir", ..Options::default() });
+    let status = cluster.cli_json(&["dev", "status"]);
+    let pid = field(&status, "/supervisor/pid").as_i64().unwrap();
+    // SAFETY: a signal to this cluster's supervisor, by number.
+    unsafe { libc::kill(pid as i32, libc::SIGKILL) };
+    eventually(Duration::from_secs(10), || {
+        let said = cluster.cli_fails(&["dev", "kill", "node-1"]);
+        if said.contains("gone, with processes left running") { Ok(()) } else { Err(said) }
+    });
+    assert!(cluster.cli_fails(&["dev", "start", "node-1"]).contains("dev up"));
+    cluster.cli_run(&["dev", "up"]);
+    cluster.cli_run(&["dev", "kill", "node-1"]);
+    cluster.cli_run(&["dev", "start", "node-1"]);
+}
+
+#[test]
+fn limits_of_listings_count_what_is_printed() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("cli-limit");
+    sh(&shard, "mkdir d d/e; touch d/e/z; for i in 1 2 3 4 5; do : >d/f$i; : >t$i; done");
+    let lines = |arguments: &[&str]| {
+        let text = cluster.cli_run(&[&["ls"], arguments].concat());
+        text.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    for (arguments, expected) in [
+        (&["--limit", "3", "cli-limit"][..], &["d/", "t1", "t2"][..]),
+        (&["--limit", "3", "cli-limit/d"], &["e/", "f1", "f2"]),
+        (&["--limit", "3", "cli-limit/d/"], &["e/", "f1", "f2"]),
+        (&["--limit", "3", "-R", "cli-limit/d"], &["d/e/", "d/e/z", "d/f1"]),
+        (&["--limit", "2", "--prefix", "cli-limit/d/"], &["e/", "f1"]),
+        (&["--limit", "1", "--prefix", "cli-limit/d/f"], &["f1"]),
+        (&["--limit", "2", "--start-after", "d/f3", "cli-limit/d"], &["f4", "f5"]),
+        (&["--limit", "0", "cli-limit/d"], &[]),
+        (&["--limit", "99", "cli-limit/d"], &["e/", "f1", "f2", "f3", "f4", "f5"]),
+    ] {
+        assert_eq!(lines(arguments), expected, "ls {arguments:?}");
+    }
+    // Shards, too.
+    for name in ["cli-limit-a", "cli-limit-b", "cli-limit-c"] {
+        cluster.shard(name);
+    }
+    assert_eq!(lines(&["--start-after", "cli-limit-a", "--limit", "2"]), ["cli-limit-b/", "cli-limit-c/"]);
+    assert_eq!(lines(&["--start-after", "cli-limit-b/", "--limit", "1"]), ["cli-limit-c/"]);
+    assert_eq!(lines(&["--start-after", "~"]), [""; 0]);
+    for flag in ["--prefix", "-R"] {
+        assert!(cluster.cli_fails(&["ls", flag]).contains("PATH"));
+    }
+}
+
+#[test]
+fn permission_bits_travel() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("cli-modes");
+    let local = cluster.scratch("local-modes");
+    sh(&local, "mkdir d; echo 1 >d/private; echo 2 >d/program; head -c 300000 /dev/zero >d/large");
+    for (name, mode) in [("private", 0o600), ("program", 0o755), ("large", 0o640)] {
+        fs::set_permissions(local.join("d").join(name), fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let mode = |name: &str| format!("{:o}", fs::metadata(shard.join(name)).unwrap().mode() & 0o7777);
+    cluster.cli_run(&["put", "-r", text(&local.join("d")), "cli-modes/"]);
+    assert_eq!([mode("d/private"), mode("d/program"), mode("d/large")], ["600", "755", "640"]);
+    cluster.cli_run(&["put", text(&local.join("d/private")), "cli-modes/one"]);
+    cluster.cli_run(&["put", "--mode", "604", text(&local.join("d/private")), "cli-modes/given"]);
+    piped(cluster, b"x", &["put", "-", "cli-modes/input"]);
+    assert_eq!([mode("one"), mode("given"), mode("input")], ["600", "604", "644"]);
+    assert!(cluster.cli_run(&["put", "--help"]).contains("permission bits (rwx) of its file"));
+}
+
+#[test]
+fn an_at_and_a_number_is_an_id() {
+    let cluster = Cluster::shared();
+    cluster.cli_run(&["shard", "create", "cli-id"]);
+    cluster.cli_run(&["put", "/etc/hostname", "cli-id/k"]);
+    let id = field(&cluster.cli_json(&["shard", "show", "cli-id"]), "/id").to_string();
+    assert_eq!(cluster.cli_run(&["ls", &format!("@{id}")]), "k\n");
+    assert_eq!(field(&cluster.cli_json(&["shard", "show", &format!("@{id}")]), "/name"), "cli-id");
+    assert!(cluster.cli_run(&["stat", &format!("@{id}/k")]).contains("file"));
+    for name in ["@40", "@1"] {
+        let said = cluster.cli_fails(&["shard", "create", name]);
+        assert!(said.contains(name), "{said}");
+    }
+}
+
+#[test]
+fn failures_name_the_shard_and_say_what_is_meant() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("cli-words");
+    fs::create_dir(shard.join("src")).unwrap();
+    let said = cluster.cli_fails(&["put", "/etc/hostname", "cli-words/src"]);
+    assert!(said.contains("put cli-words/src: ") && said.contains("`cli-words/src/` puts"), "{said}");
+    assert!(!said.contains("-r"), "{said}");
+    // Nobody listens there; the environment says how long that is believed.
+    let begun = Instant::now();
+    let output =
+        shardfs(&["--endpoints", "127.0.0.1:1", "ls"]).env("SHARDFS_DEADLINE", "1").output().unwrap();
+    let said = fails_with(1, &output);
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(said.contains("within 1 s") && !said.contains("change may"), "{said}");
+    let mut create = shardfs(&["--endpoints", "127.0.0.1:1", "--deadline", "0.5", "shard", "create", "x"]);
+    let said = fails_with(1, &create.env("SHARDFS_DEADLINE", "50").output().unwrap());
+    assert!(said.contains("change may have been made"), "{said}");
+    let output =
+        shardfs(&["--endpoints", "127.0.0.1:1", "ls"]).env("SHARDFS_DEADLINE", "soon").output().unwrap();
+    assert!(fails_with(2, &output).contains("SHARDFS_DEADLINE"));
+}
+
+#[test]
+fn signals_are_told_by_the_exit_code() {
+    let cluster = Cluster::shared();
+    cluster.cli_run(&["shard", "create", "cli-signals"]);
+    for (signal, code, word) in [(libc::SIGTERM, 143, "terminated"), (libc::SIGINT, 130, "interrupted")] {
+        let mut command = cluster.cli();
+        command.args(["put", "-", "cli-signals/never"]);
+        let mut child = command.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        // More than one message: by then it reads, and has its signal handlers.
+        child.stdin.as_mut().unwrap().write_all(&vec![0; 9 << 20]).unwrap();
+        // SAFETY: a signal to our own child, which was not waited for.
+        unsafe { libc::kill(child.id() as i32, signal) };
+        let stdin = child.stdin.take();
+        let said = fails_with(code, &child.wait_with_output().unwrap());
+        drop(stdin);
+        assert!(said.contains(word), "{said}");
+    }
+    cluster.cli_fails(&["stat", "cli-signals/never"]);
+}
+
+#[test]
+fn who_may_not_unmount_is_told_so() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("cli-umount");
+    let scratch = cluster.scratch("umount-other");
+    // The build's folder may be closed to others.
+    fs::copy(bin_dir().join("shardfs"), scratch.join("shardfs")).unwrap();
+    let point = scratch.join("mnt");
+    fs::create_dir(&point).unwrap();
+    let is_mounted = || {
+        let table = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        table.contains(&format!(" {} ", point.display()))
+    };
+    let by_other = || {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=1", "--regid=1", "--clear-groups"]).arg(scratch.join("shardfs"));
+        let output = command.arg("umount").arg(&point).current_dir("/").output().unwrap();
+        let said = fails_with(1, &output);
+        assert!(said.contains("permission denied: mounted by root") && said.contains("as root"), "{said}");
+        assert!(is_mounted());
+    };
+    cluster.cli_run(&["mount", text(&point)]);
+    by_other();
+    assert!(shard.is_dir() && point.join("cli-umount").is_dir());
+    // A dead one is not taken away by anybody either.
+    let daemons = shardfs_tests::process::naming(cluster.root());
+    for daemon in daemons.iter().filter(|p| p.arguments.iter().any(|a| a == text(&point))) {
+        // SAFETY: a signal to the daemon of this mount, by number.
+        unsafe { libc::kill(daemon.pid as i32, libc::SIGKILL) };
+    }
+    eventually(Duration::from_secs(10), || match fs::metadata(&point).map_err(|e| e.raw_os_error()) {
+        Err(Some(libc::ENOTCONN)) => Ok(()),
+        other => Err(format!("{other:?}")),
+    });
+    by_other();
+    cluster.cli_run(&["umount", text(&point)]);
+    assert!(!is_mounted());
 }

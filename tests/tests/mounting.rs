@@ -2,7 +2,8 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
 use std::time::Duration;
 
 use shardfs_tests::cluster::{bin_dir, eventually};
@@ -117,4 +118,63 @@ fn the_mount_comes_back_when_its_daemon_dies() {
     assert_ne!(cluster.daemon().pid, daemon.pid);
     fs::write(shard.join("k"), "w").unwrap();
     cluster.assert_clean("daemon-dies");
+}
+
+#[test]
+fn records_that_two_mounts_append_are_whole() {
+    const RECORDS: usize = 150;
+    let cluster = Cluster::shared();
+    let here = cluster.shard("appended");
+    let point = cluster.scratch("second-mount");
+    cluster.cli_run(&["mount", point.to_str().unwrap()]);
+    let there = point.join("appended");
+    fs::write(here.join("log"), "").unwrap();
+    // Lengths that are no divisor of a page: many records cross one.
+    std::thread::scope(|scope| {
+        for (writer, folder) in [&here, &here, &there, &there].into_iter().enumerate() {
+            scope.spawn(move || {
+                let mut log = OpenOptions::new().append(true).open(folder.join("log")).unwrap();
+                for number in 0..RECORDS {
+                    let mut record = format!("{writer}:{number:05}:").into_bytes();
+                    record.resize(99 + 1700 * (number % 3), b'a' + writer as u8);
+                    record.push(b'\n');
+                    assert_eq!(log.write(&record).unwrap(), record.len());
+                }
+            });
+        }
+    });
+    for folder in [&here, &there] {
+        let text = fs::read_to_string(folder.join("log")).unwrap();
+        let mut next = [0; 4];
+        for line in text.lines() {
+            let (head, fill) = line.split_at(8);
+            let (writer, number) = head.trim_end_matches(':').split_once(':').unwrap();
+            let (writer, number): (usize, usize) = (writer.parse().unwrap(), number.parse().unwrap());
+            assert_eq!(number, next[writer], "records of a writer are in order");
+            next[writer] += 1;
+            assert_eq!(line.len(), 99 + 1700 * (number % 3));
+            assert!(fill.bytes().all(|byte| byte == b'a' + writer as u8), "a torn record: {line:?}");
+        }
+        assert_eq!(next, [RECORDS; 4]);
+    }
+    cluster.cli_run(&["umount", point.to_str().unwrap()]);
+}
+
+#[test]
+fn a_node_that_is_away_does_not_freeze_the_root() {
+    let cluster = Cluster::start(&Options { nodes: 2, ..Options::default() });
+    let shards: Vec<_> = (0..4).map(|n| cluster.shard(&format!("s{n}"))).collect();
+    let node = cluster.primary_of("s0");
+    for shard in &shards {
+        assert!(fs::metadata(shard).unwrap().is_dir());
+    }
+    cluster.cli_run(&["dev", "kill", &node]);
+    // Long past the patience of requests these still fail, were they asked of the node.
+    for shard in &shards {
+        assert!(fs::metadata(shard).unwrap().is_dir(), "{}", shard.display());
+    }
+    fs::create_dir(cluster.mount().join("made-meanwhile")).unwrap();
+    assert_eq!(fs::read_dir(cluster.mount()).unwrap().count(), 5);
+    cluster.cli_run(&["dev", "start", &node]);
+    fs::write(shards[0].join("k"), "v").unwrap();
 }

@@ -36,7 +36,8 @@ How the cluster is found (the first that is there):
      /etc/shardfs/config.yaml
   4. a folder .shardfs made by `dev up`, in the working directory or above it
 
-Exit codes: 0 done; 1 it failed, or fsck found something; 2 the command line or the config file is wrong; 130 interrupted.",
+Exit codes: 0 done; 1 it failed, or fsck found something; 2 the command line or the config file is wrong; 130 interrupted \
+                       (Ctrl-C), 143 ended by SIGTERM.",
     propagate_version = true,
     subcommand_required = true,
     arg_required_else_help = true,

@@ -3,7 +3,8 @@
 //! The order, first match wins (it also stands in `shardfs --help`): the flags `--endpoints` and `--dir`; the environment
 //! `SHARDFS_ENDPOINTS`, `SHARDFS_DIR`; the config file (`--config`, `SHARDFS_CONFIG`, `~/.config/shardfs/config.yaml`,
 //! `/etc/shardfs/config.yaml`); a `.shardfs` folder made by `dev up`, in the working directory or above it. The client id:
-//! `--client-id`, `SHARDFS_CLIENT_ID`, the config file, that of the dev cluster, `default`.
+//! `--client-id`, `SHARDFS_CLIENT_ID`, the config file, that of the dev cluster, `default`. The deadline: `--deadline`,
+//! `SHARDFS_DEADLINE`, the config file.
 //!
 //! Reads files, does no network I/O.
 
@@ -25,6 +26,8 @@ pub const DEFAULT_CLIENT_ID: &str = "default";
 pub const DEV_FOLDER: &str = ".shardfs";
 /// Seconds that a call may take, retries included, unless `--deadline` says otherwise.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
+/// The longest deadline.
+const DEADLINE_SECONDS_MAX: f64 = 86_400.0;
 /// Bytes of a config file; a real one has a few hundred.
 const CONFIG_BYTES_MAX: u64 = 1 << 20;
 
@@ -44,9 +47,9 @@ pub struct Globals {
     /// Config file [env: SHARDFS_CONFIG] [default: ~/.config/shardfs/config.yaml, then /etc/shardfs/config.yaml]
     #[arg(long, global = true, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// How long one call may take, retries included, in seconds [default: 60]
-    #[arg(long, global = true, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
-    pub deadline: Option<u64>,
+    /// How long one call may take, retries included, in seconds [env: SHARDFS_DEADLINE] [default: 60]
+    #[arg(long, global = true, value_name = "SECONDS", value_parser = parse_seconds)]
+    pub deadline: Option<Duration>,
 }
 
 /// What is read of the process's environment, apart from it so that tests can make one.
@@ -58,6 +61,8 @@ pub struct Environment {
     pub dir: Option<PathBuf>,
     /// SHARDFS_CLIENT_ID
     pub client_id: Option<String>,
+    /// SHARDFS_DEADLINE
+    pub deadline: Option<String>,
     /// SHARDFS_CONFIG
     pub config: Option<PathBuf>,
     /// Config files that are read if they are there, first match.
@@ -81,6 +86,7 @@ impl Environment {
             endpoints: text("SHARDFS_ENDPOINTS"),
             dir: path("SHARDFS_DIR"),
             client_id: text("SHARDFS_CLIENT_ID"),
+            deadline: text("SHARDFS_DEADLINE"),
             config: path("SHARDFS_CONFIG"),
             config_candidates,
             working_directory: std::env::current_dir().unwrap_or_default(),
@@ -95,7 +101,9 @@ struct ConfigFile {
     endpoints: Vec<String>,
     dir: Option<PathBuf>,
     client_id: Option<ClientId>,
-    deadline_seconds: Option<u64>,
+    /// `deadline` is what the daemon's file calls it.
+    #[serde(alias = "deadline")]
+    deadline_seconds: Option<f64>,
 }
 
 /// A cluster that was found.
@@ -140,13 +148,13 @@ impl Context {
             .client_id_given(config.as_ref().map(|(_, config)| config))?
             .or(place.client_id)
             .map_or_else(|| ClientId::new(DEFAULT_CLIENT_ID), Ok)?;
-        let seconds = self.globals.deadline.or(config.and_then(|(_, c)| c.deadline_seconds));
+        let deadline = self.deadline_given(config.as_ref().map(|(path, config)| (path.as_path(), config)))?;
         Ok(Cluster {
             endpoints: place.endpoints,
             client_id,
             dir: place.dir,
             found_by: place.found_by,
-            deadline: seconds.map_or(DEFAULT_DEADLINE, Duration::from_secs),
+            deadline: deadline.unwrap_or(DEFAULT_DEADLINE),
         })
     }
 
@@ -206,6 +214,23 @@ impl Context {
             return Ok(Some(id));
         }
         Ok(config.and_then(|c| c.client_id.clone()))
+    }
+
+    /// The deadline by flag, environment or config file.
+    fn deadline_given(&self, config: Option<(&Path, &ConfigFile)>) -> Result<Option<Duration>> {
+        if let Some(deadline) = self.globals.deadline {
+            return Ok(Some(deadline));
+        }
+        if let Some(text) = &self.environment.deadline {
+            let deadline = parse_seconds(text);
+            return deadline.map(Some).map_err(|e| Failure::usage(format!("SHARDFS_DEADLINE {text:?}: {e}")));
+        }
+        let Some((path, Some(seconds))) = config.map(|(path, c)| (path, c.deadline_seconds)) else {
+            return Ok(None);
+        };
+        check_seconds(seconds).map(Some).map_err(|e| {
+            Failure::usage(format!("config file {}: deadline_seconds {seconds}: {e}", path.display()))
+        })
     }
 
     fn place(&self, config: Option<(&Path, &ConfigFile)>) -> Result<Place> {
@@ -311,6 +336,20 @@ impl Place {
             dir: Some(dir.to_owned()),
             found_by: found_by.to_owned(),
         })
+    }
+}
+
+/// A number of seconds as it is typed, such as 5 or 0.5.
+fn parse_seconds(text: &str) -> std::result::Result<Duration, String> {
+    check_seconds(text.trim().parse().unwrap_or(f64::NAN))
+}
+
+/// A deadline is positive, and at most a day.
+fn check_seconds(seconds: f64) -> std::result::Result<Duration, String> {
+    if seconds > 0.0 && seconds <= DEADLINE_SECONDS_MAX {
+        Ok(Duration::from_secs_f64(seconds))
+    } else {
+        Err(format!("write a number of seconds above 0, at most {DEADLINE_SECONDS_MAX}"))
     }
 }
 

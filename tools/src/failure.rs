@@ -1,7 +1,7 @@
 //! The one error of the command line: a sentence, perhaps a hint, an exit code.
 //!
 //! `main` prints it in one place as `error: ...` and `hint: ...`. Exit codes: [`EXIT_FAILURE`] for whatever
-//! went wrong, [`EXIT_USAGE`] for what was typed wrong, [`EXIT_INTERRUPTED`] after Ctrl-C.
+//! went wrong, [`EXIT_USAGE`] for what was typed wrong, [`EXIT_INTERRUPTED`] after Ctrl-C, [`EXIT_TERMINATED`] after SIGTERM.
 
 use std::fmt;
 use std::io;
@@ -12,8 +12,10 @@ use shardfs_proto::types::{Error, Reason};
 pub const EXIT_FAILURE: u8 = 1;
 /// The command line or the config file makes no sense.
 pub const EXIT_USAGE: u8 = 2;
-/// Ctrl-C or SIGTERM: 128 + SIGINT, as shells count.
+/// Ctrl-C: 128 + SIGINT, as shells count.
 pub const EXIT_INTERRUPTED: u8 = 130;
+/// SIGTERM: 128 + SIGTERM, as shells count.
+pub const EXIT_TERMINATED: u8 = 143;
 /// Whoever read our output went away: 128 + SIGPIPE, as shells count.
 pub const EXIT_BROKEN_PIPE: u8 = 141;
 
@@ -45,15 +47,35 @@ impl Failure {
         Failure { message: String::new(), hint: None, code, reason: None }
     }
 
+    /// What another process of ours said about its failure.
+    pub fn told(message: String, hint: Option<String>) -> Failure {
+        Failure { hint, ..Failure::new(message) }
+    }
+
     /// Ctrl-C.
     pub fn interrupted() -> Failure {
-        Failure { message: "interrupted".to_owned(), hint: None, code: EXIT_INTERRUPTED, reason: None }
+        Failure { code: EXIT_INTERRUPTED, ..Failure::new("interrupted") }
+    }
+
+    /// SIGTERM.
+    pub fn terminated() -> Failure {
+        Failure { code: EXIT_TERMINATED, ..Failure::new("terminated") }
     }
 
     /// Says what to do about it; replaces an earlier hint.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Failure {
         self.hint = Some(hint.into());
+        self
+    }
+
+    /// Says one more thing to do about it, before what was said already.
+    #[must_use]
+    pub fn hint_first(mut self, hint: impl fmt::Display) -> Failure {
+        self.hint = Some(match self.hint {
+            Some(more) => format!("{hint}; {more}"),
+            None => hint.to_string(),
+        });
         self
     }
 
@@ -196,9 +218,9 @@ fn hint_for(reason: Reason) -> Option<&'static str> {
         Reason::NotPrimary | Reason::StaleEpoch | Reason::Unavailable => Some(
             "`shardfs status` shows which nodes are there; on this machine `shardfs dev status` says more",
         ),
-        Reason::Deadline => Some(
-            "`shardfs status` shows which node does not answer; a change may have been made all the same, so look before you repeat it; --deadline gives more time",
-        ),
+        Reason::Deadline => {
+            Some("`shardfs status` shows which node does not answer; --deadline gives more time")
+        }
         Reason::IsDirectory => Some("`-r` works on a directory and everything in it"),
         Reason::Corrupt => {
             Some("`shardfs fsck --read-data SHARD` tells what is damaged; other shards are not touched by it")

@@ -1,5 +1,5 @@
 //! `SHARD/KEY` as people type it: what is before the first `/` names the shard, the rest is a key or the
-//! beginning of one.
+//! beginning of one. `@` and digits stand for the shard with that id, never for a name.
 //!
 //! A path that ends with `/` means a directory. Bytes are kept as they are: keys need not be UTF-8, so paths
 //! come in as `OsString`.
@@ -9,8 +9,9 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 
 use bytes::Bytes;
+use shardfs_proto::types::cluster::Selector;
 use shardfs_proto::types::name::quoted;
-use shardfs_proto::types::{Key, ShardName};
+use shardfs_proto::types::{Error, Key, ShardId, ShardName};
 
 use crate::failure::{Failure, Result};
 
@@ -18,7 +19,7 @@ use crate::failure::{Failure, Result};
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RemotePath {
     /// The shard.
-    pub shard: ShardName,
+    pub shard: Selector,
     /// What follows the shard's name, without a `/` at either end; may be empty: the shard's root.
     rest: Bytes,
     /// Whether it was written with a `/` at the end: a directory.
@@ -38,7 +39,12 @@ impl RemotePath {
             Some(at) => (&inner[..at], &inner[at + 1..]),
             None => (inner, &[][..]),
         };
-        let shard = ShardName::from_bytes(shard).map_err(|e| wrong(e.message().to_owned()))?;
+        let shard = match std::str::from_utf8(shard) {
+            Ok(text) => shard_selector(text),
+            // Says that it is no UTF-8.
+            Err(_) => ShardName::from_bytes(shard).map(Selector::Name),
+        };
+        let shard = shard.map_err(|e| wrong(e.message().to_owned()))?;
         let trailing_slash = inner.ends_with(b"/");
         let rest = rest.strip_suffix(b"/").unwrap_or(rest);
         if !rest.is_empty() {
@@ -56,8 +62,8 @@ impl RemotePath {
     /// The key of something that must have one.
     pub fn require_key(&self) -> Result<Key> {
         self.key().ok_or_else(|| {
-            Failure::usage(format!("{} is a shard, not a key in one", self.shard))
-                .hint(format!("write {}/KEY", self.shard))
+            let shard = shard_text(&self.shard);
+            Failure::usage(format!("{shard} is a shard, not a key in one")).hint(format!("write {shard}/KEY"))
         })
     }
 
@@ -69,8 +75,7 @@ impl RemotePath {
     /// The last component; the shard's name for its root.
     pub fn base_name(&self) -> OsString {
         let last = self.rest.rsplit(|b| *b == b'/').next().unwrap_or_default();
-        let last = if last.is_empty() { self.shard.as_str().as_bytes() } else { last };
-        OsStr::from_bytes(last).to_owned()
+        if last.is_empty() { shard_text(&self.shard).into() } else { OsStr::from_bytes(last).to_owned() }
     }
 
     /// The key `name` below this directory.
@@ -86,7 +91,7 @@ impl RemotePath {
 
 impl fmt::Display for RemotePath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.shard.as_str())?;
+        f.write_str(&shard_text(&self.shard))?;
         if !self.rest.is_empty() {
             write!(f, "/{}", crate::output::printable(&self.rest))?;
         }
@@ -94,7 +99,23 @@ impl fmt::Display for RemotePath {
     }
 }
 
-/// A shard's name as an argument.
+/// A shard as an argument: `@` and digits is an id, everything else a name.
+pub fn shard_selector(text: &str) -> shardfs_proto::types::Result<Selector> {
+    let id = text.strip_prefix('@').filter(|id| !id.is_empty() && id.bytes().all(|b| b.is_ascii_digit()));
+    let Some(id) = id else { return ShardName::new(text).map(Selector::Name) };
+    let id = id.parse().map_err(|_| Error::invalid(format!("shard id {id} is too large")))?;
+    ShardId::new(id).map(Selector::Id)
+}
+
+/// A shard as it is typed.
+pub fn shard_text(shard: &Selector) -> String {
+    match shard {
+        Selector::Id(id) => format!("@{id}"),
+        Selector::Name(name) => name.to_string(),
+    }
+}
+
+/// A shard's name as an argument, where there is no shard yet.
 pub fn shard_name(name: &str) -> shardfs_proto::types::Result<ShardName> {
     ShardName::new(name)
 }
@@ -118,7 +139,7 @@ mod tests {
             ("my photos/x y", "my photos", "x y", false, "x y"),
         ] {
             let path = parse(text).unwrap();
-            assert_eq!(path.shard.as_str(), shard, "{text:?}");
+            assert_eq!(shard_text(&path.shard), shard, "{text:?}");
             assert_eq!(&path.rest()[..], rest.as_bytes(), "{text:?}");
             assert_eq!(path.trailing_slash, slash, "{text:?}");
             assert_eq!(path.base_name(), OsStr::new(base), "{text:?}");
@@ -136,6 +157,24 @@ mod tests {
             parse("photos").unwrap().require_key().unwrap_err().render(),
             "error: photos is a shard, not a key in one\nhint: write photos/KEY\n"
         );
+    }
+
+    #[test]
+    fn an_at_and_digits_is_an_id() {
+        let id = |text: &str| match parse(text).unwrap().shard {
+            Selector::Id(id) => Some(id.get()),
+            Selector::Name(_) => None,
+        };
+        assert_eq!(id("@12"), Some(12));
+        assert_eq!(id("@40/a/b"), Some(40));
+        for name in ["12", "@", "@x", "@1x", "x@1"] {
+            assert_eq!(id(name), None, "{name}");
+        }
+        for bad in ["@0", "@99999999", "@99999999999999999999999/a"] {
+            assert!(parse(bad).unwrap_err().message().contains("shard id"), "{bad}");
+        }
+        assert_eq!(parse("@7/a/").unwrap().to_string(), "@7/a/");
+        assert_eq!(parse("@7/").unwrap().base_name(), OsStr::new("@7"));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub struct MountEntry {
     pub fs_type: String,
     /// Device or name.
     pub source: String,
+    /// Whose FUSE mount it is; `None` for other types.
+    pub owner: Option<u32>,
 }
 
 /// The mount table, in the order of mounting.
@@ -46,10 +48,13 @@ pub fn mounts() -> Result<Vec<MountEntry>> {
 fn parse_mount(line: &[u8]) -> Option<MountEntry> {
     let fields: Vec<&[u8]> = line.split(|b| *b == b' ').collect();
     let separator = fields.iter().position(|f| *f == b"-")?;
+    let options = fields.get(separator + 3).copied().unwrap_or_default();
+    let owner = options.split(|b| *b == b',').find_map(|o| o.strip_prefix(b"user_id="));
     Some(MountEntry {
         mount_point: PathBuf::from(unescape(fields.get(4)?)),
         fs_type: String::from_utf8_lossy(fields.get(separator + 1)?).into_owned(),
         source: unescape(fields.get(separator + 2)?).to_string_lossy().into_owned(),
+        owner: owner.and_then(|o| std::str::from_utf8(o).ok()?.parse().ok()),
     })
 }
 
@@ -139,6 +144,8 @@ pub enum UnmountError {
     Busy,
     /// Nothing is mounted there.
     NotMounted,
+    /// It belongs to another user.
+    Denied(MountEntry),
     /// Something else.
     Other(Failure),
 }
@@ -151,28 +158,68 @@ impl UnmountError {
             UnmountError::NotMounted => {
                 Failure::new(format!("nothing is mounted on {}", mount_point.display()))
             }
+            UnmountError::Denied(entry) => denied(mount_point, &entry),
             UnmountError::Other(failure) => failure,
         }
     }
 }
 
-/// Unmounts; `lazy` detaches at once and lets those who use it finish. As root by umount2, else by fusermount3.
+/// Unmounts; `lazy` detaches at once and lets those who use it finish. As root by umount2, else by fusermount3. It is
+/// the mount table that says whether it is done: one layer less.
 pub fn unmount(mount_point: &Path, lazy: bool) -> std::result::Result<(), UnmountError> {
-    if is_root() {
-        let flags = if lazy { UnmountFlags::DETACH | UnmountFlags::NOFOLLOW } else { UnmountFlags::NOFOLLOW };
-        return match rustix::mount::unmount(mount_point, flags) {
-            Ok(()) => Ok(()),
-            Err(rustix::io::Errno::BUSY) => Err(UnmountError::Busy),
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Err(UnmountError::NotMounted),
-            Err(e) => Err(UnmountError::Other(Failure::new(format!(
-                "cannot unmount {}: {e}",
-                mount_point.display()
-            )))),
-        };
+    let layers = || -> std::result::Result<Vec<MountEntry>, UnmountError> {
+        let all = mounts().map_err(UnmountError::Other)?;
+        Ok(all.into_iter().filter(|m| m.mount_point == mount_point).collect())
+    };
+    let before = layers()?.len();
+    let result =
+        if is_root() { unmount_by_kernel(mount_point, lazy) } else { unmount_by_helper(mount_point, lazy) };
+    judge(mount_point, result, rustix::process::geteuid().as_raw(), before, layers()?)
+}
+
+/// What an attempt of a user came to, by what was said and what is still mounted (of `before` layers).
+fn judge(
+    mount_point: &Path,
+    result: std::result::Result<(), UnmountError>,
+    user: u32,
+    before: usize,
+    mut after: Vec<MountEntry>,
+) -> std::result::Result<(), UnmountError> {
+    let gone = after.len() < before;
+    match (result, after.pop()) {
+        (Ok(()), Some(_)) if !gone => Err(UnmountError::Other(Failure::new(format!(
+            "{} is still mounted, though unmounting it reported no error",
+            mount_point.display()
+        )))),
+        // fusermount3 looks for mounts of the calling user only, and says that there is none.
+        (Err(UnmountError::NotMounted), Some(entry)) if !gone => Err(UnmountError::Denied(entry)),
+        // Whatever it says: it takes away nobody else's.
+        (Err(UnmountError::Other(_)), Some(entry))
+            if !gone && user != 0 && entry.owner.is_some_and(|owner| owner != user) =>
+        {
+            Err(UnmountError::Denied(entry))
+        }
+        (result, _) => result,
     }
+}
+
+fn unmount_by_kernel(mount_point: &Path, lazy: bool) -> std::result::Result<(), UnmountError> {
+    let flags = if lazy { UnmountFlags::DETACH | UnmountFlags::NOFOLLOW } else { UnmountFlags::NOFOLLOW };
+    match rustix::mount::unmount(mount_point, flags) {
+        Ok(()) => Ok(()),
+        Err(rustix::io::Errno::BUSY) => Err(UnmountError::Busy),
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => Err(UnmountError::NotMounted),
+        Err(e) => {
+            Err(UnmountError::Other(Failure::new(format!("cannot unmount {}: {e}", mount_point.display()))))
+        }
+    }
+}
+
+fn unmount_by_helper(mount_point: &Path, lazy: bool) -> std::result::Result<(), UnmountError> {
     let mut command = Command::new("fusermount3");
     command.arg("-u").args(lazy.then_some("-z")).arg("--").arg(mount_point);
-    let output = command.output().map_err(|e| {
+    // What it says is understood in one language only.
+    let output = command.env("LC_ALL", "C").output().map_err(|e| {
         let failure = Failure::new(format!("cannot run fusermount3: {e}"));
         UnmountError::Other(failure.hint("install fuse3, or unmount as root"))
     })?;
@@ -180,13 +227,25 @@ pub fn unmount(mount_point: &Path, lazy: bool) -> std::result::Result<(), Unmoun
         return Ok(());
     }
     let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
+    let denied = words.contains("not permitted") || words.contains("ermission denied");
     if words.contains("busy") {
         Err(UnmountError::Busy)
-    } else if words.contains("not found in /etc/mtab") || words.contains("not mounted") {
+    } else if denied || words.contains("not found in /etc/mtab") || words.contains("not mounted") {
         Err(UnmountError::NotMounted)
     } else {
         Err(UnmountError::Other(Failure::new(words)))
     }
+}
+
+/// "permission denied", and to whom it belongs.
+fn denied(mount_point: &Path, entry: &MountEntry) -> Failure {
+    let owner = match entry.owner {
+        Some(0) => "mounted by root".to_owned(),
+        Some(uid) => format!("mounted by the user {uid}"),
+        None => format!("a mount of the type {}", entry.fs_type),
+    };
+    Failure::new(format!("cannot unmount {}: permission denied: {owner}", mount_point.display()))
+        .hint("run it as root, or as who mounted it")
 }
 
 /// Takes away dead ShardFS mounts at a path; says whether there were any. Others are not touched.
@@ -201,7 +260,19 @@ pub async fn mend_stale_mount(mount_point: &Path) -> Result<bool> {
             Err(other) => return Err(other.into_failure(mount_point)),
         }
     }
-    Ok(true)
+    Err(Failure::new(format!("more than {STALE_LAYERS_MAX} dead mounts lie over {}", mount_point.display()))
+        .hint("repeat it until none is left"))
+}
+
+/// Makes a folder with those above it. A file in its place, or in theirs, is named.
+pub fn make_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| {
+        match path.ancestors().find(|a| fs::metadata(a).is_ok_and(|m| !m.is_dir())) {
+            Some(file) => Failure::usage(format!("{} is a file; a folder is needed", file.display()))
+                .hint("choose another path, or move the file away"),
+            None => Failure::new(format!("cannot make {}: {e}", path.display())),
+        }
+    })
 }
 
 /// A process that keeps a mount busy.
@@ -328,16 +399,55 @@ mod tests {
 
     #[test]
     fn mount_lines_parse() {
-        let line = b"36 35 98:0 /mnt1 /mnt\\0402/x\\134y rw,noatime master:1 - fuse.shardfs shardfs\\040one rw,errors=continue";
+        let line = b"36 35 98:0 /mnt1 /mnt\\0402/x\\134y rw,noatime master:1 - fuse.shardfs shardfs\\040one rw,user_id=1000,group_id=0";
         let entry = parse_mount(line).unwrap();
         assert_eq!(entry.mount_point, Path::new("/mnt 2/x\\y"));
         assert_eq!((entry.fs_type.as_str(), entry.source.as_str()), ("fuse.shardfs", "shardfs one"));
+        assert_eq!(entry.owner, Some(1000));
         assert_eq!(parse_mount(b""), None);
     }
 
+    fn entry(owner: Option<u32>) -> MountEntry {
+        let (mount_point, fs_type) = (PathBuf::from("/mnt"), FUSE_TYPE.to_owned());
+        MountEntry { mount_point, fs_type, source: "shardfs".to_owned(), owner }
+    }
+
     #[test]
-    fn this_machine_has_a_root() {
-        assert!(mount_at(Path::new("/")).unwrap().is_some());
+    fn the_mount_table_decides_whether_it_is_unmounted() {
+        let mnt = Path::new("/mnt");
+        let judged = |result, before, after| {
+            judge(mnt, result, 1000, before, after).map_err(|e| e.into_failure(mnt).message().to_owned())
+        };
+        assert_eq!(judged(Ok(()), 1, Vec::new()), Ok(()));
+        assert_eq!(judged(Ok(()), 2, vec![entry(None)]), Ok(()), "one layer is gone");
+        assert!(judged(Ok(()), 1, vec![entry(None)]).unwrap_err().contains("still mounted"));
+        let not_mounted = || Err(UnmountError::NotMounted);
+        assert_eq!(judged(not_mounted(), 0, Vec::new()).unwrap_err(), "nothing is mounted on /mnt");
+        for (owner, words) in [(0, "mounted by root"), (7, "mounted by the user 7")] {
+            let said = judged(not_mounted(), 1, vec![entry(Some(owner))]).unwrap_err();
+            assert_eq!(said, format!("cannot unmount /mnt: permission denied: {words}"));
+            let other = Err(UnmountError::Other(Failure::new("fusermount3: no mtab")));
+            assert_eq!(judged(other, 1, vec![entry(Some(owner))]).unwrap_err(), said);
+        }
+        let own = Err(UnmountError::Other(Failure::new("fusermount3: no mtab")));
+        assert_eq!(judged(own, 1, vec![entry(Some(1000))]).unwrap_err(), "fusermount3: no mtab");
+    }
+
+    #[test]
+    fn files_in_the_place_of_folders_are_named() {
+        let temp = tempfile::tempdir().unwrap();
+        let file = temp.path().join("file");
+        make_folder(&temp.path().join("a/b")).unwrap();
+        fs::write(&file, "").unwrap();
+        for path in [file.clone(), file.join("below")] {
+            let failure = make_folder(&path).unwrap_err();
+            assert_eq!(failure.message(), format!("{} is a file; a folder is needed", file.display()));
+        }
+    }
+
+    #[test]
+    fn proc_is_mounted() {
+        assert!(mount_at(Path::new("/proc")).unwrap().is_some());
         assert!(mount_at(Path::new("/nonexistent")).unwrap().is_none());
     }
 

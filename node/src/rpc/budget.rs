@@ -1,4 +1,5 @@
-//! Memory for requests on their way in: large messages of all connections share one budget.
+//! Requests on their way in: large messages of all connections share one budget of memory, and a request that
+//! its client cancels is an error, not an end.
 //!
 //! A message is read only when its whole length fits, and keeps its share until its call is answered or,
 //! in a stream, until the next message comes. What waits is held back by HTTP/2 flow control, in the
@@ -22,8 +23,8 @@ use shardfs_proto::types::limits::MESSAGE_BYTES_MAX;
 use shardfs_proto::types::{Error, Reason};
 use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 use tokio::time::Sleep;
-use tonic::Status;
 use tonic::body::Body;
+use tonic::{Code, Status};
 use tower::{Layer, Service};
 
 /// Bytes of large requests that a node holds at a time.
@@ -201,6 +202,12 @@ impl HttpBody for Counted {
             }
             let frame = match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
                 Some(Ok(frame)) => frame,
+                // The decoder takes a request that its client cancelled for one that has ended: half a value
+                // would be stored as a whole one.
+                Some(Err(status)) if status.code() == Code::Cancelled => {
+                    let error = Error::unavailable("the client broke the request off");
+                    return Poll::Ready(Some(Err(status::to_status(&error))));
+                }
                 other => return Poll::Ready(other),
             };
             let begun = frame.data_ref().map_or(0, |data| {
@@ -244,6 +251,25 @@ mod tests {
         ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
             Poll::Ready(self.0.pop_front().map(|data| Ok(Frame::data(data))))
         }
+    }
+
+    #[tokio::test]
+    async fn a_cancelled_request_has_not_ended() {
+        struct Cancelled;
+        impl HttpBody for Cancelled {
+            type Data = Bytes;
+            type Error = Status;
+            fn poll_frame(
+                self: Pin<&mut Self>,
+                _: &mut Context<'_>,
+            ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+                Poll::Ready(Some(Err(Status::cancelled("reset"))))
+            }
+        }
+        let (mut body, _share) = counted(&[], 1, &RequestBudget::new());
+        body.body = Body::new(Cancelled);
+        let outcome = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap();
+        assert_eq!(outcome.unwrap_err().code(), Code::Unavailable);
     }
 
     fn message(bytes: usize) -> Vec<u8> {
@@ -328,6 +354,6 @@ mod tests {
         body.body = Body::new(Stalling(Some(Bytes::copy_from_slice(&whole[..1000]))));
         assert_eq!(next(&mut body).await.unwrap().len(), 1000);
         let broken = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap();
-        assert_eq!(broken.unwrap_err().code(), tonic::Code::DeadlineExceeded);
+        assert_eq!(broken.unwrap_err().code(), Code::DeadlineExceeded);
     }
 }

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use clap::{Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
+use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::clock;
 
 use crate::context::{Context, DEV_FOLDER};
@@ -15,10 +16,13 @@ use crate::devcluster::control::{ClusterStatus, KillSignal, Request};
 use crate::devcluster::launch::{self, Outcome, Wanted};
 use crate::devcluster::member::MOUNT;
 use crate::devcluster::state::{Layout, Settings, VolumeKind};
-use crate::failure::{Failure, OrFail, Result};
+use crate::failure::{Failure, Result};
 use crate::output::{self, Align, Out, Table, duration_text};
 use crate::size;
 use crate::system;
+
+/// How long the nodes are asked about their volumes.
+const CHECK_MAX: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// `shardfs dev`.
 #[derive(clap::Args, Debug)]
@@ -102,6 +106,9 @@ struct UpArgs {
     /// Where to mount it (made if it is not there) [default: as before; a new cluster: nowhere]
     #[arg(long, value_name = "FOLDER")]
     mount: Option<PathBuf>,
+    /// Do not mount it, now and in future, though it was mounted before
+    #[arg(long, conflicts_with_all = ["mount", "options"])]
+    no_mount: bool,
     /// Number of node processes [default: 3]
     #[arg(long, value_name = "N")]
     nodes: Option<u32>,
@@ -177,7 +184,7 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
         Some(mount) => {
             if let Some(parent) = std::path::absolute(mount).ok().and_then(|m| m.parent().map(Path::to_owned))
             {
-                std::fs::create_dir_all(&parent).with_context(|| parent.display().to_string())?;
+                system::make_folder(&parent)?;
             }
             Some(system::mount_point_path(mount)?)
         }
@@ -185,6 +192,7 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
     };
     let wanted = Wanted {
         mount,
+        no_mount: args.no_mount,
         nodes: args.nodes,
         volumes: args.volumes,
         volume_size_bytes: args.volume_size,
@@ -200,11 +208,11 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
         None => output::note(what),
     };
     let foreground = args.foreground;
-    let mut on_up = |settings: &Settings| {
+    let mut on_up = |settings: &Settings, mount: Option<&Path>| {
         if let Some(spinner) = &spinner {
             spinner.finish_and_clear();
         }
-        let text = welcome(layout, settings, began, foreground);
+        let text = welcome(layout, settings, mount, began, foreground);
         // A closed stdout must not end what has just started.
         let _ = Out::new().bytes(text.as_bytes());
     };
@@ -217,11 +225,42 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
             let mut out = Out::new();
             out.line(format!("The cluster in {} is up already.", layout.dir().display()))?;
             out.bytes(describe(&status).as_bytes())?;
-            out.flush()
+            out.flush()?;
+            let unmounted = status.members.iter().any(|m| m.name == MOUNT && m.pid.is_none());
+            if wanted.mount.is_some() && unmounted {
+                say(launch::ask(layout, &Request::Start { member: MOUNT.to_owned() }).await?)?;
+            }
+            check_volumes(layout).await
         }
-        Outcome::Started => Ok(()),
+        Outcome::Started { mount_failure } => {
+            mount_failure.map_or(Ok(()), Err)?;
+            check_volumes(layout).await
+        }
         Outcome::Ended => say("stopped".to_owned()),
     }
+}
+
+/// Fails if a volume is not served, though its node is up.
+async fn check_volumes(layout: &Layout) -> Result<()> {
+    let settings = launch::settings_of(layout)?;
+    let client = Client::new(ClientConfig {
+        endpoints: layout.node_endpoints(&settings),
+        client_id: settings.client_id.clone(),
+        deadline: CHECK_MAX,
+        label: "shardfs dev up".to_owned(),
+    })?;
+    let mut troubles = Vec::new();
+    for endpoint in layout.node_endpoints(&settings) {
+        // A node that was killed on purpose is no news.
+        let Ok(status) = client.node_status(&[endpoint]).await else { continue };
+        let volumes = status.volumes.into_iter().filter(|volume| !volume.trouble.is_empty());
+        troubles.extend(volumes.map(|volume| format!("{}: {}", volume.id, volume.trouble)));
+    }
+    if troubles.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(format!("not every volume is served:\n  {}", troubles.join("\n  ")))
+        .hint("the shards of the other volumes are served; `shardfs status` shows when it is mended"))
 }
 
 fn spinner() -> ProgressBar {
@@ -234,7 +273,13 @@ fn spinner() -> ProgressBar {
 }
 
 /// What `dev up` says at the end: what there is, and what to try.
-fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: bool) -> String {
+fn welcome(
+    layout: &Layout,
+    settings: &Settings,
+    mount: Option<&Path>,
+    began: Instant,
+    foreground: bool,
+) -> String {
     let volumes = u64::from(settings.nodes * settings.volumes_per_node);
     let what = match settings.volumes {
         VolumeKind::Loop => format!(
@@ -244,7 +289,7 @@ fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: boo
         ),
         VolumeKind::Dir => format!("{} as volumes", output::count(volumes, "folder")),
     };
-    let place = match &settings.mount {
+    let place = match mount {
         Some(mount) => format!("mounted on {}", mount.display()),
         None => "not mounted".to_owned(),
     };
@@ -260,7 +305,7 @@ fn welcome(layout: &Layout, settings: &Settings, began: Instant, foreground: boo
     let dir = if found { String::new() } else { format!(" --dir {}", layout.dir().display()) };
     text.push_str("Try:\n");
     let mut lines = Vec::new();
-    match &settings.mount {
+    match mount {
         Some(mount) => {
             let mount = relative(mount);
             lines.push((format!("mkdir {mount}/photos"), "a directory at the top is a shard"));
@@ -309,7 +354,12 @@ async fn down(layout: &Layout, force: bool, delete: bool, yes: bool) -> Result<(
     let ran = launch::down(layout, force).await?;
     if delete {
         launch::delete(layout)?;
-        return say(format!("stopped and deleted {}", layout.dir().display()));
+        let dir = layout.dir().display();
+        return say(if layout.dir().exists() {
+            format!("stopped and deleted the cluster in {dir}; what else is in that folder stays")
+        } else {
+            format!("stopped and deleted {dir}")
+        });
     }
     say(if ran {
         format!("stopped; the data stays in {}", layout.dir().display())

@@ -3,15 +3,14 @@
 use futures::StreamExt;
 use serde_json::json;
 use shardfs_proto::client::Client;
-use shardfs_proto::types::ShardName;
-use shardfs_proto::types::cluster::{CheckItem, CheckSummary, ShardInfo};
+use shardfs_proto::types::cluster::{CheckItem, CheckSummary, Selector, ShardInfo};
 use shardfs_proto::types::op::ShardState;
 
 use super::remote::find_shard;
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, Result};
 use crate::output::{self, Out, note, printable};
-use crate::paths::shard_name;
+use crate::paths::shard_selector;
 use crate::size;
 
 /// `shardfs fsck`.
@@ -26,8 +25,8 @@ Examples:
 )]
 pub struct Args {
     /// Shards, by name or @ID [default: all]
-    #[arg(value_name = "SHARD", value_parser = shard_name)]
-    shards: Vec<ShardName>,
+    #[arg(value_name = "SHARD", value_parser = shard_selector)]
+    shards: Vec<Selector>,
     /// Also read all content, so that its checksums are verified
     #[arg(long)]
     read_data: bool,

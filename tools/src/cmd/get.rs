@@ -24,7 +24,7 @@ use super::remote::{ends_everything, find_shard, resolve};
 use crate::context::Context;
 use crate::failure::{Failure, OrFail, Result};
 use crate::output::{self, Out, printable};
-use crate::paths::RemotePath;
+use crate::paths::{RemotePath, shard_text};
 use crate::size;
 
 /// Bytes of one range.
@@ -77,8 +77,8 @@ struct Download {
     client: Client,
     shard: ShardId,
     preserve: bool,
-    /// Put each file on the device before it gets its name.
-    durable: bool,
+    /// It is one value: its size is the total. Put on the device before it gets its name.
+    single: bool,
 }
 
 /// Runs.
@@ -90,7 +90,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     }
     let client = context.client()?;
     let shard = find_shard(&client, &source.shard).await?.id;
-    let download = Download { client, shard, preserve: args.preserve, durable: !args.recursive };
+    let download = Download { client, shard, preserve: args.preserve, single: !args.recursive };
     if args.recursive {
         let attr = resolve(&download.client, shard, source.rest()).await.context(&source)?;
         if attr.kind == FileKind::Directory {
@@ -260,7 +260,7 @@ impl Download {
             keep(&partial.file, &meta.attr).with_context(|| dest.display().to_string())?;
         }
         let size = meta.attr.size;
-        partial.name(self.durable)?;
+        partial.name(self.single)?;
         Ok(size)
     }
 
@@ -283,6 +283,9 @@ impl Download {
     async fn one_version(&self, key: &Key, sink: &mut dyn Sink, progress: &Progress) -> Result<ObjectMeta> {
         let (meta, first) = self.client.get_range(self.shard, key, 0, RANGE_BYTES, None).await?;
         let (size, version) = (meta.attr.size, meta.attr.version);
+        if self.single {
+            progress.restart(size);
+        }
         progress.add(first.len() as u64);
         let begun = first.len() as u64;
         sink.piece(&first)?;
@@ -318,7 +321,8 @@ impl Download {
         };
         let mut items = std::pin::pin!(self.client.list(self.shard, options));
         let mut running = FuturesUnordered::new();
-        let mut tally = Tally { verbose: args.verbose, ..Tally::default() };
+        let shard = shard_text(&source.shard);
+        let mut tally = Tally { verbose: args.verbose, shard, ..Tally::default() };
         while let Some(item) = items.next().await {
             let ListItem::Key { key, kind, meta } = item? else { continue };
             let Some(relative) = key.strip_prefix(&prefix[..]).filter(|r| !r.is_empty()) else { continue };
@@ -464,6 +468,8 @@ struct Tally {
     bytes: u64,
     problems: u64,
     verbose: bool,
+    /// As it was typed.
+    shard: String,
 }
 
 impl Tally {
@@ -478,7 +484,7 @@ impl Tally {
                 Ok(())
             }
             Err(failure) => {
-                let failure = failure.context(format!("get {}", printable(key)));
+                let failure = failure.context(format!("get {}/{}", self.shard, printable(key)));
                 if failure.reason().is_some_and(ends_everything) {
                     return Err(failure);
                 }

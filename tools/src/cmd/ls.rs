@@ -1,7 +1,7 @@
 //! `shardfs ls`: shards, or what is in one. Prints as it reads: a million keys need no more memory than ten.
 
 use std::ffi::OsString;
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -43,12 +43,12 @@ pub struct Args {
     #[arg(long, short)]
     long: bool,
     /// Everything below, as whole keys
-    #[arg(long, short = 'R')]
+    #[arg(long, short = 'R', requires = "path")]
     recursive: bool,
     /// PATH is the beginning of keys, not a file or directory
-    #[arg(long)]
+    #[arg(long, requires = "path")]
     prefix: bool,
-    /// Only names after this key (whole, without the shard)
+    /// Only names after this key (whole, without the shard); without PATH, after this shard
     #[arg(long, value_name = "KEY")]
     start_after: Option<OsString>,
     /// At most so many
@@ -94,7 +94,8 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
             .start_after
             .as_ref()
             .map_or_else(Bytes::new, |k| Bytes::copy_from_slice(k.as_bytes())),
-        limit: args.limit.unwrap_or(0),
+        // One more for the directory itself, which may be among them and is not printed.
+        limit: args.limit.map_or(0, |limit| limit.saturating_add(1)),
         keys_only: !(args.long || args.json),
         include_directories: true,
     };
@@ -104,11 +105,15 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let items = client.list(shard, options);
     let wants_attr = args.long || args.json;
     let mut items = std::pin::pin!(with_attributes(&client, shard, items, wants_attr));
-    while let Some(entry) = items.next().await {
-        let (key, kind, attr) = entry?;
+    let mut left = args.limit.unwrap_or(u64::MAX);
+    while left > 0
+        && let Some(entry) = items.next().await
+    {
+        let (key, kind, attr) = entry.with_context(|| path.to_string())?;
         // The directory that is listed, itself.
         if key != prefix {
             printer.entry(&key, kind, attr.as_ref())?;
+            left -= 1;
         }
     }
     printer.out.flush()
@@ -197,12 +202,12 @@ fn entry_json(key: &[u8], kind: FileKind, attr: Option<&Attr>) -> Value {
 async fn shards(client: &Client, args: &Args) -> Result<()> {
     let shards: Vec<ShardInfo> = client.list_shards().await?;
     let mut out = Out::new();
-    if shards.is_empty() && out.is_terminal() {
+    if args.start_after.is_none() && shards.is_empty() && out.is_terminal() {
         output::note("no shards yet: `shardfs shard create NAME`, or mkdir at the top of the mount");
     }
-    for info in shards.iter().take(args.limit.map_or(usize::MAX, |l| l as usize)) {
+    for info in chosen(shards, args) {
         if args.json {
-            out.json_line(&super::shard::to_json(info))?;
+            out.json_line(&super::shard::to_json(&info))?;
         } else if args.long {
             out.line(format!(
                 "{:9} {:>7} {:8} {} {}/",
@@ -217,6 +222,16 @@ async fn shards(client: &Client, args: &Args) -> Result<()> {
         }
     }
     out.flush()
+}
+
+/// The shards that are asked for, in byte order.
+fn chosen(mut shards: Vec<ShardInfo>, args: &Args) -> impl Iterator<Item = ShardInfo> + use<> {
+    shards.sort_unstable_by(|a, b| a.name.as_str().cmp(b.name.as_str()));
+    let after = args.start_after.clone().unwrap_or_default().into_vec();
+    // As it is printed, or as it is called.
+    let after = after.strip_suffix(b"/").map(<[u8]>::to_vec).unwrap_or(after);
+    let limit = args.limit.map_or(usize::MAX, |l| usize::try_from(l).unwrap_or(usize::MAX));
+    shards.into_iter().filter(move |s| s.name.as_str().as_bytes() > &after[..]).take(limit)
 }
 
 #[cfg(test)]

@@ -40,6 +40,20 @@ const PROBE: Duration = Duration::from_secs(1);
 
 /// Runs a command.
 pub async fn run(command: Command, context: &Context) -> Result<()> {
+    let changes = changes(&command);
+    let result = run_command(command, context).await;
+    result.map_err(|failure| if changes { may_have_changed(failure) } else { failure })
+}
+
+/// A change that was not answered in time may have been made.
+fn may_have_changed(failure: Failure) -> Failure {
+    if failure.reason() != Some(Reason::Deadline) {
+        return failure;
+    }
+    failure.hint_first("the change may have been made all the same: look before you repeat it")
+}
+
+async fn run_command(command: Command, context: &Context) -> Result<()> {
     match command {
         // These two look after signals themselves.
         Command::Bench(args) => bench::run(args, context).await.map_err(Failure::from),
@@ -62,13 +76,22 @@ pub async fn run(command: Command, context: &Context) -> Result<()> {
     }
 }
 
+/// Whether a command changes something in the cluster.
+fn changes(command: &Command) -> bool {
+    match command {
+        Command::Put(_) | Command::Rm(_) => true,
+        Command::Shard(args) => args.changes(),
+        _ => false,
+    }
+}
+
 /// Drops the command on Ctrl-C or SIGTERM. While no node answers, says so; at the end, says which were asked.
 async fn interruptible(command: impl Future<Output = Result<()>>, context: &Context) -> Result<()> {
     let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
     let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
     let result = tokio::select! {
         result = command => result,
-        _ = terminate.recv() => Err(Failure::interrupted()),
+        _ = terminate.recv() => Err(Failure::terminated()),
         _ = interrupt.recv() => Err(Failure::interrupted()),
         never = say_when_nobody_answers(context) => match never {},
     };
@@ -89,9 +112,41 @@ async fn say_when_nobody_answers(context: &Context) -> Infallible {
         && let (Some(client), Ok(cluster)) = (context.client_in_use(), context.cluster())
         && !client.reachable(PROBE).await
     {
-        let seconds = cluster.deadline.as_secs();
+        let seconds = cluster.deadline.as_secs_f32();
         let endpoints = cluster.endpoints.join(", ");
         crate::output::note(format!("no node answers at {endpoints}; trying for {seconds} s (--deadline)"));
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::Cli;
+    use clap::Parser;
+    use shardfs_proto::types::Error;
+
+    #[test]
+    fn only_commands_that_change_something_warn_of_changes() {
+        for (line, expected) in [
+            ("put a s/", true),
+            ("rm s/a", true),
+            ("shard create s", true),
+            ("shard close s", true),
+            ("shard list", false),
+            ("shard show s", false),
+            ("ls s", false),
+            ("get s/a", false),
+            ("stat s/a", false),
+        ] {
+            let cli = Cli::try_parse_from(std::iter::once("shardfs").chain(line.split(' '))).unwrap();
+            assert_eq!(changes(&cli.command), expected, "{line}");
+        }
+        let hint = |failure: &Failure| failure.hint_text().unwrap_or_default().to_owned();
+        let late = Failure::from(Error::new(Reason::Deadline, "no success within 1 s"));
+        assert!(!hint(&late).contains("change") && hint(&late).contains("--deadline"));
+        assert!(hint(&may_have_changed(late)).contains("may have been made"));
+        let gone = Failure::from(Error::new(Reason::NotFound, "x"));
+        assert_eq!(hint(&may_have_changed(gone)), "");
+    }
 }

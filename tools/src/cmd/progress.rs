@@ -8,6 +8,11 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 /// A transfer that ends sooner shows nothing.
 const SHOWN_AFTER: Duration = Duration::from_millis(500);
 
+/// Of what has an end.
+const WITH_TOTAL: &str = "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}";
+/// Of what ends some day.
+const WITHOUT_TOTAL: &str = "{msg} {bytes} {bytes_per_sec} {elapsed}";
+
 /// Progress in bytes; does nothing when nobody looks.
 pub struct Progress {
     handle: Handle,
@@ -37,15 +42,23 @@ impl Progress {
             None => ProgressBar::no_length(),
         };
         bar.set_draw_target(ProgressDrawTarget::hidden());
-        let template = match total {
-            Some(_) => "{msg} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}",
-            None => "{msg} {bytes} {bytes_per_sec} {elapsed}",
-        };
-        if let Ok(style) = ProgressStyle::with_template(template) {
+        if let Ok(style) =
+            ProgressStyle::with_template(if total.is_some() { WITH_TOTAL } else { WITHOUT_TOTAL })
+        {
             bar.set_style(style);
         }
         bar.set_message(what.to_owned());
         Progress { handle: Handle { bar } }
+    }
+
+    /// The total is known by now, and nothing of it is done yet.
+    pub fn restart(&self, total: u64) {
+        let bar = &self.handle.bar;
+        bar.set_position(0);
+        bar.set_length(total);
+        if let Ok(style) = ProgressStyle::with_template(WITH_TOTAL) {
+            bar.set_style(style);
+        }
     }
 
     /// Of things, not bytes.
@@ -81,5 +94,23 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.handle.bar.finish_and_clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_can_become_known() {
+        let progress = Progress::new("photos/big", None);
+        progress.add(7);
+        assert_eq!(
+            (progress.handle.bar.length(), progress.handle.bar.message().as_str()),
+            (None, "photos/big")
+        );
+        progress.restart(100);
+        progress.add(40);
+        assert_eq!((progress.handle.bar.length(), progress.handle.bar.position()), (Some(100), 40));
     }
 }

@@ -16,14 +16,14 @@ use futures::{FutureExt, Stream, StreamExt};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::limits::VALUE_BYTES_MAX;
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
-use shardfs_proto::types::{Error, Key, ShardId, Timestamp, Version};
+use shardfs_proto::types::{Error, Key, Reason, ShardId, Timestamp, Version};
 use tokio::sync::mpsc;
 
 use super::progress::Progress;
 use super::remote::{Tree, ends_everything, find_shard};
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, OrFail, Result};
-use crate::paths::RemotePath;
+use crate::paths::{RemotePath, shard_text};
 use crate::size;
 use walk::{Found, walk};
 
@@ -57,7 +57,9 @@ Examples:
 
 A value replaces one of the same name as a whole: nobody ever sees half of it. Directories are made as needed. \
 With -r: symbolic links are stored as such, sockets and devices are skipped, an error with one file does not stop the \
-others (the exit code is then 1)."
+others (the exit code is then 1).
+
+A value has the permission bits (rwx) of its file, so that what is private stays private on a mount; --mode gives others."
 )]
 pub struct Args {
     /// Files, directories (with -r), or `-` for standard input
@@ -69,10 +71,10 @@ pub struct Args {
     /// Directories with everything in them
     #[arg(long, short)]
     recursive: bool,
-    /// Keep permission bits and modification times
+    /// Keep modification times, and set-id and sticky bits too
     #[arg(long, short)]
     preserve: bool,
-    /// Permission bits, octal [default: 0644 for new ones]
+    /// Permission bits, octal [default: those of a file; of standard input: 0644 for new ones]
     #[arg(long, value_parser = super::shard::parse_mode, conflicts_with = "preserve")]
     mode: Option<u32>,
     /// Fail if the key is there already
@@ -96,6 +98,8 @@ pub struct Args {
 struct Upload {
     client: Client,
     shard: ShardId,
+    /// The shard as it was typed.
+    place: String,
     durability: Durability,
     preserve: bool,
     options: PutOptions,
@@ -130,6 +134,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let upload = Upload {
         client,
         shard,
+        place: shard_text(&dest.shard),
         durability: if args.buffered { Durability::Buffered } else { Durability::Sync },
         preserve: args.preserve,
         options: PutOptions {
@@ -144,8 +149,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
             return Err(Failure::usage("standard input has no name").hint(format!("write a key: {dest}NAME")));
         }
         let key = dest.require_key()?;
-        let progress = Progress::new(&key.to_string(), None);
-        let bytes = upload.stdin(&key, &progress).await.with_context(|| format!("put {key}"))?;
+        let progress = Progress::new(&dest.to_string(), None);
+        let bytes = upload.stdin(&key, &progress).await;
+        let bytes = bytes.map_err(|failure| explained(&upload.place, &key, failure))?;
         if args.verbose {
             progress.note(&format!("{dest}: {}", size::human(bytes)));
         }
@@ -173,8 +179,12 @@ fn destination(source: &Path, meta: &Metadata, dest: &RemotePath) -> Result<Opti
 }
 
 impl Upload {
+    /// A file that is private here stays private there. What is no regular file says nothing about its content.
     fn options_for(&self, meta: &Metadata) -> PutOptions {
         let mut options = self.options.clone();
+        if options.mode.is_none() && meta.is_file() {
+            options.mode = Some(meta.mode() & 0o777);
+        }
         if self.preserve {
             options.mode = Some(meta.mode() & 0o7777);
             options.mtime = Timestamp::new(meta.mtime(), meta.mtime_nsec() as u32).ok();
@@ -219,13 +229,14 @@ impl Upload {
     async fn files(&self, roots: Vec<(PathBuf, Option<Key>, Metadata)>, args: &Args) -> Result<()> {
         let several = args.recursive || roots.len() > 1;
         let total = (!several).then(|| roots.iter().map(|(_, _, m)| m.len()).sum());
-        let name = roots.first().map(|(p, _, _)| p.display().to_string()).unwrap_or_default();
+        let only = roots.first().and_then(|(_, key, _)| key.as_ref());
+        let name = only.map(|key| path_text(&self.place, key)).unwrap_or_default();
         let progress = Progress::new(if several { "storing" } else { &name }, total);
         let mut walk = walk(roots);
         let mut tree: Option<Tree> = None;
         let mut running = FuturesUnordered::new();
         let mut batch = Batch::default();
-        let mut tally = Tally { several, ..Tally::default() };
+        let mut tally = Tally { several, place: self.place.clone(), ..Tally::default() };
         loop {
             let found = walk.recv().await;
             // A batch is sent when it is full, or when nothing more comes.
@@ -374,11 +385,30 @@ fn failure_of(error: &Error) -> Failure {
     Failure::from(error.clone())
 }
 
+/// A key with its shard, as it would be typed.
+fn path_text(place: &str, key: &Key) -> String {
+    format!("{place}/{}", crate::output::printable(key.as_bytes()))
+}
+
+/// Why a key was not stored, by the names that were typed.
+fn explained(place: &str, key: &Key, failure: Failure) -> Failure {
+    let path = path_text(place, key);
+    let failure = match failure.reason() {
+        Some(Reason::IsDirectory) => {
+            failure.hint(format!("`{path}/` puts something into that directory under its own name"))
+        }
+        _ => failure,
+    };
+    failure.context(format!("put {path}"))
+}
+
 /// Counts what was stored, says what was not.
 #[derive(Default)]
 struct Tally {
     /// Say at once what was not stored; a single source's failure is the command's.
     several: bool,
+    /// The shard as it was typed.
+    place: String,
     stored: u64,
     bytes: u64,
     problems: u64,
@@ -403,7 +433,7 @@ impl Tally {
                 }
             }
             Err(failure) => {
-                let failure = failure.context(format!("put {}", crate::output::printable(key.as_bytes())));
+                let failure = explained(&self.place, key, failure);
                 if failure.reason().is_some_and(ends_everything) {
                     return Err(failure);
                 }
@@ -522,6 +552,17 @@ mod tests {
         assert_eq!(key(&dir, "s").unwrap(), None);
         let failure = key(&file, "s").unwrap_err();
         assert_eq!(failure.hint_text(), Some("`s/` puts the file into it under its own name"));
+    }
+
+    #[test]
+    fn failures_name_what_was_typed() {
+        let key = Key::new("a/b").unwrap();
+        let error = |reason| Failure::from(Error::new(reason, "shard 4: no"));
+        let failure = explained("photos", &key, error(Reason::IsDirectory));
+        assert_eq!(failure.message(), "put photos/a/b: shard 4: no");
+        assert!(failure.hint_text().is_some_and(|h| h.starts_with("`photos/a/b/` puts")), "{failure:?}");
+        let failure = explained("photos", &key, error(Reason::ShardFull));
+        assert!(failure.hint_text().is_some_and(|h| h.contains("--limit")), "{failure:?}");
     }
 
     #[tokio::test]

@@ -4,9 +4,9 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 use shardfs_proto::client::Client;
-use shardfs_proto::types::cluster::ShardInfo;
+use shardfs_proto::types::cluster::{Selector, ShardInfo};
 use shardfs_proto::types::op::{Durability, NewInode, Operation};
-use shardfs_proto::types::{Attr, FileKind, FileName, InodeNo, Key, Reason, ShardId, ShardName};
+use shardfs_proto::types::{Attr, FileKind, FileName, InodeNo, Key, Reason, ShardId};
 
 use crate::failure::{Failure, OrFail, Result};
 
@@ -14,19 +14,12 @@ use crate::failure::{Failure, OrFail, Result};
 const DIRECTORIES_MAX: usize = 4096;
 
 /// The shard that was typed: a name among the client id's shards, or `@ID`.
-pub async fn find_shard(client: &Client, name: &ShardName) -> Result<ShardInfo> {
-    match client.shard_by_name(name).await {
-        Ok(info) => Ok(info),
-        Err(e) if e.reason() == Reason::ShardNotFound => match id_of(name) {
-            Some(id) => client.shard(id).await.map_err(Failure::from),
-            None => Err(e.into()),
-        },
-        Err(e) => Err(e.into()),
-    }
-}
-
-fn id_of(name: &ShardName) -> Option<ShardId> {
-    ShardId::new(name.as_str().strip_prefix('@')?.parse().ok()?).ok()
+pub async fn find_shard(client: &Client, shard: &Selector) -> Result<ShardInfo> {
+    let found = match shard {
+        Selector::Name(name) => client.shard_by_name(name).await,
+        Selector::Id(id) => client.shard(*id).await,
+    };
+    found.map_err(Failure::from)
 }
 
 /// What a path names, whatever its kind; empty: the shard's root. Follows no symlinks.
@@ -181,18 +174,4 @@ pub fn ends_everything(reason: Reason) -> bool {
             | Reason::Io
             | Reason::Internal
     )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_written_with_an_at() {
-        let id = |name: &str| id_of(&ShardName::new(name).unwrap()).map(ShardId::get);
-        assert_eq!(id("@12"), Some(12));
-        for name in ["12", "@", "@0", "@x", "@99999999999"] {
-            assert_eq!(id(name), None, "{name}");
-        }
-    }
 }

@@ -12,7 +12,7 @@ use super::progress::Progress;
 use super::remote::{ends_everything, find_shard, resolve_if_there};
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, Result};
-use crate::paths::RemotePath;
+use crate::paths::{RemotePath, shard_text};
 
 /// Entries of one look into a directory.
 const PAGE: u32 = 1024;
@@ -51,9 +51,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let paths = args.paths.iter().map(|p| RemotePath::parse(p)).collect::<Result<Vec<_>>>()?;
     for path in &paths {
         if path.rest().is_empty() && !(args.recursive && path.trailing_slash) {
-            return Err(Failure::usage(format!("{} is a shard", path.shard)).hint(format!(
-                "`shardfs shard delete {0}` deletes it; `shardfs rm -r {0}/` empties it",
-                path.shard
+            let shard = shard_text(&path.shard);
+            return Err(Failure::usage(format!("{shard} is a shard")).hint(format!(
+                "`shardfs shard delete {shard}` deletes it; `shardfs rm -r {shard}/` empties it"
             )));
         }
     }

@@ -6,15 +6,15 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::ShardName;
-use shardfs_proto::types::cluster::{NewShard, ShardInfo};
+use shardfs_proto::types::cluster::{NewShard, Selector, ShardInfo};
 use shardfs_proto::types::op::ShardState;
 
 use super::remote::find_shard;
 use super::status::ask_nodes;
 use crate::context::Context;
-use crate::failure::{Failure, Result};
+use crate::failure::{Failure, OrFail, Result};
 use crate::output::{self, Align, Out, Table, time_json, time_text};
-use crate::paths::shard_name;
+use crate::paths::{shard_name, shard_selector, shard_text};
 use crate::size;
 
 /// Shards whose usage is asked for at a time.
@@ -35,6 +35,13 @@ SHARD is a name, or @ID.")]
 pub struct Args {
     #[command(subcommand)]
     command: Command,
+}
+
+impl Args {
+    /// Whether it changes something in the cluster.
+    pub fn changes(&self) -> bool {
+        !matches!(self.command, Command::List { .. } | Command::Show { .. })
+    }
 }
 
 #[derive(Subcommand, Debug)]
@@ -76,8 +83,8 @@ enum Command {
     /// Show one shard
     Show {
         /// A name, or @ID
-        #[arg(value_parser = shard_name)]
-        shard: ShardName,
+        #[arg(value_parser = shard_selector)]
+        shard: Selector,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -85,14 +92,14 @@ enum Command {
     /// Close a shard for good: it can be read, and never changes again
     Close {
         /// A name, or @ID
-        #[arg(value_parser = shard_name)]
-        shard: ShardName,
+        #[arg(value_parser = shard_selector)]
+        shard: Selector,
     },
     /// Give a shard another name
     Rename {
         /// A name, or @ID
-        #[arg(value_parser = shard_name)]
-        shard: ShardName,
+        #[arg(value_parser = shard_selector)]
+        shard: Selector,
         /// The new name
         #[arg(value_parser = shard_name)]
         new_name: ShardName,
@@ -100,8 +107,8 @@ enum Command {
     /// Delete a shard and everything in it
     Delete {
         /// A name, or @ID
-        #[arg(value_parser = shard_name)]
-        shard: ShardName,
+        #[arg(value_parser = shard_selector)]
+        shard: Selector,
         /// Even if it is not empty
         #[arg(long, short)]
         force: bool,
@@ -146,14 +153,14 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         Command::Close { shard } => {
             let client = context.client()?;
             let info = find_shard(&client, &shard).await?;
-            let info = client.close_shard(info.id).await?;
+            let info = client.close_shard(info.id).await.with_context(|| shard_text(&shard))?;
             done(format!("{} is {}", info.name, info.state.as_str()))
         }
         Command::Rename { shard, new_name } => {
             let client = context.client()?;
             let info = find_shard(&client, &shard).await?;
             let old = info.name.clone();
-            let info = client.rename_shard(info.id, &new_name).await?;
+            let info = client.rename_shard(info.id, &new_name).await.with_context(|| shard_text(&shard))?;
             done(format!("{old} is {} now", info.name))
         }
         Command::Delete { shard, force, yes } => delete(context, &shard, force, yes).await,
@@ -237,7 +244,7 @@ async fn with_usage(client: &Client, info: ShardInfo) -> ShardInfo {
     }
 }
 
-async fn show(context: &Context, shard: &ShardName, json: bool) -> Result<()> {
+async fn show(context: &Context, shard: &Selector, json: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
     let info = with_usage(&client, info).await;
@@ -265,7 +272,7 @@ async fn show(context: &Context, shard: &ShardName, json: bool) -> Result<()> {
     out.flush()
 }
 
-async fn delete(context: &Context, shard: &ShardName, force: bool, yes: bool) -> Result<()> {
+async fn delete(context: &Context, shard: &Selector, force: bool, yes: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
     let info = with_usage(&client, info).await;
@@ -283,7 +290,7 @@ async fn delete(context: &Context, shard: &ShardName, force: bool, yes: bool) ->
             return Err(Failure::new("nothing was deleted"));
         }
     }
-    client.delete_shard(info.id, !force).await?;
+    client.delete_shard(info.id, !force).await.with_context(|| shard_text(shard))?;
     done(format!("{} is deleted", info.name))
 }
 

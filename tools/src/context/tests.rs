@@ -17,6 +17,7 @@ fn dev_cluster(dir: &Path, client_id: &str) -> PathBuf {
         sockets: PathBuf::from("/run/x"),
         ports: Default::default(),
         mount_options: Vec::new(),
+        mount_that_worked: None,
     };
     layout.create().unwrap();
     layout.write_settings(&settings).unwrap();
@@ -42,6 +43,7 @@ fn order_of_precedence() {
         endpoints: Some("env:1,http://env:2".into()),
         dir: Some(dir.clone()),
         client_id: Some("tenant-e".into()),
+        deadline: None,
         config: None,
         config_candidates: vec![temp.path().join("absent.yaml"), config],
         working_directory: below,
@@ -77,6 +79,37 @@ fn order_of_precedence() {
     environment.working_directory = PathBuf::from("/");
     let failure = context(&globals, &environment).cluster().unwrap_err();
     assert_eq!((failure.message(), failure.code()), ("no cluster given", crate::failure::EXIT_USAGE));
+}
+
+#[test]
+fn the_deadline_is_that_of_flag_environment_file() {
+    let temp = tempfile::tempdir().unwrap();
+    let config = temp.path().join("c.yaml");
+    let deadline = |flag: Option<Duration>, variable: Option<&str>, file: &str| {
+        std::fs::write(&config, format!("endpoints: [a:1]\n{file}\n")).unwrap();
+        let globals = Globals { config: Some(config.clone()), deadline: flag, ..Globals::default() };
+        let deadline = variable.map(str::to_owned);
+        Context::new(globals, Environment { deadline, ..Environment::default() })
+            .cluster()
+            .map(|c| c.deadline)
+    };
+    let seconds = Duration::from_secs;
+    assert_eq!(deadline(None, None, "").unwrap(), DEFAULT_DEADLINE);
+    // Both names; the daemon's file has the shorter one.
+    assert_eq!(deadline(None, None, "deadline_seconds: 5").unwrap(), seconds(5));
+    assert_eq!(deadline(None, None, "deadline: 6").unwrap(), seconds(6));
+    assert_eq!(deadline(None, Some("7"), "deadline: 6").unwrap(), seconds(7));
+    assert_eq!(deadline(None, Some("0.5"), "").unwrap(), Duration::from_millis(500));
+    assert_eq!(deadline(Some(seconds(8)), Some("7"), "deadline: 6").unwrap(), seconds(8));
+    for (variable, file, named) in [
+        (Some("0"), "", "SHARDFS_DEADLINE"),
+        (Some("x"), "", "SHARDFS_DEADLINE"),
+        (None, "deadline: -1", "c.yaml"),
+    ] {
+        let failure = deadline(None, variable, file).unwrap_err();
+        assert!(failure.message().contains(named), "{failure}");
+        assert_eq!(failure.code(), crate::failure::EXIT_USAGE);
+    }
 }
 
 #[test]

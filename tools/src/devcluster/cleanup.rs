@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
+use super::housekeeping::absent_is_fine;
 use super::member::MOUNT;
 use super::process::Watched;
 use super::state::{Layout, ProcessRecord, Processes, Settings};
@@ -152,39 +153,87 @@ fn leftovers(layout: &Layout) -> Result<()> {
     Ok(())
 }
 
-/// Deletes a cluster that is down. Only what a cluster's folder consists of; the folder itself if nothing
-/// else is in it. Refuses while anything is mounted below it. `keep_logs`: all but the logs.
+/// Deletes a cluster that is down: what it made, by name, and the folders that are empty then. What else lies there
+/// stays. Refuses while anything is mounted below it. `keep_logs`: the logs stay, and with them the marker by which
+/// the next start knows the folder.
 pub fn delete(layout: &Layout, settings: &Settings, keep_logs: bool) -> Result<()> {
     let dir = std::fs::canonicalize(layout.dir()).with_context(|| layout.dir().display().to_string())?;
     if let Some(mount) = system::mounts()?.iter().find(|m| m.mount_point.starts_with(&dir)) {
         return Err(Failure::new(format!("{} is still mounted", mount.mount_point.display())));
     }
-    let words = |path: &Path| format!("cannot delete {}", path.display());
-    // The settings go last: as long as they are there, a deletion that was cut off can be repeated.
-    for name in ["nodes", "volumes", "meta", "run", "logs"] {
-        if keep_logs && name == "logs" {
-            continue;
-        }
-        let path = dir.join(name);
-        absent_is_fine(std::fs::remove_dir_all(&path)).with_context(|| words(&path))?;
+    let logs = if keep_logs { Vec::new() } else { layout.made_logs() };
+    for path in layout.made(settings).iter().chain(&logs) {
+        remove(path)?;
     }
-    if !settings.sockets.starts_with(&dir) {
-        absent_is_fine(std::fs::remove_dir_all(&settings.sockets))
-            .with_context(|| words(&settings.sockets))?;
+    for folder in layout.made_folders().iter().chain([&settings.sockets]) {
+        remove_if_empty(folder)?;
     }
-    for name in [".gitignore", super::state::CLUSTER_FILE] {
-        let path = dir.join(name);
-        absent_is_fine(std::fs::remove_file(&path)).with_context(|| words(&path))?;
+    for path in layout.last_files(keep_logs) {
+        remove(&path)?;
     }
-    match std::fs::remove_dir(&dir) {
-        Err(e) if e.kind() != std::io::ErrorKind::DirectoryNotEmpty => Err(e).with_context(|| words(&dir)),
-        _ => Ok(()),
+    remove_if_empty(layout.dir())
+}
+
+/// Removes a file, or a folder with everything in it.
+fn remove(path: &Path) -> Result<()> {
+    let is_folder = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    let removed = if is_folder { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    absent_is_fine(removed).with_context(|| format!("cannot delete {}", path.display()))
+}
+
+fn remove_if_empty(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir(folder) {
+        Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => Ok(()),
+        other => absent_is_fine(other).with_context(|| format!("cannot delete {}", folder.display())),
     }
 }
 
-fn absent_is_fine(result: std::io::Result<()>) -> std::io::Result<()> {
-    match result {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        other => other,
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::devcluster::launch::{self, Wanted};
+    use crate::devcluster::state::VolumeKind;
+
+    #[test]
+    fn only_what_the_cluster_made_is_deleted() {
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&std::fs::canonicalize(temp.path()).unwrap().join("c"));
+        let settings = launch::plan(&layout, None, &Wanted::default(), true).unwrap();
+        let make = || {
+            layout.create().unwrap();
+            layout.write_settings(&settings).unwrap();
+            layout.write_processes(&Processes::default()).unwrap();
+            for path in [
+                layout.log("node-1"),
+                layout.log("supervisor").with_extension("log.1"),
+                layout.lock(),
+                layout.meta().join("store.redb"),
+                layout.volume_source(VolumeKind::Loop, "vol-3"),
+            ] {
+                std::fs::write(path, "x").unwrap();
+            }
+            std::fs::create_dir_all(layout.node_data("node-2").join("volumes/x")).unwrap();
+        };
+        make();
+        delete(&layout, &settings, false).unwrap();
+        assert!(!layout.dir().exists(), "nothing is left of it");
+
+        // A start that failed leaves its logs, in a folder that is known.
+        make();
+        delete(&layout, &settings, true).unwrap();
+        assert!(layout.log("node-1").exists() && layout.read_settings().unwrap().is_none());
+        layout.check_new(None).unwrap();
+
+        make();
+        let foreign = ["logs/mine.log", "meta/notes", "volumes/other.img", ".gitignore", "run/x", "y"];
+        for name in foreign {
+            std::fs::write(layout.dir().join(name), "mine").unwrap();
+        }
+        delete(&layout, &settings, false).unwrap();
+        for name in foreign {
+            assert_eq!(std::fs::read_to_string(layout.dir().join(name)).unwrap(), "mine", "{name}");
+        }
+        assert!(!layout.log("node-1").exists() && !layout.nodes().exists());
+        assert!(layout.read_settings().unwrap().is_none());
     }
 }

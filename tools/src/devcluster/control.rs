@@ -156,13 +156,7 @@ pub async fn ask(socket: &Path, request: &Request) -> Result<Option<String>> {
     match call(socket, request).await? {
         None => Ok(None),
         Some(Reply::Done { message }) => Ok(Some(message)),
-        Some(Reply::Failed { message, hint }) => {
-            let failure = Failure::new(message);
-            Err(match hint {
-                Some(hint) => failure.hint(hint),
-                None => failure,
-            })
-        }
+        Some(Reply::Failed { message, hint }) => Err(Failure::told(message, hint)),
         Some(Reply::Status(_)) => Err(Failure::new("the supervisor answered something else")),
     }
 }

@@ -19,7 +19,7 @@ use super::cleanup;
 use super::control::{self, ClusterStatus, Reply, Request};
 use super::lock;
 use super::process::{self, Identity};
-use super::state::{self, Layout, NODES_MAX, Ports, Settings, VOLUMES_PER_NODE_MAX, VolumeKind};
+use super::state::{self, Layout, NODES_MAX, Ports, Processes, Settings, VOLUMES_PER_NODE_MAX, VolumeKind};
 use super::supervisor::{Programs, Supervisor};
 use crate::failure::{Failure, OrFail, Result};
 use crate::system::{self, MountHealth};
@@ -38,6 +38,8 @@ const LOCK_WAIT: Duration = Duration::from_secs(5);
 pub struct Wanted {
     /// Where to mount.
     pub mount: Option<PathBuf>,
+    /// Not mounted any more.
+    pub no_mount: bool,
     /// Number of nodes.
     pub nodes: Option<u32>,
     /// Kind of volumes.
@@ -60,8 +62,15 @@ pub struct Wanted {
 pub enum Report {
     /// What it does now.
     Progress(String),
-    /// Everything serves.
+    /// The nodes serve, and the mount if there is to be one.
     Up,
+    /// The nodes serve, but the mount does not.
+    UpUnmounted {
+        /// Why.
+        message: String,
+        /// What to do about it.
+        hint: Option<String>,
+    },
     /// It has given up, and stopped what it had started.
     Failed {
         /// Why.
@@ -108,6 +117,7 @@ pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bo
             sockets: layout.choose_sockets(&runtime_dir(root)),
             ports: Ports::default(),
             mount_options: wanted.mount_options.clone(),
+            mount_that_worked: None,
         });
     };
     let fixed = |what: &str, is: String, asked: Option<String>| match asked {
@@ -136,6 +146,10 @@ pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bo
     if let Some(id) = &wanted.client_id {
         settings.client_id = id.clone();
     }
+    if wanted.no_mount {
+        settings.set_mount_place(None);
+        settings.mount_that_worked = None;
+    }
     if let Some(mount) = &wanted.mount {
         settings.mount = Some(mount.clone());
     }
@@ -162,10 +176,16 @@ pub enum Outcome {
     /// It ran already.
     WasUp(Box<ClusterStatus>),
     /// It is up now.
-    Started,
+    Started {
+        /// Why it is not mounted, though it should be.
+        mount_failure: Option<Failure>,
+    },
     /// It ran in the foreground and is down again.
     Ended,
 }
+
+/// Told that the nodes serve, and where the cluster is mounted.
+pub type OnUp<'a> = dyn FnMut(&Settings, Option<&Path>) + 'a;
 
 /// Brings a cluster up: checks, then a supervisor; `progress` is told what happens.
 pub async fn up(
@@ -173,7 +193,7 @@ pub async fn up(
     wanted: &Wanted,
     foreground: bool,
     progress: &mut dyn FnMut(&str),
-    on_up: &mut dyn FnMut(&Settings),
+    on_up: &mut OnUp<'_>,
 ) -> Result<Outcome> {
     let root = system::is_root();
     let stored = layout.read_settings()?;
@@ -202,8 +222,16 @@ pub async fn up(
             Failure::new("loop volumes need root").hint("--volumes dir needs none; or run it as root")
         );
     }
+    if fresh {
+        layout.check_new(settings.mount.as_deref())?;
+    }
     if let Some(mount) = &settings.mount {
-        check_mount_point(layout, mount).await?;
+        let checked = check_mount_point(layout, mount).await;
+        // Remembered from an earlier start: nobody typed it now.
+        checked.map_err(|failure| match &wanted.mount {
+            Some(_) => failure,
+            None => failure.hint_first("`dev up --no-mount` starts the cluster without it"),
+        })?;
     }
     layout.create()?;
     state::make_private(&settings.sockets)?;
@@ -220,9 +248,10 @@ pub async fn up(
         info!("supervising in the foreground");
         run_foreground(layout, settings.clone(), programs, lock, progress, on_up).await
     } else {
-        spawn_supervisor(layout, lock, progress).await.map(|()| {
-            on_up(&settings);
-            Outcome::Started
+        spawn_supervisor(layout, lock, progress).await.map(|mount_failure| {
+            let mount = settings.mount.as_deref().filter(|_| mount_failure.is_none());
+            on_up(&settings, mount);
+            Outcome::Started { mount_failure }
         })
     };
     if result.is_err()
@@ -243,11 +272,15 @@ async fn run_foreground(
     programs: Programs,
     lock: File,
     progress: &mut dyn FnMut(&str),
-    on_up: &mut dyn FnMut(&Settings),
+    on_up: &mut OnUp<'_>,
 ) -> Result<Outcome> {
     let shown = settings.clone();
-    let supervisor = start_or_stop(layout, settings, programs, lock, progress).await?;
-    on_up(&shown);
+    let mut supervisor = start_or_stop(layout, settings, programs, lock, progress).await?;
+    let mount_failure = supervisor.take_mount_failure();
+    on_up(&shown, shown.mount.as_deref().filter(|_| mount_failure.is_none()));
+    if let Some(failure) = mount_failure {
+        crate::output::note(failure.render().trim_end());
+    }
     supervisor.run().await?;
     Ok(Outcome::Ended)
 }
@@ -265,7 +298,7 @@ async fn start_or_stop(
     let stop = settings.clone();
     let interrupted = tokio::select! {
         result = Supervisor::start(layout.clone(), settings, programs, lock, progress) => return result,
-        _ = terminate.recv() => Failure::interrupted(),
+        _ = terminate.recv() => Failure::terminated(),
         _ = interrupt.recv() => Failure::interrupted(),
     };
     cleanup::stop_everything(layout, &stop, &layout.read_processes()?, true).await?;
@@ -283,7 +316,7 @@ pub async fn supervise(layout: &Layout) -> Result<()> {
         start_or_stop(layout, settings, Programs::find()?, lock, &mut progress).await
     }
     .await;
-    let supervisor = match result {
+    let mut supervisor = match result {
         Ok(supervisor) => supervisor,
         Err(failure) => {
             let hint = failure.hint_text().map(str::to_owned);
@@ -291,7 +324,13 @@ pub async fn supervise(layout: &Layout) -> Result<()> {
             return Err(failure);
         }
     };
-    report(&Report::Up);
+    report(&match supervisor.take_mount_failure() {
+        None => Report::Up,
+        Some(failure) => {
+            let hint = failure.hint_text().map(str::to_owned);
+            Report::UpUnmounted { message: failure.message().to_owned(), hint }
+        }
+    });
     // Nothing more is written to standard output, whose reader goes away now.
     supervisor.run().await
 }
@@ -302,9 +341,14 @@ fn report(report: &Report) {
     let _ = stdout.write_all(&control::line(report)).and_then(|()| stdout.flush());
 }
 
-/// The supervisor gets the lock as its standard input: it is never free in between.
-async fn spawn_supervisor(layout: &Layout, lock: File, progress: &mut dyn FnMut(&str)) -> Result<()> {
-    let log_path = layout.log("supervisor");
+/// The supervisor gets the lock as its standard input: it is never free in between. `Some`: the nodes serve, and this is
+/// why the mount does not.
+async fn spawn_supervisor(
+    layout: &Layout,
+    lock: File,
+    progress: &mut dyn FnMut(&str),
+) -> Result<Option<Failure>> {
+    let log_path = layout.log(state::SUPERVISOR);
     let log = File::options().create(true).append(true).open(&log_path);
     let log = log.with_context(|| log_path.display().to_string())?;
     let exe = std::env::current_exe().context("cannot find this program")?;
@@ -332,12 +376,18 @@ async fn spawn_supervisor(layout: &Layout, lock: File, progress: &mut dyn FnMut(
     });
     let mut terminate = tokio::signal::unix::signal(SignalKind::terminate())?;
     let mut interrupt = tokio::signal::unix::signal(SignalKind::interrupt())?;
-    let mut was_interrupted = false;
+    let mut signal = async || {
+        tokio::select! {
+            _ = terminate.recv() => Failure::terminated(),
+            _ = interrupt.recv() => Failure::interrupted(),
+        }
+    };
+    let mut was_interrupted = None;
     loop {
         let report = tokio::select! {
             report = reports.recv() => report,
-            _ = async { tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} } } => {
-                was_interrupted = true;
+            failure = signal() => {
+                was_interrupted = Some(failure);
                 progress("interrupted: stopping what was started");
                 // It stops what it has started, says so and ends.
                 if let Some(process) = identity.clone().and_then(|i| process::Watched::new(i).ok().flatten()) {
@@ -348,16 +398,15 @@ async fn spawn_supervisor(layout: &Layout, lock: File, progress: &mut dyn FnMut(
         };
         match report {
             Some(Report::Progress(what)) => progress(&what),
-            Some(Report::Up) => return Ok(()),
-            Some(Report::Failed { .. }) if was_interrupted => return Err(Failure::interrupted()),
+            Some(Report::Up) => return Ok(None),
+            Some(Report::UpUnmounted { message, hint }) => return Ok(Some(Failure::told(message, hint))),
             Some(Report::Failed { message, hint }) => {
+                if let Some(failure) = was_interrupted {
+                    return Err(failure);
+                }
                 // Its last words are said; it is ended when its lock is free.
                 let _ = tokio::task::spawn_blocking(move || child.wait()).await;
-                let failure = Failure::new(message);
-                return Err(match hint {
-                    Some(hint) => failure.hint(hint),
-                    None => failure,
-                });
+                return Err(Failure::told(message, hint));
             }
             None => {
                 let mut message = "the supervisor ended before the cluster was up".to_owned();
@@ -409,7 +458,7 @@ async fn check_mount_point(layout: &Layout, mount: &Path) -> Result<()> {
             }));
         }
     }
-    std::fs::create_dir_all(mount).with_context(|| format!("cannot make {}", mount.display()))?;
+    system::make_folder(mount)?;
     let mut entries = std::fs::read_dir(mount).with_context(|| format!("mount point {}", mount.display()))?;
     if entries.next().is_some() {
         return Err(Failure::new(format!("the mount point {} is not empty", mount.display()))
@@ -457,10 +506,23 @@ pub async fn status(layout: &Layout) -> Result<ClusterStatus> {
 /// Sends a request that needs a running supervisor.
 pub async fn ask(layout: &Layout, request: &Request) -> Result<String> {
     let settings = settings_of(layout)?;
-    control::ask(&Layout::control_socket(&settings), request).await?.ok_or_else(|| {
-        Failure::new(format!("the cluster in {} is down", layout.dir().display()))
-            .hint(format!("`shardfs dev up --dir {}` starts it", layout.dir().display()))
-    })
+    match control::ask(&Layout::control_socket(&settings), request).await? {
+        Some(done) => Ok(done),
+        None => Err(nobody_supervises(layout, &layout.read_processes()?)),
+    }
+}
+
+/// What is to be said when nobody answers on the control socket: all is down, or the supervisor only.
+fn nobody_supervises(layout: &Layout, processes: &Processes) -> Failure {
+    let dir = layout.dir().display();
+    if processes.members.values().any(|record| record.identity.is_running()) {
+        return Failure::new(format!(
+            "the supervisor of the cluster in {dir} is gone, with processes left running"
+        ))
+        .hint(format!("`shardfs dev up --dir {dir}` takes them over, `dev down` ends them"));
+    }
+    Failure::new(format!("the cluster in {dir} is down"))
+        .hint(format!("`shardfs dev up --dir {dir}` starts it"))
 }
 
 /// Takes a cluster down, also one whose supervisor is gone; says whether anything ran.
@@ -488,7 +550,7 @@ pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
     let processes = layout.read_processes()?;
     let ran = processes.members.values().any(|r| r.identity.is_running());
     cleanup::stop_everything(layout, &settings, &processes, force).await?;
-    layout.write_processes(&state::Processes::default())?;
+    layout.write_processes(&Processes::default())?;
     Ok(ran)
 }
 
@@ -521,6 +583,33 @@ mod tests {
         assert_eq!((settings.volume_size_bytes, settings.client_id.as_str()), (4 << 30, "default"));
         assert_eq!((settings.mount, settings.default_limit_bytes), (None, None));
         assert_eq!(plan(&layout, None, &Wanted::default(), false).unwrap().volumes, VolumeKind::Dir);
+    }
+
+    #[test]
+    fn no_mount_forgets_the_mount() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        let wanted =
+            Wanted { mount: Some("/mnt".into()), mount_options: vec!["ro".to_owned()], ..Wanted::default() };
+        let mut stored = plan(&layout, None, &wanted, true).unwrap();
+        stored.mount_that_worked = stored.mount_place();
+        assert_eq!(plan(&layout, Some(stored.clone()), &Wanted::default(), true).unwrap(), stored);
+        let wanted = Wanted { no_mount: true, ..Wanted::default() };
+        let planned = plan(&layout, Some(stored), &wanted, true).unwrap();
+        assert_eq!((planned.mount, planned.mount_that_worked), (None, None));
+        assert!(planned.mount_options.is_empty());
+    }
+
+    #[test]
+    fn a_lost_supervisor_is_no_cluster_that_is_down() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        let failure = nobody_supervises(&layout, &Processes::default());
+        assert_eq!(failure.message(), "the cluster in /srv/c is down");
+        let identity = Identity::of(std::process::id()).unwrap();
+        let record = state::ProcessRecord { identity, program: "/bin/x".into(), args: Vec::new() };
+        let members = [("node-1".to_owned(), record)].into();
+        let failure = nobody_supervises(&layout, &Processes { supervisor: None, members });
+        assert!(failure.message().contains("is gone, with processes left running"), "{failure}");
+        assert!(failure.hint_text().is_some_and(|h| h.contains("`shardfs dev up --dir /srv/c`")));
     }
 
     #[test]

@@ -102,7 +102,10 @@ impl Member {
     /// The mount of a cluster.
     pub fn mount(layout: &Layout, settings: &Settings, mount: &std::path::Path, program: PathBuf) -> Member {
         let http = settings.ports.http.get(MOUNT).copied().unwrap_or(0);
-        let mut args = vec![mount.display().to_string(), "--foreground".to_owned()];
+        // A dead mount stays until its successor is ready: what programs write meanwhile must fail, not land
+        // in the directory below.
+        let mut args =
+            vec![mount.display().to_string(), "--foreground".to_owned(), "--replace-dead".to_owned()];
         args.extend(["--ready-fd".to_owned(), READY_FD.to_owned()]);
         args.extend(["--endpoints".to_owned(), layout.node_endpoints(settings).join(",")]);
         args.extend(["--client-id".to_owned(), settings.client_id.to_string()]);

@@ -2,6 +2,7 @@
 //! the first `dev up`) and processes (who runs, so that the next supervisor finds them).
 //!
 //! ```text
+//! DIR/.shardfs-dev        says that the folder is a cluster's: made before anything else in it, deleted after it
 //! DIR/cluster.json        settings
 //! DIR/run/lock            held by the supervisor
 //! DIR/run/processes.json  processes that were started and may run
@@ -28,6 +29,16 @@ use crate::failure::{Failure, OrFail, Result};
 
 /// The settings file, by which a folder is known to be a dev cluster.
 pub const CLUSTER_FILE: &str = "cluster.json";
+/// Marks a folder as a cluster's own from the first moment on, also one whose first start failed half-way.
+const MARKER_FILE: &str = ".shardfs-dev";
+/// What the marker says to who finds it.
+const MARKER_TEXT: &str = "This folder belongs to a cluster of `shardfs dev up`.\n";
+/// Keeps a cluster inside a source tree out of version control.
+const IGNORE_FILE: &str = ".gitignore";
+/// What it says. One that says something else is not ours to delete.
+const IGNORE_TEXT: &str = "*\n";
+/// The supervisor's name among the logs.
+pub const SUPERVISOR: &str = "supervisor";
 /// The supervisor's socket, beside those of the nodes.
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Version of both files.
@@ -94,9 +105,35 @@ pub struct Settings {
     /// Options (`-o`) for the mount.
     #[serde(default)]
     pub mount_options: Vec<String>,
+    /// The last mount that came to be: one that fails before it ever worked is forgotten for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount_that_worked: Option<MountPlace>,
+}
+
+/// Where and how a cluster is mounted.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MountPlace {
+    /// Where.
+    pub path: PathBuf,
+    /// Options (`-o`).
+    pub options: Vec<String>,
 }
 
 impl Settings {
+    /// The mount that is asked for.
+    pub fn mount_place(&self) -> Option<MountPlace> {
+        let path = self.mount.clone()?;
+        Some(MountPlace { path, options: self.mount_options.clone() })
+    }
+
+    /// Asks for another mount, or none.
+    pub fn set_mount_place(&mut self, place: Option<MountPlace>) {
+        (self.mount, self.mount_options) = match place {
+            Some(place) => (Some(place.path), place.options),
+            None => (None, Vec::new()),
+        };
+    }
+
     /// The nodes' names in order.
     pub fn node_names(&self) -> Vec<String> {
         (1..=self.nodes).map(|n| format!("node-{n}")).collect()
@@ -196,7 +233,7 @@ impl Layout {
 
     /// A process's log.
     pub fn log(&self, name: &str) -> PathBuf {
-        self.dir.join("logs").join(format!("{name}.log"))
+        self.logs().join(format!("{name}.log"))
     }
 
     /// The socket of a node.
@@ -223,18 +260,110 @@ impl Layout {
             .collect()
     }
 
+    /// The logs' folder.
+    pub fn logs(&self) -> PathBuf {
+        self.dir.join("logs")
+    }
+
+    /// Refuses to make a new cluster among the files of somebody else, which `dev down --delete` could not tell from
+    /// its own. A mount point that was made below the folder beforehand does not count.
+    pub fn check_new(&self, mount: Option<&Path>) -> Result<()> {
+        let entries = match fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotADirectory => {
+                return Err(Failure::usage(format!("{} is a file; a folder is needed", self.dir.display()))
+                    .hint("choose another --dir"));
+            }
+            Err(e) => return Err(Failure::new(format!("cannot read {}: {e}", self.dir.display()))),
+        };
+        if self.is_marked() {
+            return Ok(());
+        }
+        for entry in entries {
+            let entry = entry.with_context(|| self.dir.display().to_string())?;
+            let path = entry.path();
+            let expected = entry.file_name() == "lost+found" || mount.is_some_and(|m| m.starts_with(&path));
+            if !expected {
+                return Err(Failure::usage(format!(
+                    "{} is not empty and no cluster: it holds {:?}",
+                    self.dir.display(),
+                    entry.file_name()
+                ))
+                .hint("choose an empty or a new folder with --dir: a cluster keeps a folder to itself"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a cluster was made, or begun, in this folder.
+    fn is_marked(&self) -> bool {
+        [MARKER_FILE, CLUSTER_FILE].into_iter().any(|name| self.dir.join(name).is_file())
+    }
+
     /// Makes the folders. The whole is for its owner only: it holds data of all client ids.
     pub fn create(&self) -> Result<()> {
         make_private(&self.dir)?;
-        for folder in [self.run(), self.meta(), self.volumes(), self.nodes(), self.dir.join("logs")] {
+        self.write_once(MARKER_FILE, MARKER_TEXT)?;
+        for folder in [self.run(), self.meta(), self.volumes(), self.nodes(), self.logs()] {
             make_private(&folder)?;
         }
-        // A cluster inside a source tree is no part of it.
-        let ignore = self.dir.join(".gitignore");
-        if !ignore.exists() {
-            fs::write(&ignore, "*\n").with_context(|| ignore.display().to_string())?;
+        self.write_once(IGNORE_FILE, IGNORE_TEXT)
+    }
+
+    fn write_once(&self, name: &str, text: &str) -> Result<()> {
+        let path = self.dir.join(name);
+        if path.exists() {
+            return Ok(());
         }
-        Ok(())
+        fs::write(&path, text).with_context(|| path.display().to_string())
+    }
+
+    /// What a cluster with these settings has made in its folder, apart from its logs and from the files that say so
+    /// ([`Layout::last_files`]). Whatever else is there is somebody else's.
+    pub fn made(&self, settings: &Settings) -> Vec<PathBuf> {
+        let mut made: Vec<PathBuf> = settings.node_names().iter().map(|node| self.node_data(node)).collect();
+        for (volume, _) in settings.volume_names() {
+            let source = self.volume_source(settings.volumes, &volume);
+            // One that was being made.
+            made.push(source.with_extension("img.new"));
+            made.push(source);
+        }
+        made.extend(settings.node_names().iter().map(|node| Layout::node_socket(settings, node)));
+        made.extend([
+            Layout::meta_socket(settings),
+            Layout::control_socket(settings),
+            self.meta().join("store.redb"),
+            self.run().join("processes.json"),
+            self.run().join("processes.json.new"),
+            self.dir.join("cluster.json.new"),
+            self.lock(),
+        ]);
+        made
+    }
+
+    /// The logs, also those of a first start that failed and had other settings.
+    pub fn made_logs(&self) -> Vec<PathBuf> {
+        let nodes = (1..=NODES_MAX).map(|n| format!("node-{n}"));
+        nodes
+            .chain([SUPERVISOR, super::member::MOUNT].map(str::to_owned))
+            .map(|name| self.log(&name))
+            .flat_map(|log| [log.with_extension("log.1"), log])
+            .collect()
+    }
+
+    /// The folders of [`Layout::made`], to be removed when they are empty.
+    pub fn made_folders(&self) -> [PathBuf; 5] {
+        [self.nodes(), self.volumes(), self.meta(), self.run(), self.logs()]
+    }
+
+    /// What goes last, in this order: as long as the settings are there, a deletion that was cut off can be repeated.
+    pub fn last_files(&self, keep_marker: bool) -> Vec<PathBuf> {
+        let ignore = self.dir.join(IGNORE_FILE);
+        let ours = fs::read_to_string(&ignore).is_ok_and(|text| text == IGNORE_TEXT);
+        let marker = (!keep_marker).then(|| self.dir.join(MARKER_FILE));
+        let ignore = (ours && !keep_marker).then_some(ignore);
+        ignore.into_iter().chain([self.dir.join(CLUSTER_FILE)]).chain(marker).collect()
     }
 
     /// Where the sockets of a cluster in this folder go: `DIR/run` if the paths fit into a socket address, else a short
@@ -354,6 +483,7 @@ mod tests {
                 http: [("mount".to_owned(), 4001)].into(),
             },
             mount_options: vec!["ro".to_owned()],
+            mount_that_worked: Some(MountPlace { path: PathBuf::from("/mnt/z"), options: Vec::new() }),
         }
     }
 
@@ -393,6 +523,29 @@ mod tests {
         assert!(failure.message().ends_with("cluster.json is not readable: format 2, this version knows 1"));
         fs::write(temp.path().join(CLUSTER_FILE), "{\"format\": 1, \"no").unwrap();
         assert!(layout.read_settings().unwrap_err().message().contains("cluster.json is not readable"));
+    }
+
+    #[test]
+    fn folders_of_others_are_no_place_for_a_cluster() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("d");
+        let layout = Layout::new(&dir);
+        layout.check_new(None).unwrap();
+        fs::create_dir(&dir).unwrap();
+        layout.check_new(None).unwrap();
+        // The mount point may be there before; nothing else may.
+        fs::create_dir_all(dir.join("m/nt")).unwrap();
+        layout.check_new(Some(&dir.join("m/nt"))).unwrap();
+        let failure = layout.check_new(Some(&temp.path().join("elsewhere"))).unwrap_err();
+        assert!(failure.message().ends_with("/d is not empty and no cluster: it holds \"m\""), "{failure}");
+        assert_eq!(failure.code(), crate::failure::EXIT_USAGE);
+        fs::write(dir.join("file"), "mine").unwrap();
+        assert!(layout.check_new(Some(&dir.join("m/nt"))).is_err());
+        // Nor is a file a folder.
+        assert!(Layout::new(&dir.join("file")).check_new(None).unwrap_err().message().contains("is a file"));
+        // What a first start left behind is the cluster's own, even before it has settings.
+        layout.create().unwrap();
+        layout.check_new(None).unwrap();
     }
 
     #[test]

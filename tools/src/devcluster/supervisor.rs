@@ -26,7 +26,7 @@ use super::housekeeping::{absent_is_fine, choose_ports, move_log};
 use super::listen::{self, Asked};
 use super::member::{MOUNT, Member, Phase};
 use super::process::{self, Identity, Watched};
-use super::state::{Layout, ProcessRecord, Processes, Settings};
+use super::state::{self, Layout, ProcessRecord, Processes, Settings};
 use crate::failure::{Failure, Result};
 use crate::system::{self, MountHealth};
 
@@ -80,14 +80,18 @@ pub struct Supervisor {
     started: Instant,
     /// While false, a member that fails is no reason to try again but one to give up the start.
     up: bool,
-    startup_failure: Option<Failure>,
+    /// Whose start failed, and why.
+    startup_failure: Option<(String, Failure)>,
+    /// Why the cluster is up without its mount.
+    mount_failure: Option<Failure>,
     /// Held for life; released by the kernel when the process ends, however it ends.
     _lock: File,
     _meta: embedded_server::Handle,
 }
 
 impl Supervisor {
-    /// Starts everything, adopting what still runs. When it fails, everything is stopped again.
+    /// Starts everything, adopting what still runs. When it fails, everything is stopped again; the nodes need no mount,
+    /// though, and stay when only that fails ([`Supervisor::take_mount_failure`]).
     pub async fn start(
         layout: Layout,
         mut settings: Settings,
@@ -118,6 +122,7 @@ impl Supervisor {
             started: clock::monotonic(),
             up: false,
             startup_failure: None,
+            mount_failure: None,
             _lock: lock,
             _meta: meta,
             events,
@@ -178,27 +183,82 @@ impl Supervisor {
         for node in &missing {
             self.launch(node)?;
         }
-        self.settle().await?;
-        if let Some(mount) = self.settings.mount.clone()
-            && self.members[MOUNT].phase == Phase::Stopped
-        {
+        self.settle().await.map_err(|(_, failure)| failure)?;
+        let Some(mount) = self.settings.mount.clone() else { return Ok(()) };
+        if self.members[MOUNT].phase == Phase::Stopped {
             progress(&format!("mounting on {}", mount.display()));
-            self.launch(MOUNT)?;
-            self.settle().await?;
+            let started = match self.launch(MOUNT) {
+                Ok(()) => self.settle().await,
+                Err(failure) => Err((MOUNT.to_owned(), failure)),
+            };
+            match started {
+                Ok(()) => {}
+                Err((name, failure)) if name == MOUNT => return self.go_unmounted(programs, failure).await,
+                Err((_, failure)) => return Err(failure),
+            }
         }
-        Ok(())
+        self.settings.mount_that_worked = self.settings.mount_place();
+        self.layout.write_settings(&self.settings)
     }
 
-    /// Handles events until nothing starts any more; the first failure is the answer.
-    async fn settle(&mut self) -> Result<()> {
+    /// Handles events until nothing starts any more; the first failure is the answer, with whose it is.
+    async fn settle(&mut self) -> std::result::Result<(), (String, Failure)> {
         while self.members.values().any(|m| m.phase == Phase::Starting) {
-            let event = self.inbox.recv().await.expect("this supervisor holds a sender");
-            self.handle(event);
+            self.handle_next().await;
             if let Some(failure) = self.startup_failure.take() {
                 return Err(failure);
             }
         }
         Ok(())
+    }
+
+    async fn handle_next(&mut self) {
+        let event = self.inbox.recv().await.expect("this supervisor holds a sender");
+        self.handle(event);
+    }
+
+    /// Goes on without the mount, whose start failed. One that never worked is forgotten for the last one that did:
+    /// it must not fail every start from now on.
+    async fn go_unmounted(&mut self, programs: &Programs, failure: Failure) -> Result<()> {
+        while let Some(process) = self.members.get(MOUNT).and_then(|m| m.process.clone()) {
+            process.signal(Signal::KILL)?;
+            self.handle_next().await;
+            if let Some((name, failure)) = self.startup_failure.take()
+                && name != MOUNT
+            {
+                return Err(failure);
+            }
+        }
+        let failed = self.settings.mount_place();
+        let place = failed.as_ref().map(|p| p.path.display().to_string()).unwrap_or_default();
+        let dir = self.layout.dir().display().to_string();
+        let what_to_do = if failed == self.settings.mount_that_worked {
+            format!(
+                "`shardfs --dir {dir} dev start mount` tries again; `dev up --no-mount` starts without it"
+            )
+        } else {
+            self.settings.set_mount_place(self.settings.mount_that_worked.clone());
+            self.layout.write_settings(&self.settings)?;
+            if let Some(old) = self.members.remove(MOUNT)
+                && let Some(mount) = &self.settings.mount
+            {
+                let mut member = Member::mount(&self.layout, &self.settings, mount, programs.daemon.clone());
+                // Events about the process that failed may still come.
+                member.generation = old.generation;
+                self.members.insert(MOUNT.to_owned(), member);
+            }
+            format!(
+                "when the reason is mended, `shardfs --dir {dir} mount {place}` mounts the running cluster"
+            )
+        };
+        self.mount_failure =
+            Some(failure.context("the nodes are up, but nothing is mounted").hint_first(what_to_do));
+        self.save()
+    }
+
+    /// Why the cluster is up without its mount, if that is so; told once.
+    pub fn take_mount_failure(&mut self) -> Option<Failure> {
+        self.mount_failure.take()
     }
 
     /// A process of an earlier supervisor: kept if it is just what would be started now, else ended.
@@ -315,7 +375,7 @@ impl Supervisor {
             Err(failure) => {
                 warn!("{failure}");
                 if !up {
-                    self.startup_failure.get_or_insert(failure);
+                    self.startup_failure.get_or_insert((name.to_owned(), failure));
                 } else if let Some(process) = &member.process
                     && let Err(e) = process.signal(Signal::KILL)
                 {
@@ -347,7 +407,7 @@ impl Supervisor {
         } else if !self.up {
             let failure = failed_start(name, &end, &member.log);
             member.phase = Phase::Failed;
-            self.startup_failure.get_or_insert(failure);
+            self.startup_failure.get_or_insert((name.to_owned(), failure));
         } else {
             let failure = failed_start(name, &end, &member.log);
             self.retry_later(name, &failure);
@@ -505,18 +565,11 @@ impl Supervisor {
 
     fn watch(&self, name: &str, generation: u64, process: Arc<Watched>) {
         let (events, name) = (self.events.clone(), name.to_owned());
-        let mount = self.settings.mount.clone().filter(|_| name == MOUNT);
         tokio::spawn(async move {
             let status = process.ended().await.unwrap_or_else(|e| {
                 error!("cannot watch {name}: {e}");
                 None
             });
-            // Before anybody hears of its end: the next daemon must not find the dead mount.
-            if let Some(mount) = mount
-                && let Err(e) = system::mend_stale_mount(&mount).await
-            {
-                warn!("the dead mount stays: {e}");
-            }
             let _ = events.send(Event::Ended { name, generation, status }).await;
         });
     }
@@ -556,7 +609,7 @@ impl Supervisor {
     }
 
     fn move_logs(&self) {
-        let supervisor = self.layout.log("supervisor");
+        let supervisor = self.layout.log(state::SUPERVISOR);
         for log in self.members.values().map(|m| &m.log).chain([&supervisor]) {
             if let Err(e) = move_log(log) {
                 warn!("cannot move {} aside: {e}", log.display());

@@ -139,6 +139,39 @@ async fn damage_is_named_and_stays_with_its_shard() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_log_that_is_damaged_within_is_no_torn_end() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    let path = dir(root.path(), 1);
+    m.create(&path, &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shard = m.open(id(1), &path, room()).await.unwrap();
+    for n in 0..200 {
+        put_one(&shard, &format!("k{n}")).await;
+    }
+    drop(shard);
+    m.close_all().await.unwrap();
+    let logs = std::fs::read_dir(&path).unwrap().map(|e| e.unwrap().path());
+    let log = logs
+        .filter(|p| p.extension().is_some_and(|e| e == "log"))
+        .max_by_key(|p| p.metadata().unwrap().len())
+        .unwrap();
+    let whole = std::fs::read(&log).unwrap();
+    assert!(whole.len() > 10_000, "the puts are in the log: {} bytes", whole.len());
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    std::fs::write(&log, &damaged).unwrap();
+    let bad = m.open(id(1), &path, room()).await.err().expect("synced records would be lost");
+    assert_eq!((bad.reason(), bad.shard()), (Reason::Corrupt, Some(id(1))));
+    let file = log.file_name().unwrap().to_str().unwrap();
+    assert!(bad.message().contains("shard 1") && bad.message().contains(file), "{bad}");
+    // Nothing was changed by the attempt, so that a copy of the file mends it; a torn end is no damage.
+    assert!(std::fs::read(&log).unwrap() == damaged);
+    std::fs::write(&log, &whole[..whole.len() - 5]).unwrap();
+    let shard = m.open(id(1), &path, room()).await.unwrap();
+    assert_eq!(shard.usage().inodes, 200, "all but the last put, and the root");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn buffered_operations_are_synced_in_time() {
     let root = tempfile::tempdir().unwrap();
     let m = manager(4);

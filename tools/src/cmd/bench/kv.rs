@@ -12,7 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use shardfs_proto::client::{Client, ListItem, ListOptions};
-use shardfs_proto::types::cluster::NewShard;
+use shardfs_proto::types::cluster::{NewShard, Selector};
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
 use shardfs_proto::types::{InodeNo, Key, Reason, ShardId, ShardName, clock};
 use tokio::task::JoinSet;
@@ -22,6 +22,8 @@ use super::progress::Progress;
 use super::report::Sample;
 use super::stats::{Latencies, Unit, per_second};
 use super::workspace::{self, Stop};
+use crate::cmd::remote::find_shard;
+use crate::paths::shard_text;
 
 /// Deletes at a time when a given shard is cleaned.
 const CLEANING_CALLERS: usize = 64;
@@ -32,7 +34,7 @@ const SHARD_MODE: u32 = 0o755;
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// A shard to use; else one is made.
-    pub shard: Option<ShardName>,
+    pub shard: Option<Selector>,
     /// Bytes of a value.
     pub size: usize,
     /// Callers at a time of the single calls, one series each.
@@ -58,11 +60,13 @@ pub struct Place {
 
 impl Place {
     /// Makes the shard, or finds the given one.
-    pub async fn prepare(client: Client, given: Option<&ShardName>) -> Result<Place> {
+    pub async fn prepare(client: Client, given: Option<&Selector>) -> Result<Place> {
         let name = workspace::unique_name();
         let (shard, prefix, made) = match given {
             Some(shard) => {
-                let found = client.shard_by_name(shard).await.with_context(|| format!("shard {shard}"))?;
+                let found = find_shard(&client, shard).await;
+                let found =
+                    found.map_err(|failure| failure.context(format!("shard {}", shard_text(shard))))?;
                 (found.id, format!("{name}/"), false)
             }
             None => {

@@ -26,11 +26,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use shardfs_proto::types::clock;
 use shardfs_proto::types::limits::BATCH_BYTES_MAX;
-use shardfs_proto::types::{ShardName, clock};
 
 use crate::context::Context;
 use crate::failure::Failure;
+use crate::paths::shard_selector;
 use crate::size;
 pub use args::Args;
 use args::{
@@ -278,7 +279,7 @@ async fn key_value(args: KvArgs, context: &Context, stop: &Stop, progress: &Prog
         )));
     }
     let settings = kv::Settings {
-        shard: args.shard.map(ShardName::new).transpose()?,
+        shard: args.shard.as_deref().map(shard_selector).transpose()?,
         size: args.size,
         callers: args.callers,
         batch_callers: args.batch_callers,
