@@ -14,7 +14,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use shardfs_proto::types::clock;
+use shardfs_proto::client::{Client, ClientConfig};
+use shardfs_proto::types::{ClientId, clock};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -22,8 +23,8 @@ use crate::catalog::{Catalog, CatalogParts};
 use crate::cluster::bootstrap;
 use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::heartbeat::{self, Pulse};
-use crate::cluster::records::{FORMAT, NodeRecord};
-use crate::cluster::store::MetaStore;
+use crate::cluster::records::{self, FORMAT, NodeRecord};
+use crate::cluster::store::{MetaStore, get};
 use crate::cluster::view::View;
 use crate::config::NodeConfig;
 use crate::http;
@@ -41,6 +42,8 @@ const STORE_PAUSE: Duration = Duration::from_secs(1);
 const STORE_WAIT_MAX: Duration = Duration::from_secs(3);
 /// Pause between two returns of unused memory to the system.
 const TRIM_PAUSE: Duration = Duration::from_secs(30);
+/// How long a node that is registered under our id may take to answer.
+const TAKEN_WAIT_MAX: Duration = Duration::from_millis(500);
 /// How long the parts that only watch or report may take to end.
 const TASK_END_WAIT_MAX: Duration = Duration::from_secs(2);
 
@@ -92,6 +95,7 @@ impl Node {
             instance_id: config.instance_id.clone().unwrap_or_default(),
             region: config.region.clone().unwrap_or_default(),
         };
+        refuse_if_taken(&*store, &record).await?;
         let registered = heartbeat::register(&*store, &record).await?;
 
         let (stop_heartbeat, stop_background, replaced) =
@@ -396,6 +400,33 @@ fn advertised(advertise: Option<&str>, local: SocketAddr) -> Result<String> {
         bail!("--advertise {text:?}: expected HOST:PORT");
     }
     Ok(format!("{host}:{port}"))
+}
+
+/// Fails if the node that is registered under our id answers: it would stop, and serve its volumes no more. Our
+/// own addresses are nobody else's by now.
+async fn refuse_if_taken(store: &dyn MetaStore, ours: &NodeRecord) -> Result<()> {
+    let Some(kv) = get(store, records::node_key(&ours.id)).await?.1 else { return Ok(()) };
+    let there: NodeRecord = records::decode(&kv.key, &kv.value)?;
+    let endpoints: Vec<String> =
+        there.endpoints.iter().filter(|endpoint| !ours.endpoints.contains(endpoint)).cloned().collect();
+    for endpoint in endpoints {
+        let client = Client::new(ClientConfig {
+            endpoints: vec![endpoint.clone()],
+            client_id: ClientId::new("shardfs-node").context("our client id")?,
+            deadline: TAKEN_WAIT_MAX,
+            label: ours.id.to_string(),
+        })?;
+        let asked = client.node_status(std::slice::from_ref(&endpoint));
+        if let Ok(Ok(status)) = tokio::time::timeout(TAKEN_WAIT_MAX, asked).await
+            && status.id == ours.id
+        {
+            bail!(
+                "node {} is running already and answers at {endpoint}: stop it first, or give another --id",
+                ours.id
+            );
+        }
+    }
+    Ok(())
 }
 
 /// The cluster's id, as soon as the store can be reached.

@@ -138,6 +138,21 @@ fn a_port_in_use_is_named() {
 }
 
 #[test]
+fn an_id_that_is_taken_is_refused_and_its_node_serves_on() {
+    let cluster = Cluster::shared();
+    let shard = cluster.shard("taken-id");
+    let node = cluster.node("node-1").pid;
+    let scratch = cluster.scratch("taken");
+    let meta = format!("unix:{}/meta.sock", cluster.settings()["sockets"].as_str().unwrap());
+    let data = scratch.to_str().unwrap();
+    let said =
+        node_fails(&["--id", "node-1", "--data-dir", data, "--meta", &meta, "--listen", "127.0.0.1:0"]);
+    assert!(said.contains("node-1 is running already"), "{said}");
+    fs::write(shard.join("k"), "v").unwrap();
+    assert_eq!(cluster.node("node-1").pid, node);
+}
+
+#[test]
 fn a_mount_point_that_cannot_be_used_is_explained() {
     let cluster = Cluster::shared();
     let file = cluster.root().join("a-file");
