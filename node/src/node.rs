@@ -95,7 +95,7 @@ impl Node {
             instance_id: config.instance_id.clone().unwrap_or_default(),
             region: config.region.clone().unwrap_or_default(),
         };
-        refuse_if_taken(&*store, &record).await?;
+        refuse_if_taken(&*store, &cluster_id, &record).await?;
         let registered = heartbeat::register(&*store, &record).await?;
 
         let (stop_heartbeat, stop_background, replaced) =
@@ -404,7 +404,7 @@ fn advertised(advertise: Option<&str>, local: SocketAddr) -> Result<String> {
 
 /// Fails if the node that is registered under our id answers: it would stop, and serve its volumes no more. Our
 /// own addresses are nobody else's by now.
-async fn refuse_if_taken(store: &dyn MetaStore, ours: &NodeRecord) -> Result<()> {
+async fn refuse_if_taken(store: &dyn MetaStore, cluster_id: &str, ours: &NodeRecord) -> Result<()> {
     let Some(kv) = get(store, records::node_key(&ours.id)).await?.1 else { return Ok(()) };
     let there: NodeRecord = records::decode(&kv.key, &kv.value)?;
     let endpoints: Vec<String> =
@@ -419,6 +419,8 @@ async fn refuse_if_taken(store: &dyn MetaStore, ours: &NodeRecord) -> Result<()>
         let asked = client.node_status(std::slice::from_ref(&endpoint));
         if let Ok(Ok(status)) = tokio::time::timeout(TAKEN_WAIT_MAX, asked).await
             && status.id == ours.id
+            // Its old port may be that of a node of another cluster by now.
+            && status.cluster_id == cluster_id
         {
             bail!(
                 "node {} is running already and answers at {endpoint}: stop it first, or give another --id",

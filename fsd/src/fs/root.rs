@@ -37,7 +37,7 @@ const COUNT_AGE_MAX: Duration = Duration::from_secs(1);
 /// How long stat of the root waits for the nodes; after that it tells what it knew last.
 const COUNT_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long the attributes of a shard's directory are waited for before it is asked whether its node is away,
-/// and how long that answer holds.
+/// and how long it is then waited for less.
 const SHARD_WAIT_MAX: Duration = Duration::from_secs(2);
 const AWAY_AGE_MAX: Duration = Duration::from_secs(5);
 /// The wait while the node is known to be away.
@@ -204,7 +204,7 @@ impl Fs {
                 self.saw(info.id, &answer);
                 return answer;
             }
-            if away || self.is_away(node).await {
+            if self.is_away(node).await {
                 let seen = self.root.seen.lock().get(&info.id).cloned();
                 return Ok(seen.unwrap_or_else(|| away_attr(info, self.settings.uid, self.settings.gid)));
             }
@@ -226,8 +226,11 @@ impl Fs {
             return false;
         };
         let away = nodes.iter().any(|info| info.id == *node && !info.alive);
+        let mut known = self.root.away.lock();
         if away {
-            self.root.away.lock().insert(node.clone(), clock::monotonic());
+            known.insert(node.clone(), clock::monotonic());
+        } else {
+            known.remove(node);
         }
         away
     }

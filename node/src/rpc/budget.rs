@@ -84,19 +84,7 @@ where
         let share = Share::default();
         let budget = Arc::clone(&self.budget);
         let streamed = request.uri().path().ends_with(STREAMED);
-        let counted = request.map(|body| {
-            Body::new(Counted {
-                body,
-                budget,
-                share: Arc::clone(&share),
-                prefix: [0; PREFIX_BYTES],
-                prefix_bytes: 0,
-                message_left: 0,
-                streamed,
-                arrival_max: ARRIVAL_MAX,
-                state: State::Reading,
-            })
-        });
+        let counted = request.map(|body| Body::new(Counted::new(body, budget, Arc::clone(&share), streamed)));
         let call = self.inner.call(counted);
         Box::pin(async move {
             let answer = call.await;
@@ -134,6 +122,20 @@ struct Counted {
 }
 
 impl Counted {
+    fn new(body: Body, budget: Arc<Semaphore>, share: Share, streamed: bool) -> Counted {
+        Counted {
+            body,
+            budget,
+            share,
+            prefix: [0; PREFIX_BYTES],
+            prefix_bytes: 0,
+            message_left: 0,
+            streamed,
+            arrival_max: ARRIVAL_MAX,
+            state: State::Reading,
+        }
+    }
+
     /// Follows the framing over some bytes; answers the bytes of the messages to count that begin in them.
     fn follow(&mut self, mut data: &[u8]) -> usize {
         let mut begun = 0;
@@ -282,17 +284,8 @@ mod tests {
     fn counted(all: &[u8], frame_bytes: usize, budget: &RequestBudget) -> (Counted, Share) {
         let share = Share::default();
         let body = Body::new(Frames(all.chunks(frame_bytes).map(Bytes::copy_from_slice).collect()));
-        let counted = Counted {
-            body,
-            budget: Arc::clone(&budget.0),
-            share: Arc::clone(&share),
-            prefix: [0; PREFIX_BYTES],
-            prefix_bytes: 0,
-            message_left: 0,
-            streamed: false,
-            arrival_max: Duration::from_millis(100),
-            state: State::Reading,
-        };
+        let mut counted = Counted::new(body, Arc::clone(&budget.0), Arc::clone(&share), false);
+        counted.arrival_max = Duration::from_millis(100);
         (counted, share)
     }
 
