@@ -30,9 +30,11 @@ use crate::cluster::view::{Kept, View};
 use crate::shard::{Room, Shard, ShardManager};
 
 mod change;
+mod damage;
 mod resume;
 mod serving;
 
+pub use damage::DamageList;
 pub use serving::Served;
 use serving::Serving;
 
@@ -74,6 +76,7 @@ pub struct Catalog {
     /// Shards whose calls are refused for the moment.
     fenced: Mutex<HashSet<ShardId>>,
     changes: Arc<tokio::sync::Semaphore>,
+    damage: Arc<DamageList>,
     stop: CancellationToken,
 }
 
@@ -99,6 +102,7 @@ impl Catalog {
             locks: Locks::default(),
             fenced: Mutex::default(),
             changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
+            damage: Arc::default(),
             stop: CancellationToken::new(),
         })
     }
@@ -209,7 +213,15 @@ impl Catalog {
             write_buffer_used_bytes: manager.write_buffer_used_bytes,
             store_reachable: self.parts.pulse.succeeded(),
             cluster_id: self.parts.cluster_id.clone(),
+            damaged_shards: self.damage.list(|id| {
+                self.parts.view.shard(id).is_some_and(|kept| kept.record.state != StateWord::Deleted)
+            }),
         }
+    }
+
+    /// The shards of which damage was found.
+    pub fn damage(&self) -> &Arc<DamageList> {
+        &self.damage
     }
 
     /// Lets the record of a sealed shard follow, in the background; what fails is done at its next use.

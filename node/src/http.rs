@@ -1,7 +1,7 @@
 //! /metrics and /healthz over HTTP: for monitoring, off the path of calls.
 //!
 //! /healthz answers 200 while the node serves all its volumes and reaches the metadata store, else 503;
-//! the body says what is wrong. Reading either asks the shards and volumes for figures in memory only.
+//! the body says what is wrong. A damaged shard is told but is no 503: the others are served, and a restart mends nothing. Reading either asks the shards and volumes for figures in memory only.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -46,9 +46,12 @@ fn health(status: &NodeStatus) -> impl IntoResponse + use<> {
     for volume in status.volumes.iter().filter(|volume| !volume.trouble.is_empty()) {
         wrong.push(format!("volume {}: {}", volume.id, volume.trouble));
     }
+    let code = if wrong.is_empty() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     if wrong.is_empty() {
-        (StatusCode::OK, "ok\n".to_owned())
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, wrong.join("\n") + "\n")
+        wrong.push("ok".to_owned());
     }
+    for shard in &status.damaged_shards {
+        wrong.push(format!("shard {} is damaged: {}", shard.id, shard.error));
+    }
+    (code, wrong.join("\n") + "\n")
 }

@@ -44,6 +44,7 @@ pub struct Metrics {
     block_cache_capacity: Gauge,
     write_buffer_used: Gauge,
     store_reachable: Gauge,
+    damaged_shards: Gauge,
     volume_total: Family<VolumeLabels, Gauge>,
     volume_free: Family<VolumeLabels, Gauge>,
     volume_shards: Family<VolumeLabels, Gauge>,
@@ -81,6 +82,7 @@ impl Metrics {
             block_cache_capacity: gauge(&mut registry, "block_cache_capacity_bytes", "Block cache"),
             write_buffer_used: gauge(&mut registry, "write_buffer_used_bytes", "Write buffers in use"),
             store_reachable: gauge(&mut registry, "store_reachable", "1 if the metadata store answers"),
+            damaged_shards: gauge(&mut registry, "damaged_shards", "Shards of which damage was found"),
             volume_total: by_volume(&mut registry, "volume_total_bytes", "Bytes of a volume"),
             volume_free: by_volume(&mut registry, "volume_free_bytes", "Bytes free on a volume"),
             volume_shards: by_volume(&mut registry, "volume_shards", "Shards on a volume"),
@@ -99,6 +101,7 @@ impl Metrics {
         self.block_cache_capacity.set(signed(status.block_cache_capacity_bytes));
         self.write_buffer_used.set(signed(status.write_buffer_used_bytes));
         self.store_reachable.set(status.store_reachable.into());
+        self.damaged_shards.set(status.damaged_shards.len() as i64);
         for volume in &status.volumes {
             let labels = VolumeLabels { volume: volume.id.to_string() };
             self.volume_total.get_or_create(&labels).set(signed(volume.total_bytes));
@@ -163,6 +166,7 @@ mod tests {
             write_buffer_used_bytes: 7,
             store_reachable: true,
             cluster_id: String::new(),
+            damaged_shards: Vec::new(),
         };
         let text = metrics.render(&status);
         assert!(text.contains("shardfs_node_calls_total{method=\"Storage/Put\",code=\"ok\"} 1"), "{text}");

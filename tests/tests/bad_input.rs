@@ -260,6 +260,12 @@ fn a_damaged_sst_names_shard_and_file_and_others_serve_on() {
     let said = refused("fsck of a damaged shard", &output);
     assert!(said.contains(&name), "{said}");
     cluster.assert_clean("healthy");
+    // Who looks at the cluster as a whole is told as well.
+    let status = cluster.cli_run(&["status"]);
+    let told = format!("shard {id} is damaged");
+    assert!(status.contains("IN TROUBLE") && status.contains(&told) && status.contains(&name), "{status}");
+    let nodes = fs::read_to_string(cluster.mount().join(".shardfs/status")).unwrap();
+    assert!(nodes.contains("damaged_shards") && nodes.contains(&name), "{nodes}");
 }
 
 fn largest_sst(folder: &Path) -> std::path::PathBuf {

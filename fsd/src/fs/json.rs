@@ -94,6 +94,8 @@ pub(super) fn node_status(status: &NodeStatus) -> Value {
             })
         })
         .collect();
+    let damaged: Vec<Value> =
+        status.damaged_shards.iter().map(|d| json!({ "id": d.id.get(), "error": d.error })).collect();
     json!({
         "id": status.id.as_str(),
         "version": status.version,
@@ -106,6 +108,7 @@ pub(super) fn node_status(status: &NodeStatus) -> Value {
         "block_cache_capacity_bytes": status.block_cache_capacity_bytes,
         "write_buffer_used_bytes": status.write_buffer_used_bytes,
         "store_reachable": status.store_reachable,
+        "damaged_shards": damaged,
     })
 }
 

@@ -1,6 +1,7 @@
 //! The Admin service: what an operator asks of a node. Covers all owners.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use shardfs_proto::convert;
 use shardfs_proto::types::cluster::{CheckItem, Selector};
@@ -14,6 +15,7 @@ use super::stream::{self, Answer};
 use super::{Services, about, caller};
 use crate::shard::check;
 
+const CHECK: &str = "Admin/CheckShard";
 /// Findings of a check that wait to be sent; more wait in the check, which then pauses.
 const FINDINGS_AHEAD: usize = 64;
 
@@ -107,7 +109,7 @@ impl Admin for AdminService {
         request: Request<wire::CheckShardRequest>,
     ) -> Result<Response<Self::CheckShardStream>, Status> {
         self.0
-            .streaming("Admin/CheckShard", async |observation| {
+            .streaming(CHECK, async |observation| {
                 let (metadata, _, r) = request.into_parts();
                 caller(&metadata)?;
                 let selector = convert::selector_from_wire(r.shard)?;
@@ -122,10 +124,18 @@ impl Admin for AdminService {
                 })?;
                 let id = shard.id();
                 let view = about(id, shard.read_view(None).await)?;
+                let damage = Arc::clone(self.0.catalog.damage());
                 let (sender, receiver) = mpsc::channel(FINDINGS_AHEAD);
                 tokio::task::spawn_blocking(move || {
                     let _permit = permit;
                     let send = |item: CheckItem| {
+                        if let CheckItem::Summary(summary) = &item {
+                            match summary.findings {
+                                0 if r.read_data => damage.mended(id),
+                                0 => {}
+                                n => damage.note(id, CHECK, &format!("fsck found {n} things that are wrong")),
+                            }
+                        }
                         let gone =
                             sender.blocking_send(Ok(vec![convert::check_item_to_wire(&item)])).is_err();
                         if gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
@@ -133,7 +143,7 @@ impl Admin for AdminService {
                     let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                         check::check(&view, r.read_data, &mut |item| send(item))
                     }))
-                    .unwrap_or_else(|_| Err(super::panicked("Admin/CheckShard")));
+                    .unwrap_or_else(|_| Err(super::panicked(CHECK)));
                     if let Err(error) = about(id, checked) {
                         // A client that went away has nobody to tell.
                         let _ = sender.blocking_send(Err(error));

@@ -19,7 +19,6 @@ mod files;
 mod storage;
 mod stream;
 
-use std::collections::HashSet;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -42,7 +41,7 @@ use tonic::{Code, Response, Status};
 use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, DamageList};
 use crate::shard::{Mutation, ReadView, Shard};
 
 /// Bytes that a read may copy on an async thread: one chunk, which takes tens of microseconds.
@@ -79,6 +78,9 @@ impl CallObserver for NoObserver {
     fn call_finished(&self, _: &'static str, _: Code, _: Duration) {}
 }
 
+/// What reflection lists and health checks know.
+const SERVICES: [&str; 3] = ["shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin"];
+
 /// What every service's handlers share. Cheap to clone.
 #[derive(Clone)]
 pub struct Services {
@@ -86,8 +88,6 @@ pub struct Services {
     observer: Arc<dyn CallObserver>,
     checks: Arc<tokio::sync::Semaphore>,
     put_streams: Arc<tokio::sync::Semaphore>,
-    /// Shards of which damage was logged.
-    damaged: Arc<parking_lot::Mutex<HashSet<ShardId>>>,
 }
 
 /// Where to listen. Bound by the caller, so that a port in use is its error to report.
@@ -106,7 +106,6 @@ impl Services {
             observer,
             checks: Arc::new(tokio::sync::Semaphore::new(CHECKS_MAX)),
             put_streams: Arc::new(tokio::sync::Semaphore::new(PUT_STREAMS_MAX)),
-            damaged: Arc::default(),
         }
     }
 
@@ -131,9 +130,12 @@ impl Services {
         reporter.set_serving::<FilesServer<files::FilesService>>().await;
         reporter.set_serving::<AdminServer<admin::AdminService>>().await;
         let reflection = || {
-            tonic_reflection::server::Builder::configure()
+            let builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
-                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+                .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET);
+            // The set also describes the metadata store, which is served elsewhere.
+            let others = ["grpc.health.v1.Health", "grpc.reflection.v1.ServerReflection"];
+            SERVICES.iter().chain(&others).fold(builder, |builder, name| builder.with_service_name(*name))
         };
         let bad = |e: tonic_reflection::server::Error| Error::internal(format!("reflection: {e}"));
         let routes = Routes::new(storage)
@@ -156,8 +158,8 @@ impl Services {
         let (routes, reporter) = self.routes().await?;
         let shutdown = async move {
             shutdown.await;
-            for service in ["", "shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin"] {
-                reporter.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
+            for service in [""].iter().chain(&SERVICES) {
+                reporter.set_service_status(*service, tonic_health::ServingStatus::NotServing).await;
             }
         }
         .boxed()
@@ -192,11 +194,8 @@ impl Services {
         method: &'static str,
         call: impl Future<Output = Result<T>>,
     ) -> Result<Response<T>, Status> {
-        let observation = Observation::begin(self.observer.clone(), method);
+        let observation = self.observe(method);
         let outcome = guarded(method, call).await;
-        if let Err(error) = &outcome {
-            self.note_damage(method, error);
-        }
         observation.end(&outcome);
         outcome.map(Response::new).map_err(|error| status::to_status(&error))
     }
@@ -207,23 +206,17 @@ impl Services {
         method: &'static str,
         call: impl AsyncFnOnce(Observation) -> Result<S>,
     ) -> Result<Response<S>, Status> {
-        let observation = Observation::begin(self.observer.clone(), method);
+        let observation = self.observe(method);
         let failed = observation.clone();
         guarded(method, call(observation)).await.map(Response::new).map_err(|error| {
-            self.note_damage(method, &error);
-            failed.end_with(status::code(error.reason()));
+            failed.failed(&error);
             status::to_status(&error)
         })
     }
 
-    /// Logs damage, once a shard: who reads the log should not have to hear it from a client.
-    fn note_damage(&self, method: &'static str, error: &Error) {
-        if error.reason() == Reason::Corrupt
-            && let Some(shard) = error.shard()
-            && self.damaged.lock().insert(shard)
-        {
-            tracing::error!(%shard, call = method, %error, "the shard is damaged");
-        }
+    fn observe(&self, method: &'static str) -> Observation {
+        let damage = Arc::clone(self.catalog.damage());
+        Observation::begin(self.observer.clone(), damage, method)
     }
 
     /// The shard that a call is about, if the caller may use it here.
@@ -270,19 +263,32 @@ struct Observation(Arc<Observed>);
 
 struct Observed {
     observer: Arc<dyn CallObserver>,
+    damage: Arc<DamageList>,
     method: &'static str,
     started: Instant,
     code: parking_lot::Mutex<Option<Code>>,
 }
 
 impl Observation {
-    fn begin(observer: Arc<dyn CallObserver>, method: &'static str) -> Observation {
+    fn begin(observer: Arc<dyn CallObserver>, damage: Arc<DamageList>, method: &'static str) -> Observation {
         let code = parking_lot::Mutex::new(None);
-        Observation(Arc::new(Observed { observer, method, started: clock::monotonic(), code }))
+        Observation(Arc::new(Observed { observer, damage, method, started: clock::monotonic(), code }))
     }
 
     fn end<T>(self, outcome: &Result<T>) {
-        self.end_with(outcome.as_ref().map_or_else(|error| status::code(error.reason()), |_| Code::Ok));
+        match outcome {
+            Ok(_) => self.succeeded(),
+            Err(error) => self.failed(error),
+        }
+    }
+
+    fn succeeded(&self) {
+        self.end_with(Code::Ok);
+    }
+
+    fn failed(&self, error: &Error) {
+        self.0.damage.note_error(self.0.method, error);
+        self.end_with(status::code(error.reason()));
     }
 
     fn end_with(&self, code: Code) {

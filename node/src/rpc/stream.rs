@@ -10,7 +10,7 @@ use std::task::{Context, Poll};
 use shardfs_proto::status;
 use shardfs_proto::types::{Error, Result};
 use tokio::sync::mpsc;
-use tonic::{Code, Status};
+use tonic::Status;
 
 use super::{Observation, panicked};
 
@@ -109,12 +109,12 @@ where
                 Poll::Ready(Some(Ok(batch))) => self.current = batch.into_iter(),
                 Poll::Ready(Some(Err(error))) => {
                     self.ended = true;
-                    self.observation.end_with(status::code(error.reason()));
+                    self.observation.failed(&error);
                     return Poll::Ready(Some(Err(status::to_status(&error))));
                 }
                 Poll::Ready(None) => {
                     self.ended = true;
-                    self.observation.end_with(Code::Ok);
+                    self.observation.succeeded();
                 }
             }
         }

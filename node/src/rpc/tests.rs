@@ -65,7 +65,7 @@ async fn panics_become_errors() {
 #[tokio::test]
 async fn every_call_is_observed_once() {
     let seen = Arc::new(Seen::default());
-    let begin = |method| Observation::begin(seen.clone(), method);
+    let begin = |method| Observation::begin(seen.clone(), Arc::default(), method);
     begin("ok").end(&Ok(()));
     begin("failed").end::<()>(&Err(Error::not_found("x")));
     drop(begin("gone"));
@@ -116,7 +116,8 @@ impl Producer for Count {
 
 async fn collect(count: Count) -> (Vec<u32>, Option<Code>, Vec<(&'static str, Code)>) {
     let seen = Arc::new(Seen::default());
-    let answer = stream::answer("Test/Count", count, Observation::begin(seen.clone(), "Test/Count"));
+    let answer =
+        stream::answer("Test/Count", count, Observation::begin(seen.clone(), Arc::default(), "Test/Count"));
     let messages: Vec<Result<u32, Status>> = answer.collect().await;
     let code = messages.iter().find_map(|message| message.as_ref().err().map(Status::code));
     let seen = seen.0.lock().clone();
@@ -147,7 +148,8 @@ async fn streams_wait_for_their_reader_and_stop_without_one() {
     let count = Count::to(u32::MAX);
     let turns = count.turns.clone();
     let seen = Arc::new(Seen::default());
-    let mut answer = stream::answer("Test/Count", count, Observation::begin(seen.clone(), "Test/Count"));
+    let mut answer =
+        stream::answer("Test/Count", count, Observation::begin(seen.clone(), Arc::default(), "Test/Count"));
     assert_eq!(answer.next().await.unwrap().unwrap(), 0);
     tokio::time::sleep(Duration::from_millis(200)).await;
     let ahead = turns.load(Ordering::SeqCst);

@@ -448,6 +448,9 @@ fn map_error(shard: ShardId, what: &str, e: &rocksdb::Error) -> Error {
         ErrorKind::InvalidArgument if text.contains("does not exist") => {
             Error::corrupt(format!("shard {shard}: {what}: the database is not there or incomplete: {text}"))
         }
+        ErrorKind::IOError if text.contains("No such file or directory") => {
+            Error::corrupt(format!("shard {shard}: {what}: a file of the database is missing: {text}"))
+        }
         ErrorKind::Busy | ErrorKind::TryAgain | ErrorKind::TimedOut | ErrorKind::ShutdownInProgress => {
             Error::unavailable(format!("shard {shard}: {what}: {text}"))
         }

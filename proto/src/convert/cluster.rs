@@ -2,9 +2,9 @@
 
 use super::{missing, state_from_wire, state_to_wire, time_from_wire, time_to_wire};
 use crate::types::cluster::{
-    CheckItem, CheckSummary, NodeInfo, NodeStatus, ShardStat, VolumeInfo, VolumeStatus,
+    CheckItem, CheckSummary, DamagedShard, NodeInfo, NodeStatus, ShardStat, VolumeInfo, VolumeStatus,
 };
-use crate::types::{Epoch, NodeId, Result, VolumeId};
+use crate::types::{Epoch, NodeId, Result, ShardId, VolumeId};
 use crate::wire;
 
 /// A shard's space.
@@ -113,6 +113,11 @@ pub fn node_status_to_wire(s: &NodeStatus) -> wire::NodeStatus {
         write_buffer_used_bytes: s.write_buffer_used_bytes,
         store_reachable: s.store_reachable,
         cluster_id: s.cluster_id.clone(),
+        damaged_shards: s
+            .damaged_shards
+            .iter()
+            .map(|d| wire::DamagedShard { shard_id: d.id.get(), error: d.error.clone() })
+            .collect(),
     }
 }
 
@@ -146,6 +151,11 @@ pub fn node_status_from_wire(s: wire::NodeStatus) -> Result<NodeStatus> {
         write_buffer_used_bytes: s.write_buffer_used_bytes,
         store_reachable: s.store_reachable,
         cluster_id: s.cluster_id,
+        damaged_shards: s
+            .damaged_shards
+            .into_iter()
+            .map(|d| Ok(DamagedShard { id: ShardId::new(d.shard_id)?, error: d.error }))
+            .collect::<Result<_>>()?,
     })
 }
 

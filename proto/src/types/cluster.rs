@@ -160,6 +160,17 @@ pub struct NodeStatus {
     pub store_reachable: bool,
     /// The cluster's id.
     pub cluster_id: String,
+    /// Shards of which damage was found since its process started.
+    pub damaged_shards: Vec<DamagedShard>,
+}
+
+/// A shard of which damage was found.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct DamagedShard {
+    /// Which.
+    pub id: ShardId,
+    /// What the first error said.
+    pub error: String,
 }
 
 /// One item of an fsck's answer.

@@ -35,6 +35,10 @@ pub async fn ask_nodes(client: &Client, nodes: Vec<NodeInfo>) -> Nodes {
     futures::future::join_all(ask).await
 }
 
+fn damaged(status: &NodeStatus) -> Vec<serde_json::Value> {
+    status.damaged_shards.iter().map(|d| json!({ "id": d.id.get(), "error": d.error })).collect()
+}
+
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
     let cluster = context.cluster()?;
@@ -54,6 +58,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
             }
             Ok(_) if !info.alive => troubles.push(format!("{}: its heartbeat stands still", info.id)),
             Ok(_) => {}
+        }
+        for damaged in status.iter().flat_map(|s| &s.damaged_shards) {
+            troubles.push(format!("{}: shard {} is damaged: {}", info.id, damaged.id, damaged.error));
         }
     }
     for v in &volumes {
@@ -78,6 +85,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
                     "block_cache_capacity_bytes": s.block_cache_capacity_bytes,
                     "write_buffer_used_bytes": s.write_buffer_used_bytes,
                     "store_reachable": s.store_reachable,
+                    "damaged_shards": damaged(s),
                 }),
                 Err(e) => json!({ "error": e.message() }),
             };
