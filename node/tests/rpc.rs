@@ -449,6 +449,11 @@ async fn retries_get_the_first_answer() {
     let streamed = storage.put_stream(stream_of(header.clone(), pieces.clone())).await.unwrap().into_inner();
     assert_eq!(storage.put_stream(stream_of(header, pieces)).await.unwrap().into_inner(), streamed);
 
+    // Another mutation under a number that was given.
+    let reused = wire::PutRequest { write_id: write_id(5), ..put(shard, "another", "v") };
+    assert_eq!(reason(&storage.put(reused).await.unwrap_err()), Reason::InvalidArgument);
+    assert_eq!(reason(&storage.get(get(shard, "another")).await.unwrap_err()), Reason::NotFound);
+
     // A later sequence took the slot of the first: its answer is no longer known.
     let later = wire::PutRequest { write_id: write_id(1 + 1024), ..put(shard, "l", "v") };
     storage.put(later).await.unwrap();
@@ -730,6 +735,7 @@ async fn health_and_reflection_answer_without_a_client_id() {
     for service in ["shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin", "grpc.health.v1.Health"] {
         assert!(names.iter().any(|name| name == service), "{service} is not in {names:?}");
     }
+    assert!(!names.iter().any(|name| name.contains("meta")), "only what a node serves: {names:?}");
     node.stop().await;
 }
 

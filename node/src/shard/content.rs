@@ -11,7 +11,7 @@ use shardfs_proto::types::limits::FILE_BYTES_MAX;
 use shardfs_proto::types::op::{Durability, ObjectMeta, Operation, PutItem, PutOptions};
 use shardfs_proto::types::{Error, Key, Reason, Result, Sequence, SessionId};
 
-use super::executor::{Answer, Command, Work};
+use super::executor::{Answer, Command, Numbered, Work};
 use super::handle::Shard;
 use super::keys::ContentId;
 use super::ops::StagedPut;
@@ -151,7 +151,8 @@ impl ContentWriter {
             }
         };
         let PutStreamStart { session, sequence, durability, .. } = self.start;
-        match self.shard.ask(Command::Mutate { session, sequence, work }, durability).await? {
+        let numbered = sequence.map(|sequence| Numbered::of(sequence, &work));
+        match self.shard.ask(Command::Mutate { session, numbered, work }, durability).await? {
             Answer::Result(result) => {
                 result.meta.ok_or_else(|| Error::internal("a Put was answered without metadata"))
             }

@@ -25,11 +25,12 @@ use shardfs_proto::types::{Attr, Error, InodeNo, Reason, Result, Sequence, Sessi
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::cache::InodeCache;
+use super::fingerprint::Fingerprint;
 use super::group::Group;
 use super::keys::{self, Cf, ContentId};
 use super::ops::{Apply, StagedPut};
 use super::records::{Counters, Header};
-use super::session::Live;
+use super::session::{Live, reused};
 use super::store::{Batch, Store};
 use super::sync_log::SyncLog;
 use super::txn::Txn;
@@ -51,12 +52,12 @@ const RESUMES_MAX: u32 = 5;
 /// With less room than this a shard flushes what it has in memory before it takes more, if that is worth it:
 /// flushing frees the log.
 const ROOM_SHORT_BYTES: u64 = 64 << 20;
-const FLUSH_WORTH_BYTES: u64 = 4 << 20;
+pub const FLUSH_WORTH_BYTES: u64 = 4 << 20;
 
 /// What is asked of the executor.
 pub enum Command {
     /// An operation or a streamed Put's end; with its exactly-once identity.
-    Mutate { session: Option<SessionId>, sequence: Option<Sequence>, work: Work },
+    Mutate { session: Option<SessionId>, numbered: Option<Numbered>, work: Work },
     /// Begin a session.
     OpenSession { label: String },
     /// Keep a session alive; with what it holds open.
@@ -77,6 +78,22 @@ pub enum Command {
     Unstage { content: ContentId },
     /// Close the shard for good.
     CloseShard,
+}
+
+/// A mutation's number in its session.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Numbered {
+    /// The number.
+    pub sequence: Sequence,
+    /// What was done under it.
+    pub fingerprint: Fingerprint,
+}
+
+impl Numbered {
+    /// Of this work.
+    pub fn of(sequence: Sequence, work: &Work) -> Numbered {
+        Numbered { sequence, fingerprint: Fingerprint::of(work) }
+    }
 }
 
 /// What a mutation does.
@@ -148,11 +165,16 @@ struct Job {
     _places: Option<[OwnedSemaphorePermit; 2]>,
 }
 
+struct Joined {
+    fingerprint: Fingerprint,
+    replies: Vec<Reply>,
+}
+
 #[derive(Default)]
 struct Queue {
     jobs: VecDeque<Job>,
     /// Callers that repeat a mutation which is queued or running: they get its answer.
-    joined: HashMap<(SessionId, Sequence), Vec<Reply>>,
+    joined: HashMap<(SessionId, Sequence), Joined>,
     draining: bool,
 }
 
@@ -343,13 +365,23 @@ impl Executor {
     /// Whether a drain must be started.
     fn enqueue(&self, job: Job) -> bool {
         let mut queue = self.queue.lock();
-        if let Command::Mutate { session: Some(session), sequence: Some(sequence), .. } = &job.command {
-            let id = (*session, *sequence);
-            if let Some(waiting) = queue.joined.get_mut(&id) {
-                waiting.push(job.reply);
-                return false;
+        if let Command::Mutate { session: Some(session), numbered: Some(numbered), .. } = &job.command {
+            let id = (*session, numbered.sequence);
+            match queue.joined.get_mut(&id) {
+                Some(joined) if joined.fingerprint == numbered.fingerprint => {
+                    joined.replies.push(job.reply);
+                    return false;
+                }
+                Some(_) => {
+                    // A caller that has left needs no answer.
+                    let _ = job.reply.send(Err(reused(id.0, id.1).with_shard(self.header().id)));
+                    return false;
+                }
+                None => {
+                    let fingerprint = numbered.fingerprint;
+                    queue.joined.insert(id, Joined { fingerprint, replies: Vec::new() });
+                }
             }
-            queue.joined.insert(id, Vec::new());
         }
         queue.jobs.push_back(job);
         !std::mem::replace(&mut queue.draining, true)
@@ -517,7 +549,7 @@ impl Executor {
 
     fn answer(&self, job: Job, outcome: &Result<Answer>) {
         let waiting = job.identity().and_then(|id| self.queue.lock().joined.remove(&id));
-        for reply in waiting.into_iter().flatten().chain([job.reply]) {
+        for reply in waiting.into_iter().flat_map(|joined| joined.replies).chain([job.reply]) {
             // A caller that has left needs no answer.
             let _ = reply.send(outcome.clone());
         }
@@ -577,8 +609,8 @@ impl Drop for Executor {
 impl Job {
     fn identity(&self) -> Option<(SessionId, Sequence)> {
         match &self.command {
-            Command::Mutate { session: Some(session), sequence: Some(sequence), .. } => {
-                Some((*session, *sequence))
+            Command::Mutate { session: Some(session), numbered: Some(numbered), .. } => {
+                Some((*session, numbered.sequence))
             }
             _ => None,
         }

@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use prost::Message;
 use shardfs_proto::types::op::{OpResult, ShardState};
-use shardfs_proto::types::{Error, Reason, Result, Sequence, SessionId, Timestamp, clock};
+use shardfs_proto::types::{Error, Reason, Result, SessionId, Timestamp, clock};
 use shardfs_proto::{convert, wire};
 
-use super::executor::{Answer, Command, Work};
+use super::executor::{Answer, Command, Numbered, Work};
 use super::keys::{self, Cf};
 use super::ops::Apply;
 use super::records::{Header, Slot};
-use super::session::{Effect, Live, Seen, Undo, slot_of};
+use super::session::{Effect, Live, Seen, Undo, reused, slot_of};
 use super::store::Store;
 use super::txn::Txn;
 
@@ -65,7 +65,7 @@ impl<'a> Group<'a> {
 
     fn dispatch(&mut self, command: &Command) -> Result<Answer> {
         match command {
-            Command::Mutate { session, sequence, work } => self.mutate(*session, *sequence, work),
+            Command::Mutate { session, numbered, work } => self.mutate(*session, *numbered, work),
             Command::OpenSession { label } => {
                 self.step(None, |apply| apply.open_session(label)).map(Answer::Session)
             }
@@ -163,22 +163,23 @@ impl<'a> Group<'a> {
     fn mutate(
         &mut self,
         session: Option<SessionId>,
-        sequence: Option<Sequence>,
+        numbered: Option<Numbered>,
         work: &Work,
     ) -> Result<Answer> {
         if let Some(session) = session {
             self.live.touch(session)?;
         }
-        let id = match (session, sequence) {
-            (Some(session), Some(sequence)) => Some((session, sequence)),
+        let id = match (session, numbered) {
+            (Some(session), Some(numbered)) => Some((session, numbered)),
             (None, Some(_)) => return Err(Error::invalid("a sequence number needs a session")),
             (_, None) => None,
         };
-        if let Some((session, sequence)) = id {
-            match self.live.seen(self.store, session, sequence)? {
+        if let Some((session, numbered)) = id {
+            match self.live.seen(self.store, session, numbered.sequence)? {
                 Seen::New => {}
-                Seen::Answered => return self.answer_again(session, sequence),
-                Seen::Failed(error) => return Err(error),
+                Seen::Answered => return self.answer_again(session, numbered),
+                Seen::Failed(of, error) if of == numbered.fingerprint => return Err(error),
+                Seen::Failed(..) => return Err(reused(session, numbered.sequence)),
             }
         }
         self.check_active()?;
@@ -187,32 +188,36 @@ impl<'a> Group<'a> {
                 Work::Operation(operation) => apply.run(operation)?,
                 Work::Staged(put) => apply.put_staged(put)?,
             };
-            if let Some((session, sequence)) = id {
+            if let Some((session, Numbered { sequence, fingerprint })) = id {
                 let encoded = convert::op_result_to_wire(&result).encode_to_vec();
-                let slot = Slot { sequence, result: encoded.into() };
+                let slot = Slot { sequence, fingerprint: Some(fingerprint), result: encoded.into() };
                 apply.txn.put(Cf::Sys, keys::result(session, slot_of(sequence)), slot.encode());
             }
             Ok(result)
         });
-        if let Some((session, sequence)) = id {
+        if let Some((session, Numbered { sequence, fingerprint })) = id {
             match &outcome {
                 Ok(_) => self.live.note_answered(session, sequence),
                 // What may pass is not this mutation's fate.
                 Err(error) if error.is_retryable() => {}
-                Err(error) => self.live.note_failed(session, sequence, error.clone()),
+                Err(error) => self.live.note_failed(session, sequence, fingerprint, error.clone()),
             }
         }
         outcome.map(Answer::Result)
     }
 
     /// The answer that a mutation got before.
-    fn answer_again(&self, session: SessionId, sequence: Sequence) -> Result<Answer> {
+    fn answer_again(&self, session: SessionId, numbered: Numbered) -> Result<Answer> {
+        let Numbered { sequence, fingerprint } = numbered;
         let lost =
             || Error::corrupt(format!("session {session}: the result of mutation {sequence} is not there"));
         let value = self.txn.get(Cf::Sys, &keys::result(session, slot_of(sequence)))?.ok_or_else(lost)?;
         let slot = Slot::decode(&value)?;
         if slot.sequence != sequence {
             return Err(lost());
+        }
+        if slot.fingerprint.is_some_and(|of| of != fingerprint) {
+            return Err(reused(session, sequence));
         }
         let message = wire::OperationResult::decode(slot.result).map_err(|e| {
             Error::corrupt(format!("session {session}: the result of mutation {sequence}: {e}"))

@@ -11,7 +11,7 @@ use shardfs_proto::types::{Attr, Error, InodeNo, Result, Sequence, SessionId, Sh
 use tokio::runtime::Handle;
 
 use super::content::{ContentWriter, PutStreamStart};
-use super::executor::{Answer, Command, Executor, Work};
+use super::executor::{Answer, Command, Executor, Numbered, Work};
 use super::keys::{self, Cf};
 use super::records::{Counters, Header};
 use super::store::{Store, StoreProperties};
@@ -112,7 +112,9 @@ impl Shard {
     /// Applies a mutation; answered as its durability says.
     pub async fn mutate(&self, mutation: Mutation) -> Result<OpResult> {
         let Mutation { session, sequence, durability, operation } = mutation;
-        let command = Command::Mutate { session, sequence, work: Work::Operation(operation) };
+        let work = Work::Operation(operation);
+        let numbered = sequence.map(|sequence| Numbered::of(sequence, &work));
+        let command = Command::Mutate { session, numbered, work };
         match self.ask(command, durability).await? {
             Answer::Result(result) => Ok(result),
             other => Err(wrong(&other)),

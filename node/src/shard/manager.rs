@@ -22,6 +22,7 @@ use shardfs_proto::types::limits::SESSION_TTL;
 use shardfs_proto::types::{Error, Reason, Result, ShardId, clock};
 use tokio::runtime::Handle;
 
+use super::executor::FLUSH_WORTH_BYTES;
 use super::handle::{Shard, initialize};
 use super::rocks::{RocksShared, RocksStore};
 use super::store::{Store, StoreProperties};
@@ -362,8 +363,8 @@ impl ShardManager {
             if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
                 tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
             }
-            shard.executor().note_unflushed();
-            if room.growth_bytes() < SHORT_ROOM_BYTES {
+            let unflushed = shard.executor().note_unflushed();
+            if room.growth_bytes() < SHORT_ROOM_BYTES && unflushed >= FLUSH_WORTH_BYTES {
                 let shard = Arc::clone(&shard);
                 let flush = move || shard.executor().flush_if_short(SHORT_ROOM_BYTES);
                 if let Err(error) = tokio::task::spawn_blocking(flush).await {

@@ -8,6 +8,7 @@ pub mod check;
 pub mod chunk;
 mod content;
 mod executor;
+mod fingerprint;
 mod group;
 mod handle;
 pub mod keys;

@@ -18,7 +18,8 @@ pub use sys::{Counters, HEADER_FORMAT, Header, INODE_COST_BYTES, Orphan, Session
 use bytes::Bytes;
 use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};
 
-use codec::{Decoder, Encoder, kind_to_u8};
+pub(in crate::shard) use codec::kind_to_u8;
+use codec::{Decoder, Encoder};
 
 /// What a name in a directory stands for (family `dirent`).
 ///

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use shardfs_proto::types::limits::SESSION_WINDOW;
 use shardfs_proto::types::{Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
 
+use super::fingerprint::Fingerprint;
 use super::keys::{self, Cf, ContentId};
 use super::records::{Orphan, SessionRecord, Slot};
 use super::store::Reader;
@@ -35,8 +36,15 @@ pub enum Seen {
     New,
     /// Its answer is in the store.
     Answered,
-    /// It failed with this.
-    Failed(Error),
+    /// It, or another under its number, failed with this.
+    Failed(Fingerprint, Error),
+}
+
+/// How a mutation failed.
+struct Failure {
+    sequence: Sequence,
+    fingerprint: Fingerprint,
+    error: Error,
 }
 
 struct Session {
@@ -48,7 +56,7 @@ struct Session {
     /// The sequence in each slot, 0 = none; read from the store at the first need.
     slots: Option<Box<[u64]>>,
     /// Failures by slot: at most as many as there are slots.
-    failures: HashMap<u16, (Sequence, Error)>,
+    failures: HashMap<u16, Failure>,
 }
 
 impl Session {
@@ -254,7 +262,7 @@ impl Live {
             return Ok(Seen::Answered);
         }
         let failed = self.sessions.get(&session).and_then(|s| s.failures.get(&slot));
-        let newest = stored.max(failed.map_or(0, |(sequence, _)| sequence.get()));
+        let newest = stored.max(failed.map_or(0, |f| f.sequence.get()));
         if newest > sequence.get() {
             return Err(Error::new(
                 Reason::SequenceStale,
@@ -265,7 +273,7 @@ impl Live {
             ));
         }
         match failed {
-            Some((at, error)) if *at == sequence => Ok(Seen::Failed(error.clone())),
+            Some(f) if f.sequence == sequence => Ok(Seen::Failed(f.fingerprint, f.error.clone())),
             Some(_) | None => Ok(Seen::New),
         }
     }
@@ -280,16 +288,22 @@ impl Live {
     }
 
     /// Notes that a mutation failed for good.
-    pub fn note_failed(&mut self, session: SessionId, sequence: Sequence, error: Error) {
+    pub fn note_failed(
+        &mut self,
+        session: SessionId,
+        sequence: Sequence,
+        fingerprint: Fingerprint,
+        error: Error,
+    ) {
         if let Some(s) = self.sessions.get_mut(&session) {
-            s.failures.insert(slot_of(sequence), (sequence, error));
+            s.failures.insert(slot_of(sequence), Failure { sequence, fingerprint, error });
         }
     }
 
     /// Forgets that a mutation failed.
     pub fn forget_failed(&mut self, session: SessionId, sequence: Sequence) {
         if let Some(s) = self.sessions.get_mut(&session)
-            && s.failures.get(&slot_of(sequence)).is_some_and(|(at, _)| *at == sequence)
+            && s.failures.get(&slot_of(sequence)).is_some_and(|f| f.sequence == sequence)
         {
             s.failures.remove(&slot_of(sequence));
         }
@@ -389,6 +403,13 @@ impl Live {
             }
         }
     }
+}
+
+/// The error of a number that came with two mutations.
+pub fn reused(session: SessionId, sequence: Sequence) -> Error {
+    Error::invalid(format!(
+        "session {session}: number {sequence} was given to another mutation before: give each its own"
+    ))
 }
 
 /// The error of a session that the shard does not know.

@@ -233,7 +233,7 @@ fn lost_inodes_and_wrong_orphans_are_found() {
     // The session goes: its slot and its orphan are left behind.
     broken(&[Orphan, Session], |t| t.f.delete(Cf::Sys, &keys::session(t.session)));
     broken(&[Session], |t| {
-        let slot = Slot { sequence: Sequence::new(3).unwrap(), result: Bytes::new() };
+        let slot = Slot { sequence: Sequence::new(3).unwrap(), fingerprint: None, result: Bytes::new() };
         t.f.put(Cf::Sys, &keys::result(t.session, 4), slot.encode());
     });
 }

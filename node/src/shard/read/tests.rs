@@ -176,7 +176,7 @@ impl Fixture {
         self.next_session += 1;
         let record = SessionRecord { opened: at(5), label: "test".into() };
         self.put(Cf::Sys, &keys::session(session), record.encode());
-        let slot = Slot { sequence: Sequence::new(1025).unwrap(), result: Bytes::new() };
+        let slot = Slot { sequence: Sequence::new(1025).unwrap(), fingerprint: None, result: Bytes::new() };
         self.put(Cf::Sys, &keys::result(session, 1), slot.encode());
         session
     }

@@ -172,7 +172,7 @@ impl<'a> Decoder<'a> {
     }
 }
 
-pub(super) fn kind_to_u8(kind: FileKind) -> u8 {
+pub(in crate::shard) fn kind_to_u8(kind: FileKind) -> u8 {
     match kind {
         FileKind::Regular => 1,
         FileKind::Directory => 2,

@@ -4,6 +4,8 @@ use bytes::Bytes;
 use shardfs_proto::types::op::ShardState;
 use shardfs_proto::types::{ClientId, Error, Result, Sequence, SessionId, ShardId, Timestamp};
 
+use crate::shard::fingerprint::Fingerprint;
+
 use super::codec::{Decoder, Encoder};
 
 /// The format of a shard as a whole. A shard with a newer one is refused.
@@ -185,34 +187,44 @@ impl SessionRecord {
 ///
 /// | bytes | field |
 /// |---|---|
-/// | 1 | format: 1 |
+/// | 1 | format: 2; format 1 has no fingerprint |
 /// | 8 | sequence |
+/// | 4 | fingerprint |
 /// | rest | the wire message `OperationResult` |
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Slot {
     /// Whose answer it is.
     pub sequence: Sequence,
+    /// What tells the mutation from another under the same number; `None`: of an earlier version.
+    pub fingerprint: Option<Fingerprint>,
     /// The encoded message.
     pub result: Bytes,
 }
 
-const SLOT_FORMAT: u8 = 1;
+const SLOT_FORMAT: u8 = 2;
+const SLOT_FORMAT_BARE: u8 = 1;
 
 impl Slot {
     /// To bytes.
     pub fn encode(&self) -> Bytes {
-        let mut e = Encoder::new(SLOT_FORMAT, 9 + self.result.len());
+        let format = if self.fingerprint.is_some() { SLOT_FORMAT } else { SLOT_FORMAT_BARE };
+        let mut e = Encoder::new(format, 13 + self.result.len());
         e.u64(self.sequence.get());
+        if let Some(fingerprint) = self.fingerprint {
+            e.u32(fingerprint.get());
+        }
         e.raw(&self.result);
         e.finish()
     }
 
     /// From bytes.
     pub fn decode(value: &[u8]) -> Result<Slot> {
-        let mut d = Decoder::new("result", value, SLOT_FORMAT)?;
+        let bare = value.first() == Some(&SLOT_FORMAT_BARE);
+        let mut d = Decoder::new("result", value, if bare { SLOT_FORMAT_BARE } else { SLOT_FORMAT })?;
         let number = d.u64()?;
         let sequence = Sequence::new(number).ok_or_else(|| d.bad("sequence 0"))?;
-        Ok(Slot { sequence, result: Bytes::copy_from_slice(d.rest()) })
+        let fingerprint = if bare { None } else { Some(Fingerprint::from_stored(d.u32()?)) };
+        Ok(Slot { sequence, fingerprint, result: Bytes::copy_from_slice(d.rest()) })
     }
 }
 

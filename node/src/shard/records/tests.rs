@@ -5,6 +5,7 @@ use shardfs_proto::types::op::{IndexValue, ShardState};
 use shardfs_proto::types::{ClientId, Reason, SessionId, ShardId, Timestamp, Version};
 
 use super::*;
+use crate::shard::fingerprint::Fingerprint;
 use crate::shard::keys::ContentId;
 
 fn ino(n: u64) -> InodeNo {
@@ -149,9 +150,13 @@ fn small_records_are_the_golden_bytes() {
     assert_eq!(hex(&session.encode()), "01000000000000000100000002026162");
     let slot = Slot {
         sequence: shardfs_proto::types::Sequence::new(9).unwrap(),
+        fingerprint: Some(Fingerprint::from_stored(0x0102_0304)),
         result: Bytes::from_static(b"\x0a"),
     };
-    assert_eq!(hex(&slot.encode()), "0100000000000000090a");
+    assert_eq!(hex(&slot.encode()), "020000000000000009010203040a");
+    let bare = Slot { fingerprint: None, ..slot.clone() };
+    assert_eq!(hex(&bare.encode()), "0100000000000000090a");
+    assert_eq!(Slot::decode(&bare.encode()).unwrap(), bare);
     let orphan = Orphan { holders: vec![SessionId::new(1).unwrap(), SessionId::new(2).unwrap()] };
     assert_eq!(hex(&orphan.encode()), "0100000000000000010000000000000002");
     let staged = Staged { session: SessionId::new(4), begun: at(1, 2) };

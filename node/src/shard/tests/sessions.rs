@@ -1,7 +1,8 @@
 //! Sessions: exactly once, held open after unlink, visibility, crashes.
 
-use shardfs_proto::types::op::{Durability, NewInode, Operation};
-use shardfs_proto::types::{FileKind, InodeNo, Reason, SessionId};
+use bytes::Bytes;
+use shardfs_proto::types::op::{Durability, NewInode, OpResult, Operation};
+use shardfs_proto::types::{FileKind, InodeNo, Reason, Result, SessionId};
 
 use super::harness::*;
 use crate::shard::keys::Cf;
@@ -61,6 +62,41 @@ async fn a_retry_gets_the_first_answer_also_after_a_restart() {
         let unknown = world.run_as(s, Some(9), create(ROOT, "h")).await.unwrap_err();
         assert_eq!(unknown.reason(), Reason::SessionUnknown);
         assert_eq!(count(&world.view().await, Cf::Sys), 2, "a session leaves nothing");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_number_given_to_two_mutations_is_refused() {
+    for mut world in World::both(None, 4096) {
+        let s = Some(session(&world).await);
+        let write = |ino, data: &'static [u8]| Operation::Write {
+            inode: ino,
+            offset: 0,
+            data: Bytes::from_static(data),
+            append: false,
+            kill_set_id: false,
+        };
+        let file = world.run_as(s, Some(1), create(ROOT, "f")).await.unwrap().attr.unwrap().inode;
+        world.run_as(s, Some(2), write(file, b"one")).await.unwrap();
+        let error_of = |outcome: Result<OpResult>| outcome.unwrap_err();
+        for _ in 0..2 {
+            for other in [write(file, b"two"), create(ROOT, "g"), unlink(ROOT, "f")] {
+                let error = error_of(world.run_as(s, Some(2), other).await);
+                assert_eq!(error.reason(), Reason::InvalidArgument);
+                assert!(error.message().contains("another mutation"), "{error}");
+            }
+            world.run_as(s, Some(2), write(file, b"one")).await.unwrap();
+            world.reopen();
+        }
+        // Neither does a failed one's number serve another.
+        assert_eq!(
+            error_of(world.run_as(s, Some(3), create(ROOT, "f")).await).reason(),
+            Reason::AlreadyExists
+        );
+        let error = error_of(world.run_as(s, Some(3), create(ROOT, "g")).await);
+        assert_eq!(error.reason(), Reason::InvalidArgument);
+        assert_eq!(world.shard().usage().inodes, 2);
+        world.check("numbers").await;
     }
 }
 
