@@ -65,7 +65,7 @@ $(TOOLS)/bin/pjdfstest:
 coverage: deps-test ## line coverage of the unit tests (builds everything anew, instrumented)
 	@CARGO_LLVM_COV_VERSION=$(CARGO_LLVM_COV_VERSION) tests/scripts/coverage.sh
 
-bench: build ## ShardFS and ext4 on the same kind of loop device, one table
+bench: build ## ShardFS and ext4 on the same kind of loop device, in tables (a quarter of an hour)
 	@tests/scripts/bench.sh
 
 fmt: ## format the sources

@@ -126,7 +126,7 @@ In fstab (with shardfsd linked as /sbin/mount.fuse.shardfs):
   node-1:7400,node-2:7400 /mnt/shards fuse.shardfs client_id=photos,_netdev 0 0
 
 After a crash of the daemon the mount point says \"Transport endpoint is not connected\": `shardfs umount
-/mnt/shards` or `fusermount3 -u /mnt/shards` mends it.";
+/mnt/shards` (or, as root, `umount /mnt/shards`) mends it.";
 
 /// How the program was called.
 #[derive(Debug)]

@@ -90,7 +90,7 @@ pub fn usable(path: &Path, replace_dead: bool) -> Result<PathBuf> {
         Some(Err(error)) if is_dead(&error) && mounted && replace_dead => Ok(canonical),
         Some(Err(error)) if is_dead(&error) => bail!(
             "mount point {shown} is a stale mount (\"Transport endpoint is not connected\"): its daemon is gone. Mend it \
-             with `shardfs umount {shown}` or `fusermount3 -u {shown}`, then mount again"
+             with `shardfs umount {shown}` (or, as root, `umount {shown}`), then mount again"
         ),
         Some(Err(error)) if error.kind() == std::io::ErrorKind::NotFound => {
             bail!("mount point {shown} does not exist: make the directory first")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # A cluster of its own on loop volumes, measured beside ext4 on the same kind of loop device; arguments go
-# to `shardfs bench all` (`--runs 3`). Reports are left in $CARGO_TARGET_DIR/bench.
+# to `shardfs bench all` (default: `--runs 3`). Reports are left in $CARGO_TARGET_DIR/bench.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -22,6 +22,7 @@ trap finish EXIT
 
 "$shardfs" dev up --dir "$root/c" --mount "$root/mnt" --volume-size 16GiB
 mkdir "$root/mnt/bench"
+[ $# -gt 0 ] || set -- --runs 3
 "$shardfs" bench all "shardfs=$root/mnt/bench" --reference ext4 --reference-dir "$root" \
     --json "$reports/all.json" "$@" | tee "$reports/all.txt"
 "$shardfs" --dir "$root/c" bench kv --json "$reports/kv.json" | tee "$reports/kv.txt"

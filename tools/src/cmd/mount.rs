@@ -50,6 +50,9 @@ pub fn run(args: Args, context: &Context) -> Result<()> {
     let mut command = Command::new(&program);
     command.arg(mount_point).arg("--endpoints").arg(cluster.endpoints.join(","));
     command.arg("--client-id").arg(cluster.client_id.as_str());
+    if let Some(deadline) = context.globals().deadline {
+        command.arg("--deadline").arg(deadline.as_secs_f64().to_string());
+    }
     for option in &args.options {
         command.args(["-o", option]);
     }

@@ -416,7 +416,7 @@ mod tests {
     fn an_interrupted_run_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let stop = Stop::default();
-        stop.request();
+        stop.request(crate::failure::EXIT_INTERRUPTED);
         assert!(run(dir.path(), &settings(), 1, &stop, &Progress::hidden()).is_err());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }

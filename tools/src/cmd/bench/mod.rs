@@ -30,7 +30,7 @@ use shardfs_proto::types::clock;
 use shardfs_proto::types::limits::BATCH_BYTES_MAX;
 
 use crate::context::Context;
-use crate::failure::Failure;
+use crate::failure::{EXIT_INTERRUPTED, EXIT_TERMINATED, Failure};
 use crate::paths::shard_selector;
 use crate::size;
 pub use args::Args;
@@ -103,11 +103,18 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     progress.finish();
     signals.abort();
     match result {
-        Err(error) if stop.requested() => {
-            tracing::debug!("interrupted: {error:#}");
-            Err(Failure::interrupted().into())
-        }
-        result => result,
+        Err(error) => match stop.exit_code() {
+            Some(code) => {
+                tracing::debug!("interrupted: {error:#}");
+                let failure = match code {
+                    EXIT_TERMINATED => Failure::terminated(),
+                    _ => Failure::interrupted(),
+                };
+                Err(failure.into())
+            }
+            None => Err(error),
+        },
+        Ok(()) => Ok(()),
     }
 }
 
@@ -122,9 +129,9 @@ async fn watch_signals(stop: Stop) {
     };
     let mut times = 0;
     loop {
-        let seen = tokio::select! {
-            seen = interrupt.recv() => seen,
-            seen = terminate.recv() => seen,
+        let (seen, code) = tokio::select! {
+            seen = interrupt.recv() => (seen, EXIT_INTERRUPTED),
+            seen = terminate.recv() => (seen, EXIT_TERMINATED),
         };
         if seen.is_none() {
             return;
@@ -135,10 +142,10 @@ async fn watch_signals(stop: Stop) {
                 "shardfs bench: ended at once; what it made is left behind ({}*)",
                 workspace::NAME_PREFIX
             );
-            std::process::exit(i32::from(crate::failure::EXIT_INTERRUPTED));
+            std::process::exit(i32::from(code));
         }
         eprintln!("shardfs bench: cleaning up (once more: end at once)");
-        stop.request();
+        stop.request(code);
     }
 }
 

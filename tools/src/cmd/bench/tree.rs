@@ -279,7 +279,7 @@ mod tests {
         let other = stop.clone();
         let stopper = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));
-            other.request();
+            other.request(crate::failure::EXIT_INTERRUPTED);
         });
         let began = clock::monotonic();
         assert!(run(&stop, "sleep", |c| c.arg("1000")).is_err());

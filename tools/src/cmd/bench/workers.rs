@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn a_stop_ends_all() {
         let stop = Stop::default();
-        stop.request();
+        stop.request(crate::failure::EXIT_INTERRUPTED);
         assert!(run(2, &stop, |_, _| Ok(())).is_err());
     }
 }

@@ -6,7 +6,7 @@
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -15,17 +15,22 @@ pub const NAME_PREFIX: &str = "shardfs-bench-";
 
 /// Says whether the run should end early. Clones share the answer.
 #[derive(Clone, Default)]
-pub struct Stop(Arc<AtomicBool>);
+pub struct Stop(Arc<AtomicU8>);
 
 impl Stop {
-    /// Asks the run to end.
-    pub fn request(&self) {
-        self.0.store(true, Ordering::Relaxed);
+    /// Asks the run to end; the command will end with this code.
+    pub fn request(&self, exit_code: u8) {
+        self.0.store(exit_code, Ordering::Relaxed);
+    }
+
+    /// The exit code for which somebody asked.
+    pub fn exit_code(&self) -> Option<u8> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|code| *code != 0)
     }
 
     /// Whether somebody asked.
     pub fn requested(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.exit_code().is_some()
     }
 
     /// An error once somebody asked.
@@ -159,7 +164,7 @@ mod tests {
         let stop = Stop::default();
         let other = stop.clone();
         other.check().unwrap();
-        stop.request();
+        stop.request(crate::failure::EXIT_INTERRUPTED);
         assert!(other.check().is_err());
     }
 }
