@@ -41,7 +41,8 @@ const LABEL_PREFIX: &str = "sfs-";
 /// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
 const BYTES_PER_INODE: u32 = 16_384;
 
-// From linux/loop.h.
+// From linux/fs.h and linux/loop.h.
+const BLKROSET: libc::c_ulong = 0x125D;
 const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
@@ -287,6 +288,10 @@ fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
             open_device(&path, true).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
         match configure(&device, backing.as_raw_fd(), tag) {
             Ok(()) => {
+                if let Err(e) = make_writable(&device) {
+                    detach_device(&path)?;
+                    return Err(io_error(&format!("making {} writable", path.display()), &e));
+                }
                 if status(&device).is_some_and(|info| info.lo_flags & LO_FLAGS_DIRECT_IO == 0) {
                     tracing::warn!(device = %path.display(), backing = %source.display(),
                         "the backing file's filesystem allows no direct I/O: its pages are cached twice");
@@ -314,6 +319,14 @@ fn configure(device: &File, backing: RawFd, tag: &[u8; LO_NAME_BYTES]) -> std::i
     config.info.lo_file_name = *tag;
     // SAFETY: the kernel reads one `loop_config`, whose layout `LoopConfig` has; the descriptors are open.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) };
+    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// A device keeps the read-only flag (`blockdev --setro`) that somebody gave it, over every detach.
+fn make_writable(device: &File) -> std::io::Result<()> {
+    let read_only: libc::c_int = 0;
+    // SAFETY: the kernel reads one int.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROSET as _, &raw const read_only) };
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 

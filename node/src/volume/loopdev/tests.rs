@@ -92,6 +92,23 @@ fn cleans_up_what_a_killed_node_left() {
 }
 
 #[test]
+fn a_read_only_flag_that_somebody_left_is_taken_away() {
+    let Some(bench) = Bench::new() else { return };
+    let spec = bench.spec();
+    LoopProvider.create(&spec).unwrap();
+    let attached = LoopProvider.attach(&spec).unwrap();
+    let device = PathBuf::from(&attached.device);
+    LoopProvider.detach(&spec, attached).unwrap();
+    let set = |flag: &str| Command::new("blockdev").arg(flag).arg(&device).status().unwrap();
+    assert!(set("--setro").success());
+    // Most likely it is the same device again: the free one with the lowest number.
+    let attached = LoopProvider.attach(&spec).unwrap();
+    fs::write(attached.root.join("x"), "written").unwrap();
+    LoopProvider.detach(&spec, attached).unwrap();
+    assert!(set("--setrw").success());
+}
+
+#[test]
 fn a_node_leaves_the_devices_of_others_alone() {
     let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();

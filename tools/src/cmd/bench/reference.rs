@@ -53,10 +53,13 @@ impl Reference {
         if !device.starts_with("/dev/") {
             bail!("losetup named no device but {device:?}");
         }
-        let mounted =
-            std::fs::remove_file(&image).with_context(|| format!("remove {}", image.display())).and_then(
-                |()| run(Command::new("mount").args(["-t", "ext4", "-o", "noatime", &device]).arg(&mount)),
-            );
+        let mounted = std::fs::remove_file(&image)
+            .with_context(|| format!("remove {}", image.display()))
+            // A device keeps the read-only flag that somebody gave it, over every detach.
+            .and_then(|()| run(Command::new("blockdev").args(["--setrw", &device])))
+            .and_then(|_| {
+                run(Command::new("mount").args(["-t", "ext4", "-o", "noatime", &device]).arg(&mount))
+            });
         // From now on the device goes with its last user; at once if there is none.
         let detached = run(Command::new("losetup").args(["--detach", &device]));
         let reference = Reference { workspace: Some(workspace), mount, mounted: mounted.is_ok() };
