@@ -285,8 +285,7 @@ impl WriterLoop {
     }
 
     fn group(&mut self, commands: Vec<Command>, answers: Vec<oneshot::Sender<StoreResult<Outcome>>>) {
-        let (outcomes, batches) = self.writer.apply(commands);
-        self.log.publish(batches);
+        let outcomes = self.apply(commands);
         for (outcome, answer) in outcomes.into_iter().zip(answers) {
             if let Ok(Outcome::LeaseGranted { lease, ttl_ms }) = &outcome {
                 self.leases.begin(*lease, *ttl_ms);
@@ -296,13 +295,21 @@ impl WriterLoop {
         }
     }
 
+    fn apply(&mut self, commands: Vec<Command>) -> Vec<StoreResult<Outcome>> {
+        let (outcomes, batches) = self.writer.apply(commands);
+        if let Some(revision) = self.writer.take_reopened() {
+            self.log.reset(revision);
+        }
+        self.log.publish(batches);
+        outcomes
+    }
+
     fn expire(&mut self, ended: Vec<LeaseId>) {
         for lease in &ended {
             self.leases.forget(*lease);
         }
         let commands = ended.into_iter().map(|lease| Command::LeaseRevoke { lease }).collect();
-        let (outcomes, batches) = self.writer.apply(commands);
-        self.log.publish(batches);
+        let outcomes = self.apply(commands);
         for error in outcomes.into_iter().filter_map(Result::err) {
             // Revoked while it was expiring: the same end.
             if !matches!(error, StoreError::LeaseUnknown) {

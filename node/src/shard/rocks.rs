@@ -443,7 +443,7 @@ fn map_error(shard: ShardId, what: &str, e: &rocksdb::Error) -> Error {
             format!("shard {shard}: {what}: the volume has no room: delete something or grow it ({text})"),
         ),
         ErrorKind::Corruption => Error::corrupt(format!(
-            "shard {shard}: {what}: {text}: run `shardfs fsck`; if a file is damaged, restore the shard from a copy"
+            "shard {shard}: {what}: {text}: other shards are served; restore this one from a copy"
         )),
         ErrorKind::InvalidArgument if text.contains("does not exist") => {
             Error::corrupt(format!("shard {shard}: {what}: the database is not there or incomplete: {text}"))

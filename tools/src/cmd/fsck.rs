@@ -87,7 +87,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     match (findings, unchecked) {
         (0, 0) => Ok(()),
         (0, _) => Err(Failure::new(format!("{unchecked} of {} shards could not be checked", shards.len()))
-            .hint("`shardfs status` shows which node is missing")),
+            .hint("`shardfs status` shows damaged shards and nodes that are away")),
         _ if args.json => Err(Failure::silent(EXIT_FAILURE)),
         _ => Err(Failure::new(format!("{findings} findings"))),
     }

@@ -9,6 +9,9 @@ use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
@@ -16,7 +19,7 @@ use futures::{FutureExt, Stream, StreamExt};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::limits::VALUE_BYTES_MAX;
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
-use shardfs_proto::types::{Error, Key, Reason, ShardId, Timestamp, Version};
+use shardfs_proto::types::{Error, Key, Reason, ShardId, Timestamp, Version, clock};
 use tokio::sync::mpsc;
 
 use super::progress::Progress;
@@ -35,6 +38,9 @@ const BATCHED_BYTES_MAX: u64 = 256 << 10;
 const BATCH_ITEMS: usize = 256;
 /// See [`BATCH_ITEMS`].
 const BATCH_BYTES: u64 = 2 << 20;
+/// How long a file is sent anew after its stream broke off, and the pause before.
+const STREAM_AGAIN_MAX: Duration = Duration::from_secs(60);
+const STREAM_AGAIN_PAUSE: Duration = Duration::from_millis(200);
 /// Bytes of one piece of a stream.
 const PIECE_BYTES: usize = 1 << 20;
 /// Pieces, and files of a walk, that are read ahead.
@@ -330,13 +336,34 @@ impl Upload {
             }
             // It has grown meanwhile.
         }
-        let file = File::open(path).with_context(|| path.display().to_string())?;
-        let bar = progress.handle();
-        let data = as_stream(read_pieces(file))
-            .inspect(move |piece| bar.add(piece.as_ref().map_or(0, |p| p.len() as u64)));
-        let stored =
-            self.client.put_stream(self.shard, key.clone(), options, self.durability, None, data).await?;
-        Ok(stored.attr.size)
+        // A stream breaks off with its node, and nothing is stored; a regular file can be read again. Not if it must be
+        // new: one that was stored, and whose answer was lost, would be in its own way.
+        let again = meta.is_file() && !options.if_absent && options.if_version.is_none();
+        let deadline = clock::monotonic() + STREAM_AGAIN_MAX;
+        let mut counted = 0;
+        loop {
+            let file = File::open(path).with_context(|| path.display().to_string())?;
+            let (bar, sent) = (progress.handle(), Arc::new(AtomicU64::new(0)));
+            let (sending, before) = (sent.clone(), counted);
+            let data = as_stream(read_pieces(file)).inspect(move |piece| {
+                let bytes = piece.as_ref().map_or(0, |p| p.len() as u64);
+                let now = sending.fetch_add(bytes, Ordering::Relaxed) + bytes;
+                bar.add(now.saturating_sub(before).min(bytes));
+            });
+            let stored = self
+                .client
+                .put_stream(self.shard, key.clone(), options.clone(), self.durability, None, data)
+                .await;
+            match stored {
+                Ok(stored) => return Ok(stored.attr.size),
+                Err(error) if again && error.is_retryable() && clock::monotonic() < deadline => {
+                    tracing::debug!(%error, "the stream broke off: once more");
+                    counted = counted.max(sent.load(Ordering::Relaxed));
+                    tokio::time::sleep(STREAM_AGAIN_PAUSE).await;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// Reads and stores small files together; each has a result of its own.

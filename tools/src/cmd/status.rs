@@ -60,7 +60,9 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
             Ok(_) => {}
         }
         for damaged in status.iter().flat_map(|s| &s.damaged_shards) {
-            troubles.push(format!("{}: shard {} is damaged: {}", info.id, damaged.id, damaged.error));
+            let what =
+                damaged.error.strip_prefix(&format!("shard {}: ", damaged.id)).unwrap_or(&damaged.error);
+            troubles.push(format!("{}: shard {} is damaged: {what}", info.id, damaged.id));
         }
     }
     for v in &volumes {

@@ -12,14 +12,18 @@
 //! handed out exceeds; after anything but a clean close the store goes on from there, so that revisions
 //! of volatile changes that a crash took back are never given out again.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use parking_lot::RwLock;
 use redb::{
     Database, DatabaseError, Durability, ReadableDatabase, ReadableTable, Table, TableDefinition, TableError,
     WriteTransaction,
 };
+
+use shardfs_proto::types::clock;
 
 use crate::cluster::store::{
     Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RANGE_BYTES_MAX, RangeAnswer, Revision,
@@ -41,6 +45,8 @@ const RESERVE: u64 = 100_000;
 const LEASE_KEYS_MAX: usize = 1024;
 /// redb's page cache: the metadata of a small cluster, whole.
 const CACHE_BYTES: usize = 32 << 20;
+/// How long a file whose device failed is left before it is opened again.
+const REOPEN_PAUSE: Duration = Duration::from_secs(1);
 
 /// What the writer does, in order.
 pub(super) enum Command {
@@ -59,18 +65,29 @@ pub(super) enum Outcome {
 /// Reads, from any thread, as long as the writer lives.
 #[derive(Clone)]
 pub(super) struct Reader {
-    db: Weak<Database>,
+    db: Arc<RwLock<Weak<Database>>>,
 }
 
 /// The one writer.
 pub(super) struct Writer {
-    db: Arc<Database>,
+    path: PathBuf,
+    /// `None`: broken, and closed.
+    db: Option<Arc<Database>>,
+    /// Where readers find it.
+    place: Arc<RwLock<Weak<Database>>>,
     revision: u64,
     reserved: u64,
     /// There are committed changes that a crash may take back.
     volatile: bool,
     /// The device failed in the middle of a commit: what the file holds is not known until it is opened again.
-    broken: Option<String>,
+    broken: Option<Broken>,
+    /// It was opened again, at this revision: what was published before says nothing about what it holds.
+    reopened: Option<Revision>,
+}
+
+struct Broken {
+    message: String,
+    next_try: Instant,
 }
 
 /// What is found when the file is opened.
@@ -124,9 +141,18 @@ pub(super) fn open(path: &Path) -> StoreResult<Opened> {
     }
     tx.commit().map_err(failed)?;
     let db = Arc::new(db);
-    let writer =
-        Writer { db: db.clone(), revision: start, reserved: start + RESERVE, volatile: false, broken: None };
-    Ok(Opened { reader: Reader { db: Arc::downgrade(&db) }, writer, revision: Revision::new(start), leases })
+    let place = Arc::new(RwLock::new(Arc::downgrade(&db)));
+    let writer = Writer {
+        path: path.to_owned(),
+        db: Some(db),
+        place: place.clone(),
+        revision: start,
+        reserved: start + RESERVE,
+        volatile: false,
+        broken: None,
+        reopened: None,
+    };
+    Ok(Opened { reader: Reader { db: place }, writer, revision: Revision::new(start), leases })
 }
 
 fn read_meta(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> StoreResult<Option<u64>> {
@@ -136,12 +162,13 @@ fn read_meta(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> StoreR
 impl Reader {
     /// The writer has ended and nobody reads: the file is closed.
     pub(super) fn is_closed(&self) -> bool {
-        self.db.strong_count() == 0
+        self.db.read().strong_count() == 0
     }
 
     /// Reads a range from the last commit. Blocks on the device.
     pub(super) fn range(&self, range: &KeyRange, limit: usize) -> StoreResult<RangeAnswer> {
-        let db = self.db.upgrade().ok_or_else(|| StoreError::Unavailable("it is stopping".into()))?;
+        let gone = || StoreError::Unavailable("it is stopping, or its file is being opened again".into());
+        let db = self.db.read().upgrade().ok_or_else(gone)?;
         let tx = db.begin_read().map_err(failed)?;
         let revision = read_meta(&tx.open_table(META).map_err(failed)?, "revision")?.unwrap_or(0);
         let (kvs, more) = scan(&tx.open_table(KEYS).map_err(failed)?, range, limit)?;
@@ -153,18 +180,15 @@ impl Writer {
     /// Runs a group of commands as one commit; answers each, and says what changed.
     pub(super) fn apply(&mut self, commands: Vec<Command>) -> (Vec<StoreResult<Outcome>>, Vec<WatchBatch>) {
         let count = commands.len();
-        let error = match &self.broken {
-            Some(message) => StoreError::Failed(format!("{message}; start it again")),
-            None => match self.group(commands) {
-                Ok(done) => return done,
-                Err(error) => error,
-            },
+        let error = match self.mend().and_then(|()| self.group(commands)) {
+            Ok(done) => return done,
+            Err(error) => error,
         };
         ((0..count).map(|_| Err(error.clone())).collect(), Vec::new())
     }
 
     fn group(&mut self, commands: Vec<Command>) -> StoreResult<(Vec<StoreResult<Outcome>>, Vec<WatchBatch>)> {
-        let mut tx = self.db.begin_write().map_err(failed)?;
+        let mut tx = self.begin()?;
         let mut revision = self.revision;
         let mut durable = false;
         let mut outcomes = Vec::with_capacity(commands.len());
@@ -221,8 +245,54 @@ impl Writer {
         tx.set_durability(durability).map_err(|e| StoreError::Failed(e.to_string()))
     }
 
+    /// Once its device has failed, a database takes nothing until it is opened again: when there is room on the disk again,
+    /// say. That is tried now and then.
+    fn mend(&mut self) -> StoreResult<()> {
+        let Some(broken) = &mut self.broken else { return Ok(()) };
+        let unavailable = |message: &str| StoreError::Unavailable(format!("its file failed: {message}"));
+        if clock::monotonic() < broken.next_try {
+            return Err(unavailable(&broken.message));
+        }
+        broken.next_try = clock::monotonic() + REOPEN_PAUSE;
+        *self.place.write() = Weak::new();
+        self.db = None;
+        let opened = open(&self.path).map_err(|error| unavailable(&error.to_string()))?;
+        tracing::info!(file = %self.path.display(), "metadata store: writes work again");
+        self.db = opened.writer.db;
+        *self.place.write() = self.db.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        // Beyond every revision that was handed out.
+        self.revision = opened.writer.revision;
+        self.reserved = opened.writer.reserved;
+        self.volatile = false;
+        self.broken = None;
+        self.reopened = Some(opened.revision);
+        Ok(())
+    }
+
+    /// The revision at which the file was opened again since this was asked last.
+    pub(super) fn take_reopened(&mut self) -> Option<Revision> {
+        self.reopened.take()
+    }
+
+    fn begin(&mut self) -> StoreResult<WriteTransaction> {
+        let begun = match &self.db {
+            Some(db) => db.begin_write(),
+            None => return Err(StoreError::Unavailable("its file is closed".into())),
+        };
+        begun.map_err(|error| {
+            self.note_broken(&error);
+            StoreError::Unavailable(format!("its file failed: {error}"))
+        })
+    }
+
+    fn note_broken(&mut self, error: &dyn std::fmt::Display) {
+        tracing::error!(file = %self.path.display(), %error, "metadata store: its file failed; it is opened again");
+        let next_try = clock::monotonic() + REOPEN_PAUSE;
+        self.broken = Some(Broken { message: error.to_string(), next_try });
+    }
+
     fn break_down(&mut self, error: redb::CommitError) -> StoreError {
-        self.broken = Some(format!("a commit failed: {error}"));
+        self.note_broken(&error);
         StoreError::OutcomeUnknown(format!("a commit failed: {error}"))
     }
 
@@ -243,7 +313,7 @@ impl Writer {
     }
 
     fn settle(&mut self, reserved: u64) -> StoreResult<()> {
-        let tx = self.db.begin_write().map_err(failed)?;
+        let tx = self.begin()?;
         tx.open_table(META).map_err(failed)?.insert("reserved", reserved).map_err(failed)?;
         tx.commit().map_err(|e| self.break_down(e))?;
         self.reserved = reserved;
@@ -496,6 +566,63 @@ mod tests {
         assert_eq!(decode(kv.key.clone(), golden).unwrap(), kv);
         assert!(decode(kv.key.clone(), b"\x02").is_err());
         assert!(decode(kv.key, b"").is_err());
+    }
+
+    /// A filesystem of its own, gone with the test.
+    struct Tmpfs(tempfile::TempDir);
+
+    impl Tmpfs {
+        fn mount(&self, options: &str) {
+            let status = std::process::Command::new("mount")
+                .args(["-t", "tmpfs", "-o", options, "tmpfs"])
+                .arg(self.0.path())
+                .status();
+            assert!(status.unwrap().success(), "mount -o {options}");
+        }
+    }
+
+    impl Drop for Tmpfs {
+        fn drop(&mut self) {
+            let _ = std::process::Command::new("umount").args(["--lazy"]).arg(self.0.path()).status();
+        }
+    }
+
+    #[test]
+    fn a_disk_that_was_full_is_written_again_when_it_has_room() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return;
+        }
+        let disk = Tmpfs(tempfile::tempdir().unwrap());
+        disk.mount("size=4m");
+        let path = disk.0.path().join("meta.redb");
+        let mut opened = open(&path).unwrap();
+        let mut put = |key: String, bytes: usize| {
+            let command = Command::Txn(Txn::new().put(key, vec![7; bytes]));
+            let outcome = opened.writer.apply(vec![command]).0.pop().unwrap();
+            (outcome.map(drop), opened.writer.revision, opened.writer.take_reopened())
+        };
+        let mut kept = 0;
+        while put(format!("k{kept}"), 100_000).0.is_ok() {
+            kept += 1;
+            assert!(kept < 1000, "4 MiB are full");
+        }
+        let (refused, revision, _) = put("more".into(), 1);
+        assert!(matches!(refused, Err(StoreError::Unavailable(_))), "{refused:?}");
+        disk.mount("remount,size=64m");
+        let begun = clock::monotonic();
+        let reopened = loop {
+            let (outcome, _, reopened) = put("again".into(), 1);
+            if outcome.is_ok() {
+                break reopened.expect("whoever watches is told");
+            }
+            assert!(begun.elapsed() < std::time::Duration::from_secs(30), "{outcome:?}");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        };
+        assert!(reopened.get() > revision, "no revision is given out twice");
+        let found = opened.reader.range(&KeyRange::prefix("k"), 0).unwrap();
+        assert!(found.kvs.len() >= kept, "{} of {kept}", found.kvs.len());
+        opened.writer.close().unwrap();
     }
 
     #[test]

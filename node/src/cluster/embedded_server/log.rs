@@ -72,6 +72,20 @@ impl Log {
         self.latest.send_replace(last);
     }
 
+    /// Begins anew at a later revision: watches of what was before end with [`StoreError::Compacted`].
+    pub(super) fn reset(&self, revision: Revision) {
+        let mut inner = self.inner.lock();
+        assert!(revision.get() > inner.latest, "revisions are published in order");
+        *inner = Inner {
+            batches: VecDeque::new(),
+            bytes: 0,
+            floor: revision.next().get(),
+            latest: revision.get(),
+        };
+        drop(inner);
+        self.latest.send_replace(revision.get());
+    }
+
     /// Tells of new revisions.
     pub(super) fn subscribe(&self) -> watch::Receiver<u64> {
         self.latest.subscribe()
