@@ -22,6 +22,8 @@ awk -v under="$root/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | t
 done
 losetup --noheadings --list --output NAME,BACK-FILE | while read -r device file; do
     if [[ $file == "$root/"* ]]; then
+        # The flag would outlive the detaching.
+        blockdev --setrw "$device"
         losetup --detach "$device"
     fi
 done

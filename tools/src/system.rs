@@ -380,10 +380,20 @@ pub fn loop_devices() -> Result<Vec<(PathBuf, PathBuf)>> {
 /// Frees a loop device whose file system is unmounted (LOOP_CLR_FD); one that is free already is no error.
 pub fn detach_loop(device: &Path) -> Result<()> {
     const LOOP_CLR_FD: libc::Ioctl = 0x4C01;
+    const BLKROSET: libc::Ioctl = 0x125D;
     let file = fs::File::open(device).with_context(|| device.display().to_string())?;
     // SAFETY: the ioctl takes no pointer; the descriptor lives through the call.
     let result = unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&file), LOOP_CLR_FD, 0) };
     if result == 0 {
+        // A node's read-only flag would outlive the detaching, which ends with the last descriptor.
+        let writable: libc::c_int = 0;
+        // SAFETY: the kernel reads one int.
+        let result =
+            unsafe { libc::ioctl(std::os::fd::AsRawFd::as_raw_fd(&file), BLKROSET, &raw const writable) };
+        if result != 0 {
+            let error = io::Error::last_os_error();
+            return Err(Failure::new(format!("cannot make {} writable: {error}", device.display())));
+        }
         return Ok(());
     }
     let error = io::Error::last_os_error();
