@@ -207,6 +207,7 @@ impl Catalog {
             size_bytes: record.size_bytes,
             formatted: record.formatted,
             mount_point: self.parts.data_dir.join("volumes").join(record.id.as_str()),
+            allow_unfenced: false,
         };
         let name = record.provider.clone();
         let work = {

@@ -3,11 +3,14 @@
 
 use std::fs;
 use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use shardfs_proto::types::{Error, Reason, Result};
 
-use super::{Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, verify_identity};
+use super::fence::lock::LockFence;
+use super::fence::{Fence, Fenced};
+use super::{Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, verify_identity};
 
 /// The provider `dir`.
 pub struct DirProvider;
@@ -25,15 +28,34 @@ impl VolumeProvider for DirProvider {
             .map_err(|e| io_error(&format!("making {}", spec.source.display()), &e))
     }
 
+    fn fence(&self) -> &dyn Fence {
+        &LockFence
+    }
+
+    fn attach_backup(&self, spec: &VolumeSpec) -> Result<Standby> {
+        unlink(&spec.mount_point)?;
+        Ok(Standby { device: spec.source.clone(), owner: None })
+    }
+
+    fn promote(&self, spec: &VolumeSpec, _standby: Standby, fenced: Fenced) -> Result<Attached> {
+        let hold = fenced.into_hold().ok_or_else(|| {
+            Error::invalid(format!("volume {}: a folder is promoted with its lock only", spec.id))
+        })?;
+        open_up(spec, hold)
+    }
+
+    fn demote(&self, spec: &VolumeSpec, attached: Attached) -> Result<Standby> {
+        self.detach(spec, attached)?;
+        self.attach_backup(spec)
+    }
+
+    fn detach_backup(&self, _spec: &VolumeSpec, standby: Standby) -> Result<()> {
+        drop(standby);
+        Ok(())
+    }
+
     fn attach(&self, spec: &VolumeSpec) -> Result<Attached> {
-        let lock = lock(&spec.source, &spec.id)?;
-        verify_identity(&spec.source, spec)?;
-        link(&spec.source, &spec.mount_point)?;
-        Ok(Attached {
-            root: spec.mount_point.clone(),
-            device: spec.source.display().to_string(),
-            lock: Some(lock),
-        })
+        open_up(spec, lock(&spec.source, &spec.id)?)
     }
 
     fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()> {
@@ -50,6 +72,18 @@ impl VolumeProvider for DirProvider {
             mounted: fs::read_link(&spec.mount_point).is_ok_and(|target| target == spec.source),
         })
     }
+}
+
+/// With the lock held, nobody else writes.
+fn open_up(spec: &VolumeSpec, lock: OwnedFd) -> Result<Attached> {
+    verify_identity(&spec.source, spec)?;
+    link(&spec.source, &spec.mount_point)?;
+    Ok(Attached {
+        root: spec.mount_point.clone(),
+        device: spec.source.display().to_string(),
+        lock: Some(lock),
+        owner: None,
+    })
 }
 
 fn link(source: &Path, place: &Path) -> Result<()> {
@@ -88,6 +122,7 @@ mod tests {
             size_bytes: 0,
             formatted: false,
             mount_point: dir.join("node/volumes/vol-1"),
+            allow_unfenced: false,
         }
     }
 

@@ -6,98 +6,48 @@
 //!
 //! A new volume is formatted under another name and then renamed: a backing file that is there under its own
 //! name is complete. Detaching a device happens only after its last unmount.
+//!
+//! A device is read-only from its birth and is made writable by an acquisition of the fence, before it looks
+//! for later epochs; only such a device is mounted. See `fence/shutdown.rs` for why.
 
 use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
-use shardfs_proto::types::{Error, Reason, Result, VolumeId};
+use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
+use super::fence::{Fence, Fenced, shutdown};
 use super::{
-    Attached, Description, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
-    verify_identity,
+    Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
+    verify_identity, wait_for_lock,
 };
+use sys::{BLOCK_BYTES, LO_NAME_BYTES, Tag, detach_device, devices_with_tag};
+
+pub(super) mod sys;
 
 /// The provider `loop`.
 pub struct LoopProvider;
 
-/// Logical block size of the devices: that of the filesystem, so that direct I/O is aligned on any backing.
-const BLOCK_BYTES: u32 = 4096;
-/// Other processes may take the free device that the kernel named; then it names another.
-const FREE_DEVICE_ATTEMPTS_MAX: usize = 32;
 /// Bytes at the start that must be zero in a file that is to be formatted: every filesystem and partition table has its
 /// mark there.
 const PROBE_BYTES: usize = 1 << 20;
 /// Bytes of an ext4 label.
 const LABEL_BYTES_MAX: usize = 16;
+/// How long a device may stay claimed after the unmount: other nodes look whether it is, in microseconds.
+const CLAIM_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Pause between attempts.
+const CLAIM_PAUSE: Duration = Duration::from_millis(5);
 /// What labels begin with.
 const LABEL_PREFIX: &str = "sfs-";
 /// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
 const BYTES_PER_INODE: u32 = 16_384;
-
-// From linux/fs.h and linux/loop.h.
-const BLKROSET: libc::c_ulong = 0x125D;
-const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
-const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
-const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
-const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
-const LO_FLAGS_DIRECT_IO: u32 = 16;
-const LOOP_MAJOR: u32 = 7;
-const LO_NAME_BYTES: usize = 64;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct LoopInfo64 {
-    lo_device: u64,
-    lo_inode: u64,
-    lo_rdevice: u64,
-    lo_offset: u64,
-    lo_sizelimit: u64,
-    lo_number: u32,
-    lo_encrypt_type: u32,
-    lo_encrypt_key_size: u32,
-    lo_flags: u32,
-    lo_file_name: [u8; LO_NAME_BYTES],
-    lo_crypt_name: [u8; LO_NAME_BYTES],
-    lo_encrypt_key: [u8; 32],
-    lo_init: [u64; 2],
-}
-
-#[repr(C)]
-struct LoopConfig {
-    fd: u32,
-    block_size: u32,
-    info: LoopInfo64,
-    reserved: [u64; 8],
-}
-
-const _: () = assert!(size_of::<LoopInfo64>() == 232 && size_of::<LoopConfig>() == 304);
-
-impl LoopInfo64 {
-    fn zeroed() -> LoopInfo64 {
-        LoopInfo64 {
-            lo_device: 0,
-            lo_inode: 0,
-            lo_rdevice: 0,
-            lo_offset: 0,
-            lo_sizelimit: 0,
-            lo_number: 0,
-            lo_encrypt_type: 0,
-            lo_encrypt_key_size: 0,
-            lo_flags: 0,
-            lo_file_name: [0; LO_NAME_BYTES],
-            lo_crypt_name: [0; LO_NAME_BYTES],
-            lo_encrypt_key: [0; 32],
-            lo_init: [0; 2],
-        }
-    }
-}
 
 impl VolumeProvider for LoopProvider {
     fn create(&self, spec: &VolumeSpec) -> Result<()> {
@@ -117,29 +67,68 @@ impl VolumeProvider for LoopProvider {
         }
     }
 
+    fn fence(&self) -> &dyn Fence {
+        &shutdown::ShutdownFence
+    }
+
+    fn attach_backup(&self, spec: &VolumeSpec) -> Result<Standby> {
+        let tag = tag(&spec.mount_point, &spec.id)?;
+        let owner = own(spec)?;
+        make_standby(spec, &tag, owner)
+    }
+
+    fn promote(&self, spec: &VolumeSpec, standby: Standby, fenced: Fenced) -> Result<Attached> {
+        if fenced.device() != Some(standby.device.as_path()) {
+            return Err(Error::invalid(format!(
+                "volume {}: the fence was acquired for another device than {}",
+                spec.id,
+                standby.device.display()
+            )));
+        }
+        let device = standby.device.clone();
+        let attached = mount_standby(spec, standby, None)?;
+        // Between the fence and the mount this process may have been stopped for an hour.
+        let verified = verify_device(spec, &device).and_then(|()| shutdown::is_latest(spec, fenced.key()));
+        if let Err(error) = verified {
+            mounts::unmount_all(&spec.mount_point)?;
+            return Err(error);
+        }
+        Ok(attached)
+    }
+
+    fn demote(&self, spec: &VolumeSpec, attached: Attached) -> Result<Standby> {
+        let tag = tag(&spec.mount_point, &spec.id)?;
+        let Attached { lock, owner, .. } = attached;
+        let owner = owner.map_or_else(|| own(spec), Ok)?;
+        let standby = make_standby(spec, &tag, owner)?;
+        drop(lock);
+        Ok(standby)
+    }
+
+    fn detach_backup(&self, spec: &VolumeSpec, standby: Standby) -> Result<()> {
+        clean_up(spec, &tag(&spec.mount_point, &spec.id)?)?;
+        drop(standby);
+        Ok(())
+    }
+
     fn attach(&self, spec: &VolumeSpec) -> Result<Attached> {
         let tag = tag(&spec.mount_point, &spec.id)?;
         let lock = lock(&spec.source, &spec.id)?;
-        clean_up(spec, &tag)?;
-        make_mount_point(&spec.mount_point)?;
-        let device = attach_device(&spec.source, &tag)?;
-        let mounted = mount(&device, spec).and_then(|()| verify_identity(&spec.mount_point, spec));
-        if let Err(error) = mounted {
-            if let Err(worse) = clean_up(spec, &tag) {
-                tracing::error!(volume = %spec.id, error = %worse, "cleaning up after a failed attach");
-            }
-            return Err(error);
+        let standby = make_standby(spec, &tag, own(spec)?)?;
+        let mounted = shutdown::refuse_other_mounts(spec)
+            .and_then(|()| set_writable(&standby.device))
+            .and_then(|()| mount_standby(spec, standby, Some(lock)));
+        if mounted.is_err()
+            && let Err(worse) = clean_up(spec, &tag)
+        {
+            tracing::error!(volume = %spec.id, error = %worse, "cleaning up after a failed attach");
         }
-        Ok(Attached {
-            root: spec.mount_point.clone(),
-            device: device.display().to_string(),
-            lock: Some(lock),
-        })
+        mounted
     }
 
     fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()> {
         clean_up(spec, &tag(&spec.mount_point, &spec.id)?)?;
-        drop(attached.lock);
+        drop(attached);
         Ok(())
     }
 
@@ -156,7 +145,7 @@ impl VolumeProvider for LoopProvider {
 }
 
 /// What this node calls its device for a volume: the mount point is this node's alone.
-fn tag(mount_point: &Path, id: &VolumeId) -> Result<[u8; LO_NAME_BYTES]> {
+pub(super) fn tag(mount_point: &Path, id: &VolumeId) -> Result<Tag> {
     // The folder above exists before and after the mount; the mount point itself may not.
     let parent = mount_point.parent().unwrap_or(Path::new("/"));
     fs::create_dir_all(parent).map_err(|e| io_error(&format!("making {}", parent.display()), &e))?;
@@ -174,8 +163,66 @@ fn tag(mount_point: &Path, id: &VolumeId) -> Result<[u8; LO_NAME_BYTES]> {
     Ok(tag)
 }
 
+/// Takes the lock that shows that a process of this node lives: while it is held nobody else removes the
+/// node's mount and device.
+fn own(spec: &VolumeSpec) -> Result<OwnedFd> {
+    let path = shutdown::owner_file(&spec.mount_point);
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    wait_for_lock(file, &path, || {
+        format!("volume {}: another process of this node has it ({} is locked)", spec.id, path.display())
+    })
+}
+
+/// A new device, and nothing else of this node's for the volume.
+fn make_standby(spec: &VolumeSpec, tag: &Tag, owner: OwnedFd) -> Result<Standby> {
+    clean_up(spec, tag)?;
+    make_mount_point(&spec.mount_point)?;
+    let device = sys::attach_device(&spec.source, tag)?;
+    Ok(Standby { device, owner: Some(owner) })
+}
+
+fn open(device: &Path) -> Result<File> {
+    sys::open_device(device, false).map_err(|e| io_error(&format!("opening {}", device.display()), &e))
+}
+
+fn set_writable(device: &Path) -> Result<()> {
+    sys::set_read_only(device, &open(device)?, false)
+}
+
+/// Mounts a device for writing. It fails, and changes nothing, if the device was made read-only since.
+fn mount_standby(spec: &VolumeSpec, standby: Standby, lock: Option<OwnedFd>) -> Result<Attached> {
+    let Standby { device, owner } = standby;
+    // What was read from it before, by us or by whoever looks at new devices, may be older than the fence.
+    sys::drop_cache(&device, &open(&device)?)?;
+    mount(&device, spec)?;
+    if let Err(error) = verify_identity(&spec.mount_point, spec) {
+        mounts::unmount_all(&spec.mount_point)?;
+        return Err(error);
+    }
+    Ok(Attached { root: spec.mount_point.clone(), device: device.display().to_string(), lock, owner })
+}
+
+/// Whether what is mounted is this node's device still: its number may have been given away in between.
+fn verify_device(spec: &VolumeSpec, device: &Path) -> Result<()> {
+    let found = sys::inspect(device, &open(device)?);
+    if found.is_some_and(|found| Ok(found.tag) == tag(&spec.mount_point, &spec.id).map_err(drop)) {
+        return Ok(());
+    }
+    Err(Error::unavailable(format!(
+        "volume {}: {} is no device of this node any more",
+        spec.id,
+        device.display()
+    )))
+}
+
 /// Unmounts and detaches whatever a process of this node has left for the volume.
-fn clean_up(spec: &VolumeSpec, tag: &[u8; LO_NAME_BYTES]) -> Result<()> {
+fn clean_up(spec: &VolumeSpec, tag: &Tag) -> Result<()> {
     let devices = devices_with_tag(tag)?;
     for mount in mounts::at(&spec.mount_point)? {
         if !devices.contains(&mount.source) && !is_over(&mount.source, &spec.source) {
@@ -190,6 +237,7 @@ fn clean_up(spec: &VolumeSpec, tag: &[u8; LO_NAME_BYTES]) -> Result<()> {
             ));
         }
     }
+    shutdown::check_unmount(&spec.mount_point)?;
     mounts::unmount_all(&spec.mount_point)?;
     // Somebody may have mounted our device elsewhere, to look: it must not be taken away under them.
     if let Some(mount) = mounts::list()?.into_iter().find(|m| devices.contains(&m.source)) {
@@ -200,7 +248,34 @@ fn clean_up(spec: &VolumeSpec, tag: &[u8; LO_NAME_BYTES]) -> Result<()> {
             mount.at.display()
         )));
     }
-    devices.iter().try_for_each(|device| detach_device(device))
+    devices.iter().try_for_each(|device| {
+        wait_until_unclaimed(spec, device)?;
+        detach_device(device)
+    })
+}
+
+/// A mount that another mount namespace has a copy of lives on, with all that is dirty in it, and so does an unmount
+/// that is under way there.
+fn wait_until_unclaimed(spec: &VolumeSpec, device: &Path) -> Result<()> {
+    let begun = clock::monotonic();
+    loop {
+        match sys::claim_device(device) {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy && begun.elapsed() < CLAIM_WAIT_MAX => {
+                std::thread::sleep(CLAIM_PAUSE);
+            }
+            Err(e) if e.kind() == ErrorKind::ResourceBusy => {
+                return Err(Error::unavailable(format!(
+                    "volume {}: {} is still mounted in another mount namespace, or another program has it (`grep {} \
+                     /proc/*/mountinfo` helps)",
+                    spec.id,
+                    device.display(),
+                    device.display()
+                )));
+            }
+            // Free, or gone.
+            _unclaimed => return Ok(()),
+        }
+    }
 }
 
 /// Whether a loop device stands on this file.
@@ -211,138 +286,6 @@ fn is_over(device: &Path, source: &Path) -> bool {
     backing.is_ok_and(|path| Path::new(path.trim_end_matches('\n')) == source)
 }
 
-fn devices_with_tag(tag: &[u8; LO_NAME_BYTES]) -> Result<Vec<PathBuf>> {
-    let mut found = Vec::new();
-    let entries = fs::read_dir("/sys/block").map_err(|e| io_error("listing /sys/block", &e))?;
-    for entry in entries.flatten() {
-        let name = entry.file_name();
-        // Only devices that are in use have this folder.
-        if !name.as_encoded_bytes().starts_with(b"loop") || !entry.path().join("loop").exists() {
-            continue;
-        }
-        let path = Path::new("/dev").join(&name);
-        let Ok(file) = open_device(&path, false) else { continue };
-        if status(&file).is_some_and(|info| info.lo_file_name == *tag) {
-            found.push(path);
-        }
-    }
-    Ok(found)
-}
-
-fn status(device: &File) -> Option<LoopInfo64> {
-    let mut info = LoopInfo64::zeroed();
-    // SAFETY: the kernel writes one `loop_info64`, whose layout `LoopInfo64` has.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64 as _, &raw mut info) };
-    (done == 0).then_some(info)
-}
-
-fn open_device(path: &Path, write: bool) -> std::io::Result<File> {
-    let opened = OpenOptions::new().read(true).write(write).custom_flags(libc::O_CLOEXEC).open(path);
-    match opened {
-        Err(e) if e.kind() == ErrorKind::NotFound => {
-            make_node(path)?;
-            OpenOptions::new().read(true).write(write).custom_flags(libc::O_CLOEXEC).open(path)
-        }
-        opened => opened,
-    }
-}
-
-/// Without devtmpfs (some containers) nobody makes the device's node.
-fn make_node(path: &Path) -> std::io::Result<()> {
-    let number = path.to_str().and_then(|p| p.strip_prefix("/dev/loop")).and_then(|n| n.parse::<u32>().ok());
-    let Some(number) = number else { return Err(ErrorKind::NotFound.into()) };
-    let device = rustix::fs::makedev(LOOP_MAJOR, number);
-    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
-    match rustix::fs::mknodat(rustix::fs::CWD, path, rustix::fs::FileType::BlockDevice, mode, device) {
-        Ok(()) | Err(Errno::EXIST) => Ok(()),
-        Err(e) => Err(e.into()),
-    }
-}
-
-fn attach_device(source: &Path, tag: &[u8; LO_NAME_BYTES]) -> Result<PathBuf> {
-    let backing = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open(source)
-        .map_err(|e| io_error(&format!("opening {}", source.display()), &e))?;
-    let control =
-        OpenOptions::new().read(true).write(true).open("/dev/loop-control").map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Error::new(
-                Reason::Unsupported,
-                "/dev/loop-control is missing: load the module `loop`, or use volumes of kind `dir`",
-            ),
-            ErrorKind::PermissionDenied => Error::new(
-                Reason::NotPermitted,
-                "loop devices need root: run the node as root, or use volumes of kind `dir`",
-            ),
-            _other => io_error("opening /dev/loop-control", &e),
-        })?;
-    for _ in 0..FREE_DEVICE_ATTEMPTS_MAX {
-        // SAFETY: the call takes no argument.
-        let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE as _) };
-        if number < 0 {
-            return Err(io_error("asking for a free loop device", &std::io::Error::last_os_error()));
-        }
-        let path = PathBuf::from(format!("/dev/loop{number}"));
-        let device =
-            open_device(&path, true).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
-        match configure(&device, backing.as_raw_fd(), tag) {
-            Ok(()) => {
-                if let Err(e) = make_writable(&device) {
-                    detach_device(&path)?;
-                    return Err(io_error(&format!("making {} writable", path.display()), &e));
-                }
-                if status(&device).is_some_and(|info| info.lo_flags & LO_FLAGS_DIRECT_IO == 0) {
-                    tracing::warn!(device = %path.display(), backing = %source.display(),
-                        "the backing file's filesystem allows no direct I/O: its pages are cached twice");
-                }
-                return Ok(path);
-            }
-            // Somebody else was faster.
-            Err(e) if e.kind() == ErrorKind::ResourceBusy => {}
-            Err(e) => {
-                return Err(io_error(&format!("attaching {} to {}", source.display(), path.display()), &e));
-            }
-        }
-    }
-    Err(Error::unavailable("no loop device stays free long enough to be used"))
-}
-
-fn configure(device: &File, backing: RawFd, tag: &[u8; LO_NAME_BYTES]) -> std::io::Result<()> {
-    let mut config = LoopConfig {
-        fd: backing as u32,
-        block_size: BLOCK_BYTES,
-        info: LoopInfo64::zeroed(),
-        reserved: [0; 8],
-    };
-    config.info.lo_flags = LO_FLAGS_DIRECT_IO;
-    config.info.lo_file_name = *tag;
-    // SAFETY: the kernel reads one `loop_config`, whose layout `LoopConfig` has; the descriptors are open.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) };
-    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
-/// A device keeps the read-only flag (`blockdev --setro`) that somebody gave it, over every detach.
-fn make_writable(device: &File) -> std::io::Result<()> {
-    let read_only: libc::c_int = 0;
-    // SAFETY: the kernel reads one int.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), BLKROSET as _, &raw const read_only) };
-    if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
-}
-
-fn detach_device(path: &Path) -> Result<()> {
-    let device =
-        open_device(path, false).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
-    // SAFETY: the call takes no argument that is used.
-    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD as _, 0) };
-    let error = std::io::Error::last_os_error();
-    // ENXIO: it is free already.
-    if done == 0 || error.raw_os_error() == Some(libc::ENXIO) {
-        return Ok(());
-    }
-    Err(io_error(&format!("detaching {}", path.display()), &error))
-}
-
 fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
     check_label(device, spec)?;
     let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID;
@@ -350,6 +293,9 @@ fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
     rustix::mount::mount(device, &spec.mount_point, "ext4", flags, options.as_c_str()).map_err(|e| {
         let hint = match e {
             Errno::BUSY => "it is mounted or held by another process",
+            Errno::ACCESS | Errno::ROFS => {
+                "another node has taken the volume since, or its fence was not acquired"
+            }
             Errno::PERM => "mounting needs root",
             Errno::NODEV => "this kernel has no ext4",
             Errno::INVAL | Errno::UCLEAN | Errno::IO | Errno::BADMSG => {
@@ -357,7 +303,10 @@ fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
             }
             _other => "see the kernel's log",
         };
-        let reason = if e == Errno::BUSY { Reason::Unavailable } else { Reason::Io };
+        let reason = match e {
+            Errno::BUSY | Errno::ACCESS | Errno::ROFS => Reason::Unavailable,
+            _other => Reason::Io,
+        };
         Error::new(
             reason,
             format!(

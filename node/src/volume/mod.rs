@@ -4,6 +4,9 @@
 //! that is attached has a root folder for shards, an identity file in it that names cluster and volume, and
 //! [`Room`](room::VolumeRoom).
 //!
+//! A backup has a [`Standby`]: the device, not mounted. The winner of an election acquires the volume's
+//! [fence](fence::Fence) with it and promotes it; an [`Attached`] is demoted to one again.
+//!
 //! Invariants: every step may be repeated and may be cut off anywhere, the next attach cleans up; nothing that
 //! is not certainly empty is ever formatted; a volume of another cluster or id is never served; a volume
 //! that was attached once is never made anew. Nothing here knows shards or the metadata store.
@@ -11,6 +14,7 @@
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
 pub mod dir;
+pub mod fence;
 pub mod loopdev;
 pub mod mounts;
 pub mod room;
@@ -49,6 +54,25 @@ pub struct VolumeSpec {
     pub formatted: bool,
     /// Where shards will find it; this node's alone.
     pub mount_point: PathBuf,
+    /// It is served even if it has no working fence; see [`fence::required`].
+    pub allow_unfenced: bool,
+}
+
+/// A volume that this node stands by for: attached, not mounted. Of no use to anybody once it is dropped
+/// without [`VolumeProvider::detach_backup`]; the next attachment cleans up.
+#[derive(Debug)]
+pub struct Standby {
+    /// The device or folder.
+    device: PathBuf,
+    /// While it is open, this node's process lives.
+    owner: Option<OwnedFd>,
+}
+
+impl Standby {
+    /// The device or folder.
+    pub fn device(&self) -> &Path {
+        &self.device
+    }
 }
 
 /// A volume that is attached read-write.
@@ -58,8 +82,44 @@ pub struct Attached {
     pub root: PathBuf,
     /// The device or folder behind it.
     pub device: String,
-    /// While it is open nobody else on this machine attaches the volume for writing.
+    /// Of a folder: the lock that stands for having it for writing. Of a device that was attached without an
+    /// election: keeps others from doing the same. Never what a fence waits for on a device: a stopped process
+    /// holds it for ever.
     lock: Option<OwnedFd>,
+    /// While it is open, this node's process lives.
+    owner: Option<OwnedFd>,
+}
+
+impl Attached {
+    /// What has to be asked before a sync is acknowledged.
+    pub fn witness(&self) -> Result<Witness> {
+        let path = self.root.join(IDENTITY_FILE);
+        let file = File::open(&path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+        Ok(Witness { file })
+    }
+}
+
+/// Tells whether the volume's filesystem was shut down by a fence.
+///
+/// An fsync that is under way when ext4 is shut down can return success although the journal dropped its
+/// transaction: it looks at the shutdown when it begins, and finds nothing left to wait for when it ends (seen).
+/// So a sync counts only if [`Witness::check`] succeeds after it: the shutdown is marked before the journal
+/// is aborted, and a read fails from then on.
+///
+/// Keeps a file of the volume open: dropped before the volume is demoted or detached.
+#[derive(Debug)]
+pub struct Witness {
+    file: File,
+}
+
+impl Witness {
+    /// Fails if the syncs before it may not count. A read of one cached byte: less than a microsecond.
+    pub fn check(&self) -> Result<()> {
+        match self.file.read_at(&mut [0u8; 1], 0) {
+            Ok(_) => Ok(()),
+            Err(e) => Err(io_error("the volume was taken away: what was synced last may be lost", &e)),
+        }
+    }
 }
 
 /// What is known about a volume without attaching it.
@@ -79,8 +139,23 @@ pub struct Description {
 pub trait VolumeProvider: Send + Sync {
     /// Makes the backing store unless it is there. Idempotent.
     fn create(&self, spec: &VolumeSpec) -> Result<()>;
+    /// How its volumes are fenced.
+    fn fence(&self) -> &dyn fence::Fence;
+    /// Attaches it without mounting it, after cleaning up what a killed process of this node left behind. The
+    /// volume was created before. Repeated, it begins anew.
+    fn attach_backup(&self, spec: &VolumeSpec) -> Result<Standby>;
+    /// Mounts for writing what the fence was acquired for since. Fails, and has changed nothing on the volume, if
+    /// somebody else has acquired it meanwhile, however long this process was stopped in between. After an
+    /// error the device is attached anew before the next attempt.
+    fn promote(&self, spec: &VolumeSpec, standby: Standby, fenced: fence::Fenced) -> Result<Attached>;
+    /// The reverse; no file of the volume is open. Of a volume that another node has fenced, what was not
+    /// written is dropped.
+    fn demote(&self, spec: &VolumeSpec, attached: Attached) -> Result<Standby>;
+    /// Lets go of a volume that was stood by for.
+    fn detach_backup(&self, spec: &VolumeSpec, standby: Standby) -> Result<()>;
     /// Makes the volume's content reachable for writing at the mount point, after cleaning up what a killed
-    /// process of this node left behind. The volume was created before.
+    /// process of this node left behind. The volume was created before. For a volume that no other node
+    /// attaches: it acquires no fence, and fails if the volume is mounted elsewhere on this machine.
     fn attach(&self, spec: &VolumeSpec) -> Result<Attached>;
     /// The reverse. No file of the volume is open.
     fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()>;
@@ -164,25 +239,43 @@ fn write_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
     write().map_err(|e| io_error(&format!("writing {}", path.display()), &e))
 }
 
-/// Takes the lock of a file or folder that stands for attaching it for writing.
+/// Takes the lock of a file or folder that stands for attaching or making it without an election.
 fn lock(path: &Path, what: &VolumeId) -> Result<OwnedFd> {
     let file = File::open(path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    wait_for_lock(file, path, || {
+        format!(
+            "volume {what}: another process has {} attached for writing; it is tried again until that ends",
+            path.display()
+        )
+    })
+}
+
+/// Locks an open file; waits a little.
+fn wait_for_lock(file: File, path: &Path, held: impl Fn() -> String) -> Result<OwnedFd> {
     let begun = clock::monotonic();
     loop {
-        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file.into()),
-            // A program that was just started holds copies of all locks until it has begun to run.
-            Err(rustix::io::Errno::WOULDBLOCK) if begun.elapsed() < LOCK_WAIT_MAX => {
-                std::thread::sleep(LOCK_PAUSE)
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(Error::unavailable(format!(
-                    "volume {what}: another process has {} attached for writing; it is tried again until that ends",
-                    path.display()
-                )));
-            }
-            Err(e) => return Err(Error::io(format!("locking {}: {e}", path.display()))),
+        if lock_now(&file, path)? {
+            return Ok(file.into());
         }
+        // A program that was just started holds copies of all locks until it has begun to run.
+        if begun.elapsed() >= LOCK_WAIT_MAX {
+            return Err(Error::unavailable(held()));
+        }
+        std::thread::sleep(LOCK_PAUSE);
+    }
+}
+
+/// Takes the lock of what is there, if nobody has it.
+fn try_lock(path: &Path) -> Result<Option<OwnedFd>> {
+    let file = File::open(path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    Ok(lock_now(&file, path)?.then(|| file.into()))
+}
+
+fn lock_now(file: &File, path: &Path) -> Result<bool> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(e) => Err(Error::io(format!("locking {}: {e}", path.display()))),
     }
 }
 

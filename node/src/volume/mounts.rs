@@ -25,19 +25,26 @@ pub struct Mount {
     pub source: PathBuf,
     /// The filesystem's kind.
     pub kind: String,
+    /// Major and minor number of its device.
+    pub device: (u32, u32),
 }
 
 /// All mounts that this process sees, in order of mounting.
 pub fn list() -> Result<Vec<Mount>> {
-    let text = std::fs::read("/proc/self/mountinfo")
-        .map_err(|e| Error::io(format!("reading the mount table: {e}")))?;
+    list_in(Path::new("/proc/self/mountinfo")).map_err(|e| Error::io(format!("reading the mount table: {e}")))
+}
+
+/// All mounts of a mount table, in order of mounting.
+pub fn list_in(table: &Path) -> std::io::Result<Vec<Mount>> {
+    let text = std::fs::read(table)?;
     Ok(text.split(|b| *b == b'\n').filter_map(parse).collect())
 }
 
 /// `id parent major:minor root at options [optional...] - kind source superoptions`
 fn parse(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let at = fields.nth(4)?;
+    let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
+    let at = fields.nth(1)?;
     let mut rest = fields.skip_while(|field| *field != b"-").skip(1);
     let kind = rest.next()?;
     let source = rest.next()?;
@@ -45,6 +52,7 @@ fn parse(line: &[u8]) -> Option<Mount> {
         at: unescape(at),
         source: unescape(source),
         kind: String::from_utf8_lossy(kind).into_owned(),
+        device: (major.parse().ok()?, minor.parse().ok()?),
     })
 }
 
@@ -89,6 +97,14 @@ pub fn unmount_all(place: &Path) -> Result<()> {
     Err(Error::unavailable(format!("{}: something keeps being mounted there", place.display())))
 }
 
+/// Unmounts what is topmost at this place, if nothing uses it. Does not wait.
+pub fn unmount_idle(place: &Path) -> Result<()> {
+    match rustix::mount::unmount(place, UnmountFlags::NOFOLLOW) {
+        Ok(()) | Err(Errno::INVAL | Errno::NOENT) => Ok(()),
+        Err(e) => Err(Error::io(format!("unmounting {}: {e}", place.display()))),
+    }
+}
+
 fn unmount(place: &Path) -> Result<()> {
     let begun = clock::monotonic();
     loop {
@@ -109,6 +125,29 @@ fn unmount(place: &Path) -> Result<()> {
     }
 }
 
+/// Held by tests that mount: those that make a mount namespace, which copies every mount and so keeps it alive,
+/// run alone.
+#[cfg(test)]
+#[derive(Debug)]
+pub(crate) enum MountsGuard {
+    Shared { _guard: parking_lot::RwLockReadGuard<'static, ()> },
+    Alone { _guard: parking_lot::RwLockWriteGuard<'static, ()> },
+}
+
+#[cfg(test)]
+impl MountsGuard {
+    pub(crate) fn shared() -> MountsGuard {
+        MountsGuard::Shared { _guard: TESTS.read() }
+    }
+
+    pub(crate) fn alone() -> MountsGuard {
+        MountsGuard::Alone { _guard: TESTS.write() }
+    }
+}
+
+#[cfg(test)]
+static TESTS: parking_lot::RwLock<()> = parking_lot::RwLock::new(());
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -120,6 +159,7 @@ mod tests {
         let mount = parse(line).unwrap();
         assert_eq!(mount.at, Path::new(r"/mnt 2/a\b"));
         assert_eq!((mount.source.to_str().unwrap(), mount.kind.as_str()), ("/dev/loop7", "ext4"));
+        assert_eq!(mount.device, (98, 0));
         assert_eq!(parse(b""), None);
         assert_eq!(unescape(br"\4x"), Path::new(r"\4x"));
     }

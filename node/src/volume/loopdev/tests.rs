@@ -1,10 +1,14 @@
 //! Real loop devices and mounts; without root they say that they are skipped.
 
+use std::path::PathBuf;
+
+use super::sys::attach_device;
 use super::*;
 
 /// Unmounts and detaches whatever a test left.
 struct Bench {
     dir: tempfile::TempDir,
+    _mounts: mounts::MountsGuard,
 }
 
 impl Bench {
@@ -13,7 +17,7 @@ impl Bench {
             eprintln!("skipped: loop devices need root and /dev/loop-control");
             return None;
         }
-        Some(Bench { dir: tempfile::tempdir().unwrap() })
+        Some(Bench { dir: tempfile::tempdir().unwrap(), _mounts: mounts::MountsGuard::shared() })
     }
 
     fn spec(&self) -> VolumeSpec {
@@ -24,6 +28,7 @@ impl Bench {
             size_bytes: 96 << 20,
             formatted: false,
             mount_point: self.dir.path().join("volumes/vol-test"),
+            allow_unfenced: false,
         }
     }
 }
