@@ -18,23 +18,27 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use shardfs_proto::types::clock::{self, BootTime};
 use shardfs_proto::types::cluster::{NodeInfo, NodeStatus, Selector, ShardInfo, VolumeInfo};
 use shardfs_proto::types::op::ShardState;
-use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId, clock};
+use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId};
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::heartbeat::Pulse;
-use crate::cluster::records::{ShardRecord, StateWord};
+use crate::cluster::lease::Lease;
+use crate::cluster::records::{NodeRecord, ShardRecord, StateWord};
 use crate::cluster::store::MetaStore;
 use crate::cluster::view::{Kept, View};
 use crate::shard::{Room, Shard, ShardManager};
 
+mod barrier;
 mod change;
 mod damage;
 mod resume;
+mod roles;
 mod serving;
 
 pub use damage::DamageList;
+use roles::Roles;
 pub use serving::Served;
 use serving::Serving;
 
@@ -61,8 +65,12 @@ pub struct CatalogParts {
     pub store: Arc<dyn MetaStore>,
     /// The copy of its records; somebody runs it.
     pub view: Arc<View>,
-    /// The heartbeat's success.
-    pub pulse: Arc<Pulse>,
+    /// This process's lease.
+    pub lease: Arc<Lease>,
+    /// This process's record of the node.
+    pub record: NodeRecord,
+    /// From when on no earlier process of this node can hold a lease.
+    pub alone_from: BootTime,
     /// The shards of this node.
     pub manager: Arc<ShardManager>,
 }
@@ -72,6 +80,7 @@ pub struct Catalog {
     parts: CatalogParts,
     started: Instant,
     serving: Serving,
+    roles: Roles,
     locks: Locks,
     /// Shards whose calls are refused for the moment.
     fenced: Mutex<HashSet<ShardId>>,
@@ -99,6 +108,7 @@ impl Catalog {
             parts,
             started: clock::monotonic(),
             serving: Serving::default(),
+            roles: Roles::default(),
             locks: Locks::default(),
             fenced: Mutex::default(),
             changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
@@ -211,12 +221,20 @@ impl Catalog {
             block_cache_used_bytes: manager.block_cache_used_bytes,
             block_cache_capacity_bytes: manager.block_cache_capacity_bytes,
             write_buffer_used_bytes: manager.write_buffer_used_bytes,
-            store_reachable: self.parts.pulse.succeeded(),
+            store_reachable: self.parts.lease.succeeded(),
             cluster_id: self.parts.cluster_id.clone(),
             damaged_shards: self.damage.list(|id| {
                 self.parts.view.shard(id).is_some_and(|kept| kept.record.state != StateWord::Deleted)
             }),
         }
+    }
+
+    /// Whether another node may take the shard's volume at any time.
+    pub fn may_move(&self, shard: ShardId) -> bool {
+        let view = &self.parts.view;
+        view.shard(shard)
+            .and_then(|kept| view.volume(&kept.record.volume))
+            .is_some_and(|kept| !kept.record.backups.is_empty())
     }
 
     /// The shards of which damage was found.
@@ -250,7 +268,7 @@ impl Catalog {
     async fn refresh(&self) -> Result<()> {
         let view = &self.parts.view;
         let known = view.revision() != Default::default();
-        if known && !self.parts.pulse.succeeded() {
+        if known && !self.parts.lease.succeeded() {
             return Ok(());
         }
         match view.catch_up(&*self.parts.store, REFRESH_WAIT_MAX).await {
@@ -307,12 +325,13 @@ impl Catalog {
             .with_shard(id)
             .with_location(location));
         }
-        self.serving.get(&record.volume).ok_or_else(|| {
+        // One that is being given up, or taken again, is not served under the record's epoch.
+        self.serving.get(&record.volume).filter(|served| served.epoch == location.epoch).ok_or_else(|| {
             let trouble =
-                self.serving.trouble(&record.volume).unwrap_or_else(|| "it is being attached".into());
+                self.serving.trouble(&record.volume).unwrap_or_else(|| "it is being taken over".into());
             Error::unavailable(format!("volume {} of shard {id} is not usable: {trouble}", record.volume))
                 .with_shard(id)
-                .with_retry_after_ms(100)
+                .with_retry_after_ms(20)
         })
     }
 }

@@ -11,6 +11,7 @@ pub mod http;
 pub mod metrics;
 pub mod net;
 pub mod node;
+pub mod parent;
 pub mod rpc;
 pub mod shard;
 pub mod volume;

@@ -1,10 +1,11 @@
-//! The program `shardfs-node`: parses, wires, runs.
+//! The program `shardfs-node`: parses, wires, runs; as the parent of a node, or as the node.
 
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use shardfs_node::config::{Args, NodeConfig, start_logging};
+use shardfs_node::parent::{self, Child};
 
 /// Arenas of the memory allocator.
 #[cfg(target_env = "gnu")]
@@ -12,7 +13,7 @@ const ARENAS_MAX: libc::c_int = 4;
 
 fn main() -> ExitCode {
     match run(Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("shardfs-node: {error:#}");
             ExitCode::FAILURE
@@ -29,11 +30,15 @@ fn bound_arenas() {
     }
 }
 
-fn run(args: Args) -> Result<()> {
+fn run(args: Args) -> Result<ExitCode> {
     bound_arenas();
+    let child = Child::of_environment();
+    // What is wrong with the settings is said by the parent.
     let config = NodeConfig::load(args)?;
     start_logging(&config)?;
+    let Some(child) = child else { return parent::run(&config) };
     let runtime =
         tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
-    runtime.block_on(shardfs_node::run(config))
+    runtime.block_on(shardfs_node::run(config, child))?;
+    Ok(ExitCode::SUCCESS)
 }

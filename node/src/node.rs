@@ -22,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 use crate::catalog::{Catalog, CatalogParts};
 use crate::cluster::bootstrap;
 use crate::cluster::embedded::EmbeddedStore;
-use crate::cluster::heartbeat::{self, Pulse};
+use crate::cluster::heartbeat::{self, Heart};
+use crate::cluster::lease::{self, Lease};
 use crate::cluster::records::{self, FORMAT, NodeRecord};
 use crate::cluster::store::{MetaStore, get};
 use crate::cluster::view::View;
@@ -30,6 +31,7 @@ use crate::config::NodeConfig;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::net::{bind_tcp, bind_unix};
+use crate::parent::Child;
 use crate::rpc::{Listener, Services};
 use crate::shard::{ShardManager, ShardSettings};
 
@@ -76,7 +78,7 @@ pub struct Addresses {
 impl Node {
     /// Starts a node. It serves when this returns. Waits for the metadata store as long as it takes: the caller
     /// drops the future to give up.
-    pub async fn start(config: NodeConfig) -> Result<Node> {
+    pub async fn start(config: NodeConfig, mut child: Child) -> Result<Node> {
         let lock = claim(&config.data_dir)?;
         raise_file_limit();
         let (listeners, addresses, http_listener) = bind(&config).await?;
@@ -91,27 +93,33 @@ impl Node {
             http: addresses.http.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             started: clock::now(),
-            incarnation: bootstrap::random_id(),
+            incarnation: child.incarnation.clone(),
             instance_id: config.instance_id.clone().unwrap_or_default(),
             region: config.region.clone().unwrap_or_default(),
         };
         refuse_if_taken(&*store, &cluster_id, &record).await?;
+        let alone = is_alone(&*store, &config).await?;
         let registered = heartbeat::register(&*store, &record).await?;
+        child.has_registered();
+        // An earlier process of this node, on another machine, may still count on its lease; its heartbeats fail from now on.
+        let alone_from = if alone { clock::boot() } else { clock::boot() + lease::SILENCE_MAX };
+        note_incarnation(&config.data_dir, &record.incarnation)?;
 
         let (stop_heartbeat, stop_background, replaced) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-        let pulse = Arc::new(Pulse::default());
-        let heartbeat = tokio::spawn(heartbeat::run(
-            store.clone(),
-            config.id.clone(),
-            registered,
-            pulse.clone(),
-            replaced.clone(),
-            stop_heartbeat.clone(),
-        ));
+        let lease = Arc::new(Lease::default());
         let view = View::new();
+        let heart = Heart {
+            store: store.clone(),
+            id: config.id.clone(),
+            registered: registered.clone(),
+            view: view.clone(),
+            lease: lease.clone(),
+            replaced: replaced.clone(),
+        };
+        let heartbeat = tokio::spawn(heart.run(stop_heartbeat.clone()));
         let mut background = vec![tokio::spawn(view.clone().run(store.clone(), stop_background.clone()))];
-        while view.wait_for(registered.0, STORE_PAUSE).await.is_err() {
+        while view.wait_for(registered.revision, STORE_PAUSE).await.is_err() {
             tracing::warn!("waiting for the cluster's records");
         }
 
@@ -129,7 +137,9 @@ impl Node {
             chunk_bytes: config.chunk_bytes,
             store,
             view,
-            pulse,
+            lease,
+            record,
+            alone_from,
             manager,
         });
         background.push(tokio::spawn(catalog.clone().run()));
@@ -194,6 +204,8 @@ impl Node {
     /// detaches all volumes.
     pub async fn shutdown(mut self) -> Result<()> {
         tracing::info!(node = %self.config.id, "stopping");
+        // While it still serves: callers are told where the volumes have gone.
+        self.catalog.leave().await;
         self.stop_serving.cancel();
         if !self.serving.is_finished()
             && tokio::time::timeout(self.config.shutdown, &mut self.serving).await.is_err()
@@ -269,10 +281,10 @@ async fn end<T>(task: &mut JoinHandle<T>) {
 }
 
 /// Starts a node and keeps it until a signal, or until it cannot go on. A second signal ends the process at once.
-pub async fn run(config: NodeConfig) -> Result<()> {
+pub async fn run(config: NodeConfig, child: Child) -> Result<()> {
     let mut signals = Signals::new()?;
     let mut node = tokio::select! {
-        started = Node::start(config) => started?,
+        started = Node::start(config, child) => started?,
         name = signals.next() => {
             tracing::info!("{name} before the node was ready");
             return Ok(());
@@ -318,6 +330,29 @@ impl Signals {
             _ = self.interrupt.recv() => "SIGINT",
         }
     }
+}
+
+/// The file in the data directory that names its last process.
+const INCARNATION_FILE: &str = "incarnation";
+
+/// Whether no earlier process of this node runs: the one that registered last used this data directory, whose lock is ours now.
+async fn is_alone(store: &dyn MetaStore, config: &NodeConfig) -> Result<bool> {
+    let key = records::node_key(&config.id);
+    let Some(kv) = get(store, key.clone()).await.context("looking for an earlier process of this node")?.1
+    else {
+        return Ok(true);
+    };
+    let record: NodeRecord = records::decode(key.as_bytes(), &kv.value)?;
+    // One that is missing or unreadable only costs the wait for a lease to end.
+    let last = std::fs::read_to_string(config.data_dir.join(INCARNATION_FILE)).unwrap_or_default();
+    Ok(last == record.incarnation)
+}
+
+fn note_incarnation(dir: &Path, incarnation: &str) -> Result<()> {
+    let (path, fresh) = (dir.join(INCARNATION_FILE), dir.join(format!("{INCARNATION_FILE}.new")));
+    std::fs::write(&fresh, incarnation)
+        .and_then(|()| std::fs::rename(&fresh, &path))
+        .with_context(|| format!("writing {}", path.display()))
 }
 
 /// Makes the data directory and takes its lock.

@@ -212,10 +212,12 @@ impl Cluster {
         format!("127.0.0.1:{}", self.settings()["ports"]["http"][name])
     }
 
-    /// The node processes in order of their ids, those that are alive.
+    /// The node processes, not their parents, in order of their ids: those that are alive.
     pub fn nodes(&self) -> Vec<Process> {
-        let mut nodes: Vec<Process> =
-            process::naming(&self.dir()).into_iter().filter(|p| p.program() == "shardfs-node").collect();
+        let mut nodes: Vec<Process> = process::naming(&self.dir())
+            .into_iter()
+            .filter(|p| p.program() == "shardfs-node" && !p.has_children())
+            .collect();
         nodes.sort_by_key(|p| p.arguments.iter().find(|a| a.starts_with("node-")).cloned());
         nodes
     }

@@ -24,6 +24,12 @@ impl Process {
             .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or("Z").starts_with('Z'))
     }
 
+    /// Whether its main thread has started processes that still run.
+    pub fn has_children(&self) -> bool {
+        fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid))
+            .is_ok_and(|c| !c.trim().is_empty())
+    }
+
     /// The most memory it ever had resident, in bytes (VmHWM).
     pub fn peak_resident_bytes(&self) -> u64 {
         status_bytes(self.pid, "VmHWM:")

@@ -1,44 +1,54 @@
-//! Which volumes this node serves: it attaches those that the records give it, and lets go of others.
+//! The volumes that this node serves: how one is taken, spoken for and let go of. `roles` says when.
 //!
-//! Invariants: a volume that cannot be attached stops no other; it is tried again with growing pauses and its
-//! trouble is told. A volume is let go of only after its shards are closed.
+//! Invariants: a volume that cannot be used stops no other; it is tried again with growing pauses and its
+//! trouble is told. A volume is let go of only after its shards are closed. An answer about a volume is given only if
+//! this node's lease was held at a moment after it was made, or a write that began after the question reached the device.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use shardfs_proto::types::cluster::VolumeStatus;
-use shardfs_proto::types::{Error, Reason, Result, ShardId, VolumeId, clock};
+use shardfs_proto::types::{Epoch, Error, Reason, Result, ShardId, VolumeId, clock};
 use tokio_util::sync::CancellationToken;
 
 use super::Catalog;
+use super::barrier::Barrier;
+use crate::cluster::lease::Lease;
 use crate::cluster::records::{self, VolumeRecord};
 use crate::cluster::store::{Demand, Txn};
-use crate::cluster::view::Kept;
+use crate::cluster::view::{Kept, View};
 use crate::shard::Room;
+use crate::volume::fence::{self, FenceKey, FenceKind, Takeover};
 use crate::volume::room::VolumeRoom;
-use crate::volume::{self, Attached, VolumeSpec};
+use crate::volume::{self, Attached, Standby, VolumeSpec};
 
-/// How often volumes are looked after when nothing changes.
-const TEND_INTERVAL: Duration = Duration::from_secs(1);
-/// How often what was left half-done is looked for.
-const RESUME_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a fence may take before it is tried again.
+const FENCE_WAIT_MAX: Duration = Duration::from_secs(5);
+/// How long the note that a volume is in use is waited for.
+const NOTE_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Pauses between attempts to attach.
 const ATTACH_PAUSE_MIN: Duration = Duration::from_millis(250);
 /// See [`ATTACH_PAUSE_MIN`].
 const ATTACH_PAUSE_MAX: Duration = Duration::from_secs(15);
 
-/// A volume that is attached.
+/// A volume that is mounted for writing.
 pub struct Served {
     /// The volume.
     pub id: VolumeId,
+    /// Under which it is served.
+    pub epoch: Epoch,
     root: PathBuf,
     device: String,
     spec: VolumeSpec,
     provider: String,
     room: Arc<VolumeRoom>,
+    barrier: Arc<Barrier>,
+    lease: Arc<Lease>,
+    view: Arc<View>,
     attached: Mutex<Option<Attached>>,
 }
 
@@ -50,35 +60,74 @@ impl Served {
 
     /// Its room, as shards ask for it.
     pub fn room(&self) -> Arc<dyn Room> {
-        Arc::new(ShardRoom(self.room.clone()))
+        Arc::new(ShardRoom {
+            id: self.id.clone(),
+            epoch: self.epoch,
+            room: self.room.clone(),
+            lease: self.lease.clone(),
+            view: self.view.clone(),
+            // Of a folder nothing keeps a deposed node from writing, so a write proves nothing.
+            barrier: (self.provider != "dir").then(|| self.barrier.clone()),
+        })
+    }
+
+    /// Why the volume can no longer be written, if that is so.
+    pub(super) fn lost(&self) -> Option<Error> {
+        self.barrier.failed()
     }
 }
 
-struct ShardRoom(Arc<VolumeRoom>);
+struct ShardRoom {
+    id: VolumeId,
+    epoch: Epoch,
+    room: Arc<VolumeRoom>,
+    lease: Arc<Lease>,
+    view: Arc<View>,
+    barrier: Option<Arc<Barrier>>,
+}
 
 impl Room for ShardRoom {
     fn growth_bytes(&self) -> u64 {
-        self.0.growth_bytes()
+        self.room.growth_bytes()
     }
 
     fn wrote(&self, bytes: u64) {
-        self.0.wrote(bytes);
+        self.room.wrote(bytes);
     }
 
     fn unflushed(&self, before: u64, now: u64) {
-        self.0.unflushed(before, now);
+        self.room.unflushed(before, now);
     }
 
     fn look_again(&self) {
-        self.0.look_again();
+        self.room.look_again();
     }
 
     fn total_bytes(&self) -> u64 {
-        self.0.total_bytes()
+        self.room.total_bytes()
     }
 
     fn free_bytes(&self) -> u64 {
-        self.0.free_bytes()
+        self.room.free_bytes()
+    }
+
+    fn confirm(&self) -> Option<BoxFuture<'_, Result<()>>> {
+        // Held after the fact: nobody else can have had the volume then, unless the lease was lost and won back in
+        // between. That is done only when the copy of the records shows what was lost: so it is looked at second.
+        if self.lease.is_held() {
+            if self.view.volume_epoch(&self.id) == Some(self.epoch) {
+                return None;
+            }
+            let moved = Error::unavailable(format!("volume {} is being served elsewhere now", self.id));
+            return Some(Box::pin(std::future::ready(Err(moved.with_retry_after_ms(20)))));
+        }
+        Some(match &self.barrier {
+            Some(barrier) => Box::pin(barrier.pass()),
+            None => Box::pin(std::future::ready(Err(Error::unavailable(
+                "this node does not reach the metadata store, and a volume of kind `dir` may be another's by now",
+            )
+            .with_retry_after_ms(100)))),
+        })
     }
 }
 
@@ -93,6 +142,8 @@ struct Trouble {
 pub(super) struct Serving {
     served: Mutex<BTreeMap<VolumeId, Arc<Served>>>,
     troubles: Mutex<HashMap<VolumeId, Trouble>>,
+    /// Volumes that this node stands by for.
+    standbys: Mutex<BTreeMap<VolumeId, Standby>>,
     /// The first round of attaching is over.
     settled: CancellationToken,
 }
@@ -102,105 +153,42 @@ impl Serving {
         self.served.lock().get(id).cloned()
     }
 
+    pub(super) fn remove_trouble(&self, id: &VolumeId) {
+        self.troubles.lock().remove(id);
+    }
+
+    /// Attempts that failed, and whether it is too early for the next.
+    pub(super) fn attempts(&self, id: &VolumeId) -> Option<(u32, bool)> {
+        let troubles = self.troubles.lock();
+        troubles.get(id).map(|trouble| (trouble.attempts, trouble.again > clock::monotonic()))
+    }
+
+    /// Whether this node stands by for a volume.
+    pub(super) fn stands_by(&self, id: &VolumeId) -> bool {
+        self.standbys.lock().contains_key(id)
+    }
+
+    /// Volumes that this node stands by for.
+    pub(super) fn standing_by(&self) -> Vec<VolumeId> {
+        self.standbys.lock().keys().cloned().collect()
+    }
+
+    pub(super) fn settle(&self) {
+        self.settled.cancel();
+    }
+
     pub(super) fn trouble(&self, id: &VolumeId) -> Option<String> {
         self.troubles.lock().get(id).map(|trouble| trouble.message.clone())
     }
 
-    fn all(&self) -> Vec<Arc<Served>> {
+    pub(super) fn all(&self) -> Vec<Arc<Served>> {
         self.served.lock().values().cloned().collect()
     }
 }
 
 impl Catalog {
-    /// Attaches what the records give this node, looks after it, and lets go of the rest; until
-    /// [`Catalog::shutdown`]. The view has been read once.
-    pub async fn run(self: Arc<Self>) {
-        let mut changes = self.parts.view.subscribe();
-        let mut resumed: Option<Instant> = None;
-        loop {
-            changes.borrow_and_update();
-            let attached = self.reconcile().await;
-            self.serving.settled.cancel();
-            let due = resumed.is_none_or(|when| when.elapsed() >= RESUME_INTERVAL);
-            if due {
-                resumed = Some(clock::monotonic());
-            }
-            for served in self.serving.all() {
-                if due || attached.contains(&served.id) {
-                    let this = self.clone();
-                    tokio::spawn(async move { this.resume(&served.id).await });
-                }
-            }
-            self.tend().await;
-            tokio::select! {
-                _ = self.stop.cancelled() => return,
-                _ = tokio::time::sleep(TEND_INTERVAL) => {}
-                _ = self.volumes_changed(&mut changes) => {}
-            }
-        }
-    }
-
-    /// Waits until every volume of this node was attached or found not to be usable.
-    pub async fn settled(&self) {
-        self.serving.settled.cancelled().await;
-    }
-
-    /// Ends when the records give this node other volumes than it has.
-    async fn volumes_changed(
-        &self,
-        changes: &mut tokio::sync::watch::Receiver<crate::cluster::store::Revision>,
-    ) {
-        loop {
-            if changes.changed().await.is_err() {
-                return std::future::pending().await;
-            }
-            let wanted: Vec<VolumeId> =
-                self.wanted().into_iter().map(|kept| kept.record.id.clone()).collect();
-            let troubles = self.serving.troubles.lock();
-            let served = self.serving.served.lock();
-            if wanted.iter().any(|id| !served.contains_key(id) && !troubles.contains_key(id))
-                || served.keys().any(|id| !wanted.contains(id))
-            {
-                return;
-            }
-        }
-    }
-
-    fn wanted(&self) -> Vec<Kept<VolumeRecord>> {
-        let mine = |kept: &Kept<VolumeRecord>| kept.record.primary.as_ref() == Some(&self.parts.node_id);
-        self.parts.view.volumes().into_iter().filter(mine).collect()
-    }
-
-    /// One round of attaching and letting go; answers what was attached.
-    async fn reconcile(self: &Arc<Self>) -> Vec<VolumeId> {
-        let wanted = self.wanted();
-        for served in self.serving.all() {
-            if !wanted.iter().any(|kept| kept.record.id == served.id) {
-                tracing::info!(volume = %served.id, "another node serves it now: letting go");
-                self.let_go(&served).await;
-            }
-        }
-        self.serving.troubles.lock().retain(|id, _| wanted.iter().any(|kept| kept.record.id == *id));
-        let now = clock::monotonic();
-        let due = |kept: &Kept<VolumeRecord>| {
-            let id = &kept.record.id;
-            self.serving.get(id).is_none()
-                && self.serving.troubles.lock().get(id).is_none_or(|t| t.again <= now)
-        };
-        let attaching: Vec<_> = wanted
-            .into_iter()
-            .filter(due)
-            .map(|kept| {
-                let this = self.clone();
-                async move { this.attach(&kept).await.then(|| kept.record.id.clone()) }
-            })
-            .collect();
-        futures::future::join_all(attaching).await.into_iter().flatten().collect()
-    }
-
-    async fn attach(&self, kept: &Kept<VolumeRecord>) -> bool {
-        let record = kept.record.clone();
-        let spec = VolumeSpec {
+    fn spec_of(&self, record: &VolumeRecord) -> VolumeSpec {
+        VolumeSpec {
             id: record.id.clone(),
             cluster_id: self.parts.cluster_id.clone(),
             source: PathBuf::from(&record.source),
@@ -208,51 +196,104 @@ impl Catalog {
             formatted: record.formatted,
             mount_point: self.parts.data_dir.join("volumes").join(record.id.as_str()),
             allow_unfenced: false,
-        };
-        let name = record.provider.clone();
-        let work = {
-            let spec = spec.clone();
-            move || -> Result<Attached> {
-                let provider = volume::provider(&name)?;
-                provider.create(&spec)?;
-                provider.attach(&spec)
-            }
-        };
-        let begun = clock::monotonic();
-        let outcome = tokio::task::spawn_blocking(work)
-            .await
-            .unwrap_or_else(|e| Err(Error::internal(format!("attaching a volume: {e}"))));
-        match outcome {
-            Ok(attached) => {
-                tracing::info!(volume = %record.id, device = %attached.device, root = %attached.root.display(),
-                    ms = begun.elapsed().as_millis() as u64, "volume attached");
-                let served = Served {
-                    id: record.id.clone(),
-                    root: attached.root.clone(),
-                    device: attached.device.clone(),
-                    spec,
-                    provider: record.provider.clone(),
-                    room: Arc::new(VolumeRoom::new(attached.root.clone())),
-                    attached: Mutex::new(Some(attached)),
-                };
-                self.serving.troubles.lock().remove(&record.id);
-                self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
-                true
-            }
-            Err(error) => {
-                self.note_trouble(&record.id, &error);
-                false
-            }
         }
     }
 
-    fn note_trouble(&self, id: &VolumeId, error: &Error) {
+    /// Attaches a volume without mounting it.
+    pub(super) async fn stand_by(&self, record: &VolumeRecord) -> Result<()> {
+        let (spec, name) = (self.spec_of(record), record.provider.clone());
+        let standby = blocking(move || {
+            let provider = volume::provider(&name)?;
+            // Its first primary makes it.
+            if !provider.describe(&spec)?.exists && !spec.formatted {
+                return Err(Error::unavailable(format!("volume {} is not made yet", spec.id)));
+            }
+            provider.attach_backup(&spec)
+        })
+        .await?;
+        tracing::info!(volume = %record.id, device = %standby.device().display(), "standing by");
+        self.serving.standbys.lock().insert(record.id.clone(), standby);
+        Ok(())
+    }
+
+    /// Lets go of a volume that was stood by for.
+    pub(super) async fn stand_down(&self, record: &VolumeRecord) -> Result<()> {
+        let Some(standby) = self.serving.standbys.lock().remove(&record.id) else { return Ok(()) };
+        let (spec, name) = (self.spec_of(record), record.provider.clone());
+        blocking(move || volume::provider(&name)?.detach_backup(&spec, standby)).await
+    }
+
+    /// Fences a volume, mounts it, and serves it under its record's epoch, which was given to this process.
+    pub(super) async fn take(&self, kept: &Kept<VolumeRecord>) -> Result<()> {
+        let record = kept.record.clone();
+        let spec = self.spec_of(&record);
+        let takeover = Takeover::new(FenceKey::new(&self.parts.node_id, record.epoch)?, FENCE_WAIT_MAX);
+        let standby = self.serving.standbys.lock().remove(&record.id);
+        let begun = clock::monotonic();
+        let (name, work_spec) = (record.provider.clone(), spec.clone());
+        let (attached, fenced_ms, how) = blocking(move || -> Result<(Attached, u64, String)> {
+            let provider = volume::provider(&name)?;
+            fence::required(provider.fence(), &work_spec).or_else(|error| {
+                // One that is not there yet has nobody to be fenced from.
+                if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
+                    Err(error)
+                } else {
+                    Ok(FenceKind::None)
+                }
+            })?;
+            provider.create(&work_spec)?;
+            let standby = match standby {
+                Some(standby) => standby,
+                None => provider.attach_backup(&work_spec)?,
+            };
+            let fenced = provider.fence().acquire(&work_spec, &takeover)?;
+            let (fenced_ms, how) = (fenced.took().as_millis() as u64, fenced.to_string());
+            Ok((provider.promote(&work_spec, standby, fenced)?, fenced_ms, how))
+        })
+        .await?;
+        tracing::info!(volume = %record.id, epoch = %record.epoch, device = %attached.device,
+            root = %attached.root.display(), ms = begun.elapsed().as_millis() as u64, fenced_ms, "serving the volume");
+        tracing::debug!(volume = %record.id, how, "fenced");
+        let served = Served {
+            id: record.id.clone(),
+            epoch: record.epoch,
+            root: attached.root.clone(),
+            device: attached.device.clone(),
+            spec,
+            provider: record.provider.clone(),
+            room: Arc::new(VolumeRoom::new(attached.root.clone())),
+            barrier: Barrier::new(attached.witness()?),
+            lease: self.parts.lease.clone(),
+            view: self.parts.view.clone(),
+            attached: Mutex::new(Some(attached)),
+        };
+        self.serving.troubles.lock().remove(&record.id);
+        self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
+        Ok(())
+    }
+
+    /// Waits until every volume of this node was attached or found not to be usable.
+    pub async fn settled(&self) {
+        self.serving.settled.cancelled().await;
+    }
+
+    fn wanted(&self) -> Vec<Kept<VolumeRecord>> {
+        let mine = |kept: &Kept<VolumeRecord>| kept.record.primary.as_ref() == Some(&self.parts.node_id);
+        self.parts.view.volumes().into_iter().filter(mine).collect()
+    }
+
+    pub(super) fn note_trouble(&self, id: &VolumeId, error: &Error) {
         let mut troubles = self.serving.troubles.lock();
         let attempts = troubles.get(id).map_or(1, |trouble| trouble.attempts.saturating_add(1));
         let pause = ATTACH_PAUSE_MIN.saturating_mul(1 << attempts.min(10)).min(ATTACH_PAUSE_MAX);
         // The same trouble again is no news.
         if troubles.get(id).is_none_or(|trouble| trouble.message != error.message()) {
-            tracing::error!(volume = %id, %error, "a volume cannot be attached; it is tried again");
+            match error.reason() {
+                Reason::Unavailable => {
+                    tracing::info!(volume = %id, %error, "a volume cannot be used yet; it is tried again")
+                }
+                _ => tracing::error!(volume = %id, %error, "a volume cannot be used; it is tried again"),
+            }
         }
         let trouble =
             Trouble { message: error.message().to_owned(), attempts, again: clock::monotonic() + pause };
@@ -260,8 +301,13 @@ impl Catalog {
     }
 
     /// Ballasts, and the note that a volume has been in use.
-    async fn tend(self: &Arc<Self>) {
+    pub(super) async fn tend(self: &Arc<Self>) {
         for served in self.serving.all() {
+            // A device that failed, or was taken, is noticed although nobody asks.
+            if served.provider != "dir" {
+                let barrier = served.barrier.clone();
+                tokio::spawn(async move { drop(barrier.pass().await) });
+            }
             let room = served.room.clone();
             if let Err(error) = tokio::task::spawn_blocking(move || room.tend()).await {
                 tracing::error!(volume = %served.id, %error, "looking after a volume's room");
@@ -270,7 +316,7 @@ impl Catalog {
         for kept in self.wanted() {
             if !kept.record.formatted
                 && self.serving.get(&kept.record.id).is_some()
-                && self.parts.pulse.succeeded()
+                && self.parts.lease.succeeded()
             {
                 let record = VolumeRecord { formatted: true, ..(*kept.record).clone() };
                 let key = records::volume_key(&record.id);
@@ -279,7 +325,7 @@ impl Catalog {
                     .put(key, records::encode(&record));
                 // Whatever becomes of it, the next round looks again.
                 match self.parts.store.txn(txn).await {
-                    Ok(answer) => drop(self.parts.view.wait_for(answer.revision, TEND_INTERVAL).await),
+                    Ok(answer) => drop(self.parts.view.wait_for(answer.revision, NOTE_WAIT_MAX).await),
                     Err(error) => {
                         tracing::warn!(volume = %record.id, %error, "noting that a volume is in use: later")
                     }
@@ -288,17 +334,40 @@ impl Catalog {
         }
     }
 
-    /// Closes a volume's shards and detaches it.
-    async fn let_go(&self, served: &Arc<Served>) {
+    /// Closes a volume's shards and detaches it. `lost`: somebody else has it, so what is dirty is dropped.
+    pub(super) async fn let_go(&self, served: &Arc<Served>, lost: bool) -> Result<()> {
         self.serving.served.lock().remove(&served.id);
-        for kept in self.parts.view.shards(|record| record.volume == served.id) {
-            if let Err(error) = self.parts.manager.close(kept.record.id).await {
-                tracing::error!(shard = %kept.record.id, %error, "closing a shard");
+        let closing = self.parts.view.shards(|record| record.volume == served.id).into_iter().map(|kept| {
+            let id = kept.record.id;
+            async move {
+                let closed = match lost {
+                    true => self.parts.manager.abandon(id).await,
+                    false => self.parts.manager.close(id).await,
+                };
+                if let Err(error) = closed {
+                    tracing::error!(shard = %id, %error, "closing a shard");
+                }
             }
+        });
+        futures::future::join_all(closing).await;
+        if let Some(standby) = demote(served).await? {
+            self.serving.standbys.lock().insert(served.id.clone(), standby);
         }
-        if let Err(error) = detach(served).await {
-            self.note_trouble(&served.id, &error);
-        }
+        Ok(())
+    }
+
+    /// Lets what is in memory reach the files while the volume is still served, so that the pause after is short.
+    pub(super) async fn flush_volume(&self, served: &Served) {
+        let on_it = self.parts.view.shards(|record| record.volume == served.id);
+        let ids: HashSet<ShardId> = on_it.into_iter().map(|kept| kept.record.id).collect();
+        self.parts.manager.flush(|id| ids.contains(&id)).await;
+    }
+
+    /// Plans no more and gives every volume to a node that is ready, as far as there is one.
+    pub async fn leave(self: &Arc<Self>) {
+        self.stop.cancel();
+        self.roles.idle().await;
+        self.give_away().await;
     }
 
     /// Stops changes, closes all shards, detaches all volumes. What cannot be detached is logged; the next
@@ -311,11 +380,23 @@ impl Catalog {
         if waited.is_err() {
             tracing::warn!("stopping while shards are being changed; the next start finishes it");
         }
+        self.roles.idle().await;
         let closed = self.parts.manager.close_all().await;
         for served in self.serving.all() {
             self.serving.served.lock().remove(&served.id);
-            if let Err(error) = detach(&served).await {
-                tracing::error!(volume = %served.id, %error, "detaching a volume; the next start cleans up");
+            match demote(&served).await {
+                Ok(standby) => {
+                    drop(standby.map(|s| self.serving.standbys.lock().insert(served.id.clone(), s)))
+                }
+                Err(error) => {
+                    tracing::error!(volume = %served.id, %error, "unmounting a volume; the next start cleans up")
+                }
+            }
+        }
+        for id in self.serving.standing_by() {
+            let Some(kept) = self.parts.view.volume(&id) else { continue };
+            if let Err(error) = self.stand_down(&kept.record).await {
+                tracing::error!(volume = %id, %error, "detaching a volume; the next start cleans up");
             }
         }
         closed
@@ -380,13 +461,19 @@ impl Catalog {
     }
 }
 
-async fn detach(served: &Arc<Served>) -> Result<()> {
+/// Unmounts a volume; it is stood by for then.
+async fn demote(served: &Arc<Served>) -> Result<Option<Standby>> {
     let served = served.clone();
-    let work = move || -> Result<()> {
-        let Some(attached) = served.attached.lock().take() else { return Ok(()) };
-        volume::provider(&served.provider)?.detach(&served.spec, attached)
-    };
+    blocking(move || -> Result<Option<Standby>> {
+        let Some(attached) = served.attached.lock().take() else { return Ok(None) };
+        served.barrier.close();
+        volume::provider(&served.provider)?.demote(&served.spec, attached).map(Some)
+    })
+    .await
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
-        .unwrap_or_else(|e| Err(Error::internal(format!("detaching: {e}"))))
+        .unwrap_or_else(|e| Err(Error::internal(format!("attaching or detaching a volume: {e}"))))
 }

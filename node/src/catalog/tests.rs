@@ -12,7 +12,7 @@ use super::*;
 use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::embedded_server::{Handle, serve};
-use crate::cluster::heartbeat;
+use crate::cluster::heartbeat::{self, Heart};
 use crate::cluster::records::{self, NEXT_SHARD_ID, NodeRecord, name_key, request_key, shard_key};
 use crate::cluster::store::{KeyRange, Txn, get};
 use crate::net::ListenAddr;
@@ -81,17 +81,17 @@ impl Bench {
             region: String::new(),
         };
         let registered = heartbeat::register(&*store, &record).await.unwrap();
-        let pulse = Arc::new(Pulse::default());
-        let beating = heartbeat::run(
-            store.clone(),
-            record.id,
+        let lease = Arc::new(Lease::default());
+        let heart = Heart {
+            store: store.clone(),
+            id: record.id.clone(),
             registered,
-            pulse.clone(),
-            CancellationToken::new(),
-            stop.clone(),
-        );
-        tasks.push(tokio::spawn(beating));
-        eventually("it beats", async || pulse.succeeded()).await;
+            view: view.clone(),
+            lease: lease.clone(),
+            replaced: CancellationToken::new(),
+        };
+        tasks.push(tokio::spawn(heart.run(stop.clone())));
+        eventually("it beats", async || lease.succeeded()).await;
         let catalog = Catalog::new(CatalogParts {
             node_id: NodeId::new(id).unwrap(),
             data_dir: self.dir.path().join(id),
@@ -100,7 +100,9 @@ impl Bench {
             chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
             store,
             view,
-            pulse,
+            lease,
+            record,
+            alone_from: clock::boot(),
             manager: ShardManager::new(ShardSettings {
                 block_cache_bytes: 8 << 20,
                 write_buffer_bytes: 8 << 20,
@@ -196,10 +198,11 @@ async fn a_shards_whole_life() {
     assert!(catalog.new_shard(&other, new("photos")).await.unwrap().id > info.id);
     // Owner and epoch.
     assert_eq!(reason(catalog.local_shard(&other, &by_id(info.id), None)), Reason::WrongOwner);
-    assert!(catalog.local_shard(&me(), &by_id(info.id), Some(Epoch::FIRST)).is_ok());
-    let stale = catalog.local_shard(&me(), &by_id(info.id), Some(Epoch::FIRST.next())).err().unwrap();
+    let epoch = info.location.epoch;
+    assert!(catalog.local_shard(&me(), &by_id(info.id), Some(epoch)).is_ok());
+    let stale = catalog.local_shard(&me(), &by_id(info.id), Some(epoch.next())).err().unwrap();
     assert_eq!(stale.reason(), Reason::StaleEpoch);
-    assert_eq!(stale.location().unwrap().epoch, Epoch::FIRST);
+    assert_eq!(stale.location().unwrap().epoch, epoch);
     // Rename, also back and onto a name that is taken.
     let renamed = catalog.rename_shard(&me(), &by_id(info.id), name("pictures")).await.unwrap();
     assert_eq!(renamed.name.as_str(), "pictures");

@@ -57,6 +57,8 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         primary: Some(spec.primary.clone()),
         backups: spec.backups.clone(),
         epoch: Epoch::FIRST,
+        holder: String::new(),
+        target: None,
         formatted: false,
     };
     let key = records::volume_key(&spec.id);

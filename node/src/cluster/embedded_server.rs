@@ -29,6 +29,7 @@ use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
+use super::lease;
 use super::store::{
     KeyRange, LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseId, RANGE_BYTES_MAX, Revision, StoreError, StoreResult,
     TXN_BYTES_MAX, WatchBatch, check_range,
@@ -80,6 +81,11 @@ pub async fn serve(path: PathBuf, listen: ListenAddr) -> Result<Handle> {
         .await
         .context("opening the metadata store")?
         .with_context(|| format!("the metadata store {}", path.display()))?;
+    if opened.crashed {
+        // A heartbeat that was answered may have been taken back: the lease that it renewed must end before anybody
+        // can be elected without having seen it.
+        tokio::time::sleep(lease::TERM).await;
+    }
     let log = Arc::new(Log::new(opened.revision));
     let leases = Leases::new(opened.leases);
     let (queue, messages) = sync_channel(QUEUE_MAX);

@@ -5,6 +5,10 @@
 //! | `cluster` | [`ClusterRecord`] |
 //! | `nodes/{id}` | [`NodeRecord`] |
 //! | `heartbeats/{id}` | a counter in decimal |
+//! | `depositions/{id}` | the last volume that was taken from the node, and its new epoch, for people; each one changes it |
+//! | `deaths/{id}` | [`DeathRecord`] |
+//! | `drains/{id}` | empty: the node is to serve nothing |
+//! | `stopping` | empty: the whole cluster is being stopped, so volumes stay where they are |
 //! | `volumes/{id}` | [`VolumeRecord`] |
 //! | `shards/{id, 10 digits}` | [`ShardRecord`] |
 //! | `names/{owner}/{name}` | the shard's id in decimal |
@@ -31,6 +35,14 @@ pub const CLUSTER_KEY: &str = "shardfs/cluster";
 pub const NODES: &str = "shardfs/nodes/";
 /// Before every heartbeat's key.
 pub const HEARTBEATS: &str = "shardfs/heartbeats/";
+/// Before every deposition's key.
+pub const DEPOSITIONS: &str = "shardfs/depositions/";
+/// Before every [`DeathRecord`]'s key.
+pub const DEATHS: &str = "shardfs/deaths/";
+/// Before the keys of nodes that are to serve nothing.
+pub const DRAINS: &str = "shardfs/drains/";
+/// The key that says that the whole cluster is being stopped.
+pub const STOPPING: &str = "shardfs/stopping";
 /// Before every [`VolumeRecord`]'s key.
 pub const VOLUMES: &str = "shardfs/volumes/";
 /// Before every [`ShardRecord`]'s key.
@@ -79,6 +91,18 @@ pub struct NodeRecord {
     pub region: String,
 }
 
+/// A process that was seen to end.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DeathRecord {
+    /// Format.
+    pub v: u32,
+    /// [`NodeRecord::incarnation`] of the process.
+    pub incarnation: String,
+    /// How it ended, for people.
+    #[serde(default)]
+    pub how: String,
+}
+
 /// A volume.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct VolumeRecord {
@@ -100,6 +124,13 @@ pub struct VolumeRecord {
     pub backups: Vec<NodeId>,
     /// Grows at every promotion.
     pub epoch: Epoch,
+    /// [`NodeRecord::incarnation`] of the process to which the epoch was given; empty: to none yet. A later process of
+    /// the primary begins an epoch of its own.
+    #[serde(default)]
+    pub holder: String,
+    /// Where an operator wants it served.
+    #[serde(default)]
+    pub target: Option<NodeId>,
     /// It has been attached once: from then on it is never formatted or made anew.
     #[serde(default)]
     pub formatted: bool,
@@ -185,6 +216,21 @@ pub fn node_key(id: &NodeId) -> String {
 /// The key of a node's heartbeat.
 pub fn heartbeat_key(id: &NodeId) -> String {
     format!("{HEARTBEATS}{id}")
+}
+
+/// The key of a node's depositions.
+pub fn deposition_key(id: &NodeId) -> String {
+    format!("{DEPOSITIONS}{id}")
+}
+
+/// The key of a node's [`DeathRecord`].
+pub fn death_key(id: &NodeId) -> String {
+    format!("{DEATHS}{id}")
+}
+
+/// The key that says that a node is to serve nothing.
+pub fn drain_key(id: &NodeId) -> String {
+    format!("{DRAINS}{id}")
 }
 
 /// The key of a volume's record.

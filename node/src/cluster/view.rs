@@ -2,32 +2,32 @@
 //!
 //! Invariants: the copy is that of one revision (`revision()`), which never goes back; it is replaced as a
 //! whole after a gap in the watch. A record that cannot be read is logged and left out; it
-//! hides no other. Silence of a node is counted only while the watch itself was heard.
+//! hides no other. Silence of a node is counted only while the watch itself was heard (see `lease`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
 use parking_lot::RwLock;
+use shardfs_proto::types::clock::{self, BootTime};
 use shardfs_proto::types::cluster::{NodeInfo, ShardInfo, VolumeInfo};
 use shardfs_proto::types::error::Location;
-use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Result, ShardId, ShardName, VolumeId, clock};
+use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Result, ShardId, ShardName, VolumeId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::lease;
+use super::plan::Health;
 use super::records::{
-    self, CLUSTER_KEY, ClusterRecord, HEARTBEATS, NODES, NodeRecord, PREFIX, SHARDS, ShardRecord, StateWord,
-    VOLUMES, VolumeRecord,
+    self, CLUSTER_KEY, ClusterRecord, DEATHS, DRAINS, DeathRecord, HEARTBEATS, NODES, NodeRecord, PREFIX,
+    SHARDS, STOPPING, ShardRecord, StateWord, VOLUMES, VolumeRecord,
 };
 use super::store::{Event, KeyRange, KeyValue, MetaStore, Revision, StoreError, get, range_all};
 
-/// Silence after which a node counts as not alive.
+/// Silence after which people are told that a node is not alive: longer than a lease, so that a hiccup is no news.
 pub const SILENCE_MAX: Duration = Duration::from_secs(3);
-/// A pause of the watch that is longer is our own trouble, not the nodes' silence. The store sends
-/// something every second.
-const WATCH_PAUSE_MAX: Duration = Duration::from_millis(1500);
 /// Pause before the copy is made anew.
 const RESYNC_PAUSE: Duration = Duration::from_millis(200);
 
@@ -48,7 +48,18 @@ pub struct Kept<T> {
 
 struct Beat {
     counter: u64,
-    seen: Instant,
+    /// What an election names.
+    modified: Revision,
+    seen: BootTime,
+    /// It has grown since it is listened to.
+    grew: bool,
+}
+
+struct Death {
+    incarnation: String,
+    /// What an election names.
+    modified: Revision,
+    seen: BootTime,
 }
 
 #[derive(Default)]
@@ -56,13 +67,16 @@ struct State {
     cluster_id: String,
     nodes: BTreeMap<NodeId, Kept<NodeRecord>>,
     beats: HashMap<NodeId, Beat>,
+    deaths: HashMap<NodeId, Death>,
+    drains: BTreeSet<NodeId>,
+    stopping: bool,
     volumes: BTreeMap<VolumeId, Kept<VolumeRecord>>,
     shards: BTreeMap<ShardId, Kept<ShardRecord>>,
     /// Shards that are not deleted.
     names: HashMap<ClientId, BTreeMap<ShardName, ShardId>>,
     /// Shards that are not deleted.
     shard_counts: HashMap<VolumeId, u32>,
-    heard: Option<Instant>,
+    heard: Option<BootTime>,
 }
 
 impl View {
@@ -139,7 +153,7 @@ impl View {
 
     fn replace(&self, mut fresh: State, revision: Revision) {
         let mut state = self.state.write();
-        let now = clock::monotonic();
+        let now = clock::boot();
         for (node, beat) in &mut fresh.beats {
             // A counter that stood still while nobody listened says nothing: its time begins anew. One that
             // stood still while it was heard keeps its silence.
@@ -147,8 +161,15 @@ impl View {
                 && old.counter == beat.counter
                 && let Some(heard) = state.heard
             {
-                let silence = heard.saturating_duration_since(old.seen);
-                beat.seen = now.checked_sub(silence).unwrap_or(now);
+                beat.seen = now - heard.since(old.seen);
+                beat.grew = old.grew;
+            }
+        }
+        for (node, death) in &mut fresh.deaths {
+            if let Some(old) = state.deaths.get(node)
+                && old.incarnation == death.incarnation
+            {
+                death.seen = old.seen;
             }
         }
         fresh.heard = Some(now);
@@ -223,6 +244,11 @@ impl View {
         self.state.read().volumes.get(id).cloned()
     }
 
+    /// A volume's epoch.
+    pub fn volume_epoch(&self, id: &VolumeId) -> Option<Epoch> {
+        self.state.read().volumes.get(id).map(|kept| kept.record.epoch)
+    }
+
     /// The records of all volumes, in order of id.
     pub fn volumes(&self) -> Vec<Kept<VolumeRecord>> {
         self.state.read().volumes.values().cloned().collect()
@@ -262,6 +288,42 @@ impl View {
         }
     }
 
+    /// How all nodes are.
+    pub fn healths(&self) -> BTreeMap<NodeId, Health> {
+        let (state, now) = (self.state.read(), clock::boot());
+        state.nodes.keys().map(|id| (id.clone(), state.health(id, now))).collect()
+    }
+
+    /// How a node is.
+    pub fn health(&self, id: &NodeId) -> Health {
+        self.state.read().health(id, clock::boot())
+    }
+
+    /// A node's record.
+    pub fn node(&self, id: &NodeId) -> Option<Kept<NodeRecord>> {
+        self.state.read().nodes.get(id).cloned()
+    }
+
+    /// The revision of the record of a node's death; `None`: there is none.
+    pub fn death_revision(&self, id: &NodeId) -> Option<Revision> {
+        self.state.read().deaths.get(id).map(|death| death.modified)
+    }
+
+    /// The revision of the heartbeat of a node that was seen last; `None`: it has none.
+    pub fn heartbeat_revision(&self, id: &NodeId) -> Option<Revision> {
+        self.state.read().beats.get(id).map(|beat| beat.modified)
+    }
+
+    /// Whether the whole cluster is being stopped.
+    pub fn stopping(&self) -> bool {
+        self.state.read().stopping
+    }
+
+    /// Nodes that are to serve nothing.
+    pub fn draining(&self) -> Vec<NodeId> {
+        self.state.read().drains.iter().cloned().collect()
+    }
+
     /// All nodes, in order of id.
     pub fn node_infos(&self) -> Vec<NodeInfo> {
         let state = self.state.read();
@@ -273,9 +335,11 @@ impl View {
                 endpoints: record.endpoints.clone(),
                 http_address: record.http.clone(),
                 version: record.version.clone(),
-                alive: beat.is_some_and(|beat| state.silence(beat) < SILENCE_MAX),
+                alive: !state.is_dead(record) && beat.is_some_and(|beat| state.silence(beat) < SILENCE_MAX),
                 heartbeat: beat.map_or(0, |beat| beat.counter),
                 started: record.started,
+                draining: state.drains.contains(&record.id),
+                dead: state.is_dead(record),
             }
         };
         state.nodes.values().map(info).collect()
@@ -295,6 +359,7 @@ impl View {
                 backups: record.backups.clone(),
                 epoch: record.epoch,
                 shards: state.shard_counts.get(&record.id).copied().unwrap_or(0),
+                target: record.target.clone(),
             }
         };
         state.volumes.values().map(info).collect()
@@ -304,10 +369,10 @@ impl View {
 impl State {
     /// Something arrived. What we did not hear does not count as the nodes' silence.
     fn hear(&mut self) {
-        let now = clock::monotonic();
+        let now = clock::boot();
         if let Some(heard) = self.heard.replace(now) {
-            let pause = now.saturating_duration_since(heard);
-            if pause > WATCH_PAUSE_MAX {
+            let pause = now.since(heard);
+            if pause > lease::HEARING_GAP_MAX {
                 self.beats.values_mut().for_each(|beat| beat.seen += pause);
             }
         }
@@ -315,7 +380,30 @@ impl State {
 
     /// How long a counter has stood still while it was listened to.
     fn silence(&self, beat: &Beat) -> Duration {
-        self.heard.unwrap_or(beat.seen).saturating_duration_since(beat.seen)
+        self.heard.unwrap_or(beat.seen).since(beat.seen)
+    }
+
+    /// Whether the process that wrote this record was seen to end.
+    fn is_dead(&self, record: &NodeRecord) -> bool {
+        self.deaths.get(&record.id).is_some_and(|death| death.incarnation == record.incarnation)
+    }
+
+    fn health(&self, id: &NodeId, now: BootTime) -> Health {
+        let Some(kept) = self.nodes.get(id) else { return Health::Absent };
+        if let Some(death) = self.deaths.get(id)
+            && death.incarnation == kept.record.incarnation
+        {
+            return Health::Dead(now.since(death.seen));
+        }
+        let Some(beat) = self.beats.get(id) else { return Health::Absent };
+        if self.heard.is_none_or(|heard| now.since(heard) > lease::HEARING_GAP_MAX) {
+            return Health::Unknown;
+        }
+        match self.silence(beat).checked_sub(lease::SILENCE_MAX) {
+            Some(over) => Health::Silent(over),
+            None if beat.grew => Health::Alive,
+            None => Health::Unknown,
+        }
     }
 
     fn apply(&mut self, event: &Event) {
@@ -336,9 +424,19 @@ impl State {
         let Ok(key) = std::str::from_utf8(&kv.key) else { return Ok(()) };
         if key == CLUSTER_KEY {
             self.cluster_id = records::decode::<ClusterRecord>(&kv.key, &kv.value)?.id;
+        } else if key == STOPPING {
+            self.stopping = true;
         } else if let Some(id) = key.strip_prefix(HEARTBEATS) {
             let counter = records::decode_number(&kv.key, &kv.value)?;
-            self.beats.insert(NodeId::new(id)?, Beat { counter, seen: clock::monotonic() });
+            let id = NodeId::new(id)?;
+            let grew = self.beats.get(&id).is_some_and(|beat| beat.counter != counter);
+            self.beats.insert(id, Beat { counter, modified: kv.modified, seen: clock::boot(), grew });
+        } else if let Some(id) = key.strip_prefix(DEATHS) {
+            let record: DeathRecord = records::decode(&kv.key, &kv.value)?;
+            let death = Death { incarnation: record.incarnation, modified: kv.modified, seen: clock::boot() };
+            self.deaths.insert(NodeId::new(id)?, death);
+        } else if let Some(id) = key.strip_prefix(DRAINS) {
+            self.drains.insert(NodeId::new(id)?);
         } else if key.starts_with(NODES) {
             let record: NodeRecord = records::decode(&kv.key, &kv.value)?;
             self.nodes.insert(record.id.clone(), keep(record, kv));
@@ -360,8 +458,14 @@ impl State {
 
     fn delete(&mut self, key: &Bytes) {
         let Ok(key) = std::str::from_utf8(key) else { return };
-        if let Some(id) = key.strip_prefix(HEARTBEATS) {
+        if key == STOPPING {
+            self.stopping = false;
+        } else if let Some(id) = key.strip_prefix(HEARTBEATS) {
             self.beats.retain(|node, _| node.as_str() != id);
+        } else if let Some(id) = key.strip_prefix(DEATHS) {
+            self.deaths.retain(|node, _| node.as_str() != id);
+        } else if let Some(id) = key.strip_prefix(DRAINS) {
+            self.drains.retain(|node| node.as_str() != id);
         } else if let Some(id) = key.strip_prefix(NODES) {
             self.nodes.retain(|node, _| node.as_str() != id);
         } else if let Some(id) = key.strip_prefix(VOLUMES) {

@@ -2,10 +2,11 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use shardfs_proto::convert;
 use shardfs_proto::types::cluster::{CheckItem, Selector};
-use shardfs_proto::types::{Error, Reason, Result};
+use shardfs_proto::types::{Error, NodeId, Reason, Result, VolumeId};
 use shardfs_proto::wire::{self, admin_server::Admin};
 use tokio::sync::mpsc;
 use tonic::metadata::MetadataMap;
@@ -15,6 +16,9 @@ use super::stream::{self, Answer};
 use super::{Services, about, caller};
 use crate::shard::check;
 
+/// How long a promotion is waited for unless the caller says, and at most.
+const PROMOTE_WAIT_DEFAULT: Duration = Duration::from_secs(30);
+const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(300);
 const CHECK: &str = "Admin/CheckShard";
 /// Findings of a check that wait to be sent; more wait in the check, which then pauses.
 const FINDINGS_AHEAD: usize = 64;
@@ -84,6 +88,37 @@ impl Admin for AdminService {
             Ok(wire::ListVolumesReply { volumes: volumes.iter().map(convert::volume_info_to_wire).collect() })
         };
         self.0.unary("Admin/ListVolumes", call).await
+    }
+
+    async fn promote_volume(
+        &self,
+        request: Request<wire::PromoteVolumeRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let (volume, node) = (VolumeId::new(r.volume_id)?, NodeId::new(r.node_id)?);
+            let patience = match r.timeout_ms {
+                0 => PROMOTE_WAIT_DEFAULT,
+                ms => Duration::from_millis(ms.into()).min(PROMOTE_WAIT_MAX),
+            };
+            let moved = self.0.catalog.promote(&volume, &node, patience).await?;
+            Ok(convert::volume_info_to_wire(&moved))
+        };
+        self.0.unary("Admin/PromoteVolume", call).await
+    }
+
+    async fn drain_node(
+        &self,
+        request: Request<wire::DrainNodeRequest>,
+    ) -> Result<Response<wire::Node>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let node = self.0.catalog.drain(&NodeId::new(r.node_id)?, r.drain).await?;
+            Ok(convert::node_info_to_wire(&node))
+        };
+        self.0.unary("Admin/DrainNode", call).await
     }
 
     type ListAllShardsStream = Answer<wire::Shard>;

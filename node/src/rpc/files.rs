@@ -164,6 +164,15 @@ impl Files for FilesService {
             if matches!(operation, Operation::Create { open: true, .. }) {
                 target.session()?;
             }
+            // What its session cannot make again must not be lost when the volume moves.
+            let durability = match durability {
+                Durability::Buffered
+                    if !operation.is_replayable() && self.0.catalog.may_move(target.id()) =>
+                {
+                    Durability::Sync
+                }
+                durability => durability,
+            };
             let mutation = Mutation { session, sequence, durability, operation };
             let result = about(target.id(), target.shard.mutate(mutation).await)?;
             Ok(wire::MutateReply { result: Some(convert::op_result_to_wire(&result)) })

@@ -247,6 +247,11 @@ impl Executor {
         &self.store
     }
 
+    /// The volume.
+    pub fn room(&self) -> &dyn Room {
+        &*self.room
+    }
+
     /// The header as it is now.
     pub fn header(&self) -> Arc<Header> {
         Arc::clone(&self.header.read())
@@ -265,6 +270,11 @@ impl Executor {
     /// Whether the shard must be opened anew before it can be written.
     pub fn is_broken(&self) -> bool {
         self.broken.load(Ordering::Acquire)
+    }
+
+    /// Takes no more writes and syncs nothing: the volume is another node's.
+    pub fn give_up(&self) {
+        self.broken.store(true, Ordering::Release);
     }
 
     /// Logical bytes freed since the last call.

@@ -93,7 +93,18 @@ impl Shard {
 
     pub(super) async fn ask(&self, command: Command, durability: Durability) -> Result<Answer> {
         let me = Weak::clone(&self.me);
-        self.executor.submit(command, durability, || self.schedule(me)).await
+        let answer = self.executor.submit(command, durability, || self.schedule(me)).await;
+        // Also a failure tells what was there.
+        self.confirm().await?;
+        answer
+    }
+
+    /// Fails if another process may have taken the volume before now.
+    async fn confirm(&self) -> Result<()> {
+        match self.executor.room().confirm() {
+            None => Ok(()),
+            Some(proof) => proof.await.map_err(|error| error.with_shard(self.id)),
+        }
     }
 
     /// Queues a command without waiting; usable from `drop`.
@@ -123,7 +134,8 @@ impl Shard {
 
     /// Everything answered before the call is on the device when it returns.
     pub async fn sync(&self) -> Result<()> {
-        self.executor.log().sync(self.executor.store()).await
+        self.executor.log().sync(self.executor.store()).await?;
+        self.confirm().await
     }
 
     /// Closes the shard for good: durable when it returns; mutations fail from then on.
@@ -182,6 +194,8 @@ impl Shard {
         if let Some(group) = self.executor.log().of_others(session) {
             self.executor.log().sync_up_to(self.executor.store(), group).await?;
         }
+        // What was the truth at the snapshot may be told at any later time.
+        self.confirm().await?;
         let me = self.me.upgrade().ok_or_else(|| Error::unavailable("the shard is closing"))?;
         Ok(ReadView::new(snapshot, self.executor.header(), Some(me)))
     }

@@ -287,6 +287,29 @@ impl ShardManager {
         self.close_locked(id, &slot, &mut guard).await
     }
 
+    /// Closes a shard whose volume is another node's now: nothing is synced, and those who hold it are waited for.
+    pub async fn abandon(&self, id: ShardId) -> Result<()> {
+        let Some(slot) = self.slots.lock().get(&id).cloned() else { return Ok(()) };
+        let mut guard = slot.shard.lock().await;
+        if let Some((shard, _)) = guard.as_ref() {
+            shard.executor().give_up();
+        }
+        self.close_locked(id, &slot, &mut guard).await
+    }
+
+    /// Writes what shards have in memory to their files; what fails is logged.
+    pub async fn flush(&self, which: impl Fn(ShardId) -> bool) {
+        let flushing =
+            self.open_shards().into_iter().filter(|(shard, _)| which(shard.id())).map(|(shard, _)| {
+                tokio::task::spawn_blocking(move || {
+                    if let Err(error) = shard.executor().store().flush() {
+                        tracing::warn!(shard = %shard.id(), %error, "flushing a shard");
+                    }
+                })
+            });
+        futures::future::join_all(flushing.collect::<Vec<_>>()).await;
+    }
+
     /// Syncs and closes all shards; the first error after all were tried.
     pub async fn close_all(&self) -> Result<()> {
         let ids: Vec<ShardId> = self.slots.lock().keys().copied().collect();

@@ -31,8 +31,9 @@ pub use handle::{KeepAnswer, Mutation, Shard, initialize};
 pub use manager::{ManagerStatus, ShardManager, ShardSettings};
 pub use view::ReadView;
 
+use futures::future::BoxFuture;
 use shardfs_proto::types::op::ShardState;
-use shardfs_proto::types::{ClientId, ShardId};
+use shardfs_proto::types::{ClientId, Result, ShardId};
 
 /// What a new shard is.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -53,7 +54,8 @@ pub struct ShardInit {
     pub gid: u32,
 }
 
-/// What a volume has left. Answers are cached: they cost next to nothing.
+/// What a shard asks of the volume that it lies on: what room is left, and whether this process may still speak for it. Answers
+/// about room are cached: they cost next to nothing.
 ///
 /// What was written is on the volume once, in a log, and will be there twice, when it is flushed: until
 /// then its bytes are spoken for.
@@ -70,6 +72,11 @@ pub trait Room: Send + Sync {
     fn total_bytes(&self) -> u64;
     /// Bytes free on it.
     fn free_bytes(&self) -> u64;
+    /// Whether what this process has read or done up to now, and no later than now, is the volume's truth. `None`: it is,
+    /// for certain. Else the answer has to wait for proof, or is not to be given.
+    fn confirm(&self) -> Option<BoxFuture<'_, Result<()>>> {
+        None
+    }
 }
 
 /// Figures of a shard.

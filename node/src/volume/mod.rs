@@ -93,9 +93,7 @@ pub struct Attached {
 impl Attached {
     /// What has to be asked before a sync is acknowledged.
     pub fn witness(&self) -> Result<Witness> {
-        let path = self.root.join(IDENTITY_FILE);
-        let file = File::open(&path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
-        Ok(Witness { file })
+        Witness::of(&self.root.join(IDENTITY_FILE))
     }
 }
 
@@ -113,6 +111,22 @@ pub struct Witness {
 }
 
 impl Witness {
+    pub(crate) fn of(path: &Path) -> Result<Witness> {
+        let file = File::open(path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+        Ok(Witness { file })
+    }
+
+    /// Fails unless a write that begins now reaches the device. It is the time of a file that is there: a full
+    /// volume has room for that. Blocks.
+    pub fn prove(&self) -> Result<()> {
+        let now = rustix::fs::Timespec { tv_sec: 0, tv_nsec: rustix::fs::UTIME_NOW };
+        let times = rustix::fs::Timestamps { last_access: now, last_modification: now };
+        let lost = |e: std::io::Error| io_error("the volume can no longer be written", &e);
+        rustix::fs::futimens(&self.file, &times).map_err(|e| lost(e.into()))?;
+        self.file.sync_all().map_err(lost)?;
+        self.check()
+    }
+
     /// Fails if the syncs before it may not count. A read of one cached byte: less than a microsecond.
     pub fn check(&self) -> Result<()> {
         match self.file.read_at(&mut [0u8; 1], 0) {

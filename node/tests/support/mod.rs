@@ -9,6 +9,7 @@ use shardfs_node::cluster::embedded_server;
 use shardfs_node::config::{Args, NodeConfig};
 use shardfs_node::net::ListenAddr;
 use shardfs_node::node;
+use shardfs_node::parent::Child;
 use shardfs_proto::types::limits::{MESSAGE_BYTES_MAX, REPLY_BYTES_MAX};
 use shardfs_proto::types::{NodeId, Reason, VolumeId};
 use shardfs_proto::wire::admin_client::AdminClient;
@@ -73,7 +74,7 @@ impl Node {
             shutdown_seconds: Some(5),
             ..Args::default()
         };
-        let node = node::Node::start(NodeConfig::load(args).unwrap()).await.unwrap();
+        let node = node::Node::start(NodeConfig::load(args).unwrap(), Child::orphan()).await.unwrap();
         let endpoint = node.addresses().endpoints[0].clone();
         let channel = Channel::from_shared(endpoint).unwrap().connect().await.unwrap();
         Node { node, store, channel, _dir: dir }

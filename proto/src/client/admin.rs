@@ -9,9 +9,11 @@ use super::retry::Target;
 use super::shards::selected;
 use crate::convert;
 use crate::types::cluster::{CheckItem, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
-use crate::types::{Error, Reason, Result, ShardId};
+use crate::types::{Error, NodeId, Reason, Result, ShardId, VolumeId};
 use crate::wire;
 
+/// How long a promotion is waited for.
+const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Asking one certain node is not repeated for long: the answer to "is it there" may be no.
 const NODE_ATTEMPT_MAX: Duration = Duration::from_secs(3);
 
@@ -34,6 +36,33 @@ impl Client {
             })
             .await?;
         reply.into_inner().volumes.into_iter().map(convert::volume_info_from_wire).collect()
+    }
+
+    /// Has a volume served by one of its backups; answers when it is, by the record.
+    pub async fn promote_volume(&self, volume: &VolumeId, node: &NodeId) -> Result<VolumeInfo> {
+        let request = wire::PromoteVolumeRequest {
+            volume_id: volume.as_str().to_owned(),
+            node_id: node.as_str().to_owned(),
+            timeout_ms: u32::try_from(PROMOTE_WAIT_MAX.as_millis()).unwrap_or(u32::MAX),
+        };
+        let patience = PROMOTE_WAIT_MAX + NODE_ATTEMPT_MAX;
+        let reply = self
+            .call_within(Target::Any, self.inner.config.deadline.max(patience), patience, async |attempt| {
+                attempt.node.admin().promote_volume(attempt.node.request(request.clone())).await
+            })
+            .await?;
+        convert::volume_info_from_wire(reply.into_inner())
+    }
+
+    /// Says that a node is to serve nothing, or may serve again.
+    pub async fn drain_node(&self, node: &NodeId, drain: bool) -> Result<NodeInfo> {
+        let request = wire::DrainNodeRequest { node_id: node.as_str().to_owned(), drain };
+        let reply = self
+            .call(Target::Any, async |attempt| {
+                attempt.node.admin().drain_node(attempt.node.request(request.clone())).await
+            })
+            .await?;
+        convert::node_info_from_wire(reply.into_inner())
     }
 
     /// All shards of all owners, in order of id.

@@ -4,10 +4,12 @@ use std::future::Future;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 
 use super::Client;
 use super::retry::{Attempt, Target};
 use super::session::{Session, header};
+use super::unsynced::Fill;
 use crate::convert;
 use crate::types::cluster::ShardStat;
 use crate::types::op::{Durability, OpResult, Operation};
@@ -53,24 +55,48 @@ impl Client {
         durability: Durability,
     ) -> Result<OpResult> {
         let opens = matches!(operation, Operation::Create { open: true, .. });
+        let kept_bytes =
+            (durability == Durability::Buffered && operation.is_replayable()).then(|| match &operation {
+                Operation::Write { data, .. } => data.len(),
+                Operation::SetXattr { value, .. } => value.len(),
+                _ => 0,
+            });
         let operation = convert::operation_to_wire(&operation);
         let operation = &operation;
-        self.numbered(shard, opens, async |attempt, session, sequence| {
-            let request = wire::MutateRequest {
-                header: Some(header(shard, attempt.epoch, Some(session.id))),
-                sequence,
-                operation: Some(operation.clone()),
-                durability: convert::durability_to_wire(durability).into(),
-            };
-            let reply = attempt.node.files().mutate(attempt.node.request(request)).await?.into_inner();
-            let result = reply.result.ok_or_else(|| tonic::Status::internal("the answer has no result"))?;
-            let result = convert::op_result_from_wire(result).map_err(|e| crate::status::to_status(&e))?;
-            if opens && let Some(attr) = &result.attr {
-                session.opened(attr.inode);
+        let fill = Mutex::new(Fill::Low);
+        let result = self
+            .numbered(shard, opens, async |attempt, session, sequence| {
+                let epoch = attempt.epoch;
+                let request = wire::MutateRequest {
+                    header: Some(header(shard, attempt.epoch, Some(session.id))),
+                    sequence,
+                    operation: Some(operation.clone()),
+                    durability: convert::durability_to_wire(durability).into(),
+                };
+                let reply = attempt.node.files().mutate(attempt.node.request(request)).await?.into_inner();
+                let result =
+                    reply.result.ok_or_else(|| tonic::Status::internal("the answer has no result"))?;
+                let result =
+                    convert::op_result_from_wire(result).map_err(|e| crate::status::to_status(&e))?;
+                if opens && let Some(attr) = &result.attr {
+                    session.opened(attr.inode);
+                }
+                if let Some(bytes) = kept_bytes {
+                    *fill.lock() = session.unsynced.keep(epoch, sequence, operation.clone(), bytes);
+                }
+                Ok(result)
+            })
+            .await?;
+        match fill.into_inner() {
+            Fill::Low => {}
+            Fill::Half => {
+                let client = self.clone();
+                // Its failure shows at the next sync, which somebody waits for.
+                tokio::spawn(async move { drop(client.sync(shard).await) });
             }
-            Ok(result)
-        })
-        .await
+            Fill::Full => self.sync(shard).await?,
+        }
+        Ok(result)
     }
 
     /// Runs a mutation under a sequence number of the shard's session. If the shard does not know the
@@ -114,12 +140,14 @@ impl Client {
 
     /// Returns when everything that this client's session with the shard did before is on the device.
     pub async fn sync(&self, shard: ShardId) -> Result<()> {
+        let session = self.inner.sessions.current(shard);
+        let mark = session.as_ref().and_then(|session| session.unsynced.mark());
         self.call(Target::Shard(shard), async |attempt| {
             let request = wire::SyncRequest { header: Some(header(shard, attempt.epoch, None)) };
             attempt.node.files().sync(attempt.node.request(request)).await
         })
-        .await
-        .map(drop)
+        .await?;
+        session.map_or(Ok(()), |session| session.unsynced.synced(mark))
     }
 
     /// Finds a name in a directory; `.` and `..` are names here as well.

@@ -15,6 +15,7 @@ mod retry;
 mod route;
 mod session;
 mod shards;
+mod unsynced;
 mod values;
 
 use std::sync::Arc;

@@ -9,14 +9,20 @@ use std::time::{Duration, Instant};
 
 use super::Client;
 use super::channel::Node;
+use crate::types::cluster::Selector;
 use crate::types::{Error, Reason, Result, ShardId, clock};
 
 /// The first pause; a restart or promotion takes longer, a full queue less.
 const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 /// The longest pause: how late after a recovery a waiting call may notice it.
-const BACKOFF_MAX: Duration = Duration::from_millis(500);
+const BACKOFF_MAX: Duration = Duration::from_millis(200);
 /// An attempt that has no answer for so long is given up and repeated: the node may hang.
 const ATTEMPT_MAX: Duration = Duration::from_secs(10);
+
+/// Without an answer for so long, other nodes are asked whether the shard has moved, and then this often again: a node that
+/// is stopped or cut off does not refuse, it is silent.
+const MOVED_ASK_AFTER: Duration = Duration::from_millis(500);
+const MOVED_ASK_PAUSE: Duration = Duration::from_millis(250);
 
 /// Where a call goes.
 #[derive(Clone, Copy)]
@@ -121,10 +127,28 @@ impl Client {
             Target::Shard(shard) => self.route(shard).await?,
         };
         let endpoint = node.endpoint.clone();
-        let error = match tokio::time::timeout(attempt_max, attempt(Attempt { node, epoch, number })).await {
-            Ok(Ok(answer)) => return Ok(answer),
-            Ok(Err(status)) => answered(&status, &endpoint, target),
-            Err(_) => {
+        let answer = async {
+            let call = tokio::time::timeout(attempt_max, async {
+                if let Target::Shard(shard) = target
+                    && let Some(session) = self.inner.sessions.current(shard)
+                {
+                    self.replay(shard, &session, &node, epoch).await?;
+                }
+                attempt(Attempt { node, epoch, number }).await
+            });
+            match target {
+                Target::Any => Some(call.await),
+                Target::Shard(shard) => tokio::select! {
+                    answer = call => Some(answer),
+                    () = self.moved(shard, epoch) => None,
+                },
+            }
+        };
+        let error = match answer.await {
+            Some(Ok(Ok(answer))) => return Ok(answer),
+            Some(Ok(Err(status))) => answered(&status, &endpoint, target),
+            None => return Err(Error::unavailable(format!("{endpoint} is silent, and the shard has moved"))),
+            Some(Err(_)) => {
                 Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
             }
         };
@@ -139,6 +163,23 @@ impl Client {
             }
         }
         Err(error)
+    }
+}
+
+impl Client {
+    /// Ends when another node says that the shard is served under a later epoch; the route is learned then.
+    async fn moved(&self, shard: ShardId, epoch: u64) {
+        tokio::time::sleep(MOVED_ASK_AFTER).await;
+        loop {
+            if let Ok(Some(node)) = self.another_node(shard)
+                && let Ok(info) = self.ask_shard(&node, &Selector::Id(shard)).await
+                && info.location.epoch.get() > epoch
+            {
+                self.inner.sessions.suspect(shard);
+                return;
+            }
+            tokio::time::sleep(MOVED_ASK_PAUSE).await;
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! when a call fails in a way that another node might not.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use parking_lot::Mutex;
 
@@ -12,6 +13,8 @@ use crate::types::cluster::{Selector, ShardInfo};
 use crate::types::{Error, Location, Result, ShardId};
 use crate::wire;
 
+/// How long one node is waited for when it is asked where a shard lives: it answers from memory.
+const ASK_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Shards whose routes are kept.
 const ROUTES_MAX: usize = 65_536;
 /// Endpoints of nodes that are kept for calls that any node answers.
@@ -43,6 +46,10 @@ impl Routes {
         let mut state = self.state.lock();
         if location.node.is_none() || location.endpoints.is_empty() {
             state.shards.remove(&shard);
+            return;
+        }
+        // A node that is behind knows an earlier place.
+        if state.shards.get(&shard).is_some_and(|known| known.epoch > location.epoch.get()) {
             return;
         }
         if state.shards.len() >= ROUTES_MAX {
@@ -93,6 +100,24 @@ impl Client {
         self.inner.channels.node(endpoint)
     }
 
+    /// A node that may be asked instead of the one that the shard's calls go to; another one each time.
+    pub(super) fn another_node(&self, shard: ShardId) -> Result<Option<Node>> {
+        let endpoint = {
+            let mut state = self.inner.routes.state.lock();
+            let its: Vec<String> =
+                state.shards.get(&shard).map(|route| route.endpoints.clone()).unwrap_or_default();
+            let others: Vec<String> =
+                state.endpoints.iter().filter(|endpoint| !its.contains(endpoint)).cloned().collect();
+            let Some(first) = self.inner.channels.usable(&others).map(str::to_owned) else { return Ok(None) };
+            if let Some(at) = state.endpoints.iter().position(|endpoint| *endpoint == first) {
+                let asked = state.endpoints.remove(at);
+                state.endpoints.push(asked);
+            }
+            first
+        };
+        self.inner.channels.node(&endpoint).map(Some)
+    }
+
     /// The node that serves a shard, and its epoch.
     pub(super) async fn route(&self, shard: ShardId) -> Result<(Node, u64)> {
         if let Some(found) = self.cached_route(shard)? {
@@ -130,7 +155,7 @@ impl Client {
         let request = wire::GetShardRequest { shard: Some(convert::selector_to_wire(selector)) };
         let mut storage = node.storage();
         let call = storage.get_shard(node.request(request));
-        let reply = match tokio::time::timeout(super::session::CONTROL_ATTEMPT_MAX, call).await {
+        let reply = match tokio::time::timeout(ASK_WAIT_MAX, call).await {
             Ok(reply) => reply.map_err(|status| crate::status::from_status(&status))?,
             Err(_) => return Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
         };

@@ -16,6 +16,7 @@ use tokio::sync::Notify;
 
 use super::Client;
 use super::retry::Target;
+use super::unsynced::Unsynced;
 use crate::types::limits::SESSION_WINDOW;
 use crate::types::{InodeNo, Reason, Result, SessionId, ShardId, clock};
 use crate::wire;
@@ -53,6 +54,7 @@ pub(super) struct Session {
     opens: tokio::sync::RwLock<()>,
     open_inodes: Mutex<HashMap<InodeNo, u32>>,
     kept: Mutex<std::time::Instant>,
+    pub(super) unsynced: Unsynced,
 }
 
 struct Sequences {
@@ -82,6 +84,7 @@ impl Session {
             opens: tokio::sync::RwLock::new(()),
             open_inodes: Mutex::default(),
             kept: Mutex::new(clock::monotonic()),
+            unsynced: Unsynced::default(),
         }
     }
 
@@ -149,6 +152,13 @@ impl Sessions {
         }
     }
 
+    /// The session with a shard, if there is one and nobody is just opening it.
+    pub(super) fn current(&self, shard: ShardId) -> Option<Arc<Session>> {
+        let slot = self.table.lock().get(&shard).cloned()?;
+        let current = slot.current.try_lock().ok()?;
+        current.clone()
+    }
+
     /// Forgets what is known of a shard that is gone.
     pub(super) fn forget(&self, shard: ShardId) {
         self.table.lock().remove(&shard);
@@ -212,6 +222,7 @@ impl Client {
             return Ok(session.clone());
         }
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
+        lost.unsynced.give_up();
         let session = Session::new(self.open_session(shard).await?);
         *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
         let session = Arc::new(session);
@@ -244,6 +255,10 @@ impl Client {
             };
             let suspect = slot.suspect.load(Ordering::Relaxed);
             let age = clock::monotonic().duration_since(*session.kept.lock());
+            if session.unsynced.mark().is_some() {
+                // A node syncs by itself within some seconds, but only an answer frees what is kept here.
+                drop(self.sync(shard).await);
+            }
             if suspect || age >= KEEP_ALIVE_PERIOD {
                 self.keep_session(shard, &slot, &session, suspect).await;
             }

@@ -41,6 +41,8 @@ pub fn node_info_to_wire(n: &NodeInfo) -> wire::Node {
         alive: n.alive,
         heartbeat: n.heartbeat,
         started: Some(time_to_wire(n.started)),
+        draining: n.draining,
+        dead: n.dead,
     }
 }
 
@@ -54,6 +56,8 @@ pub fn node_info_from_wire(n: wire::Node) -> Result<NodeInfo> {
         alive: n.alive,
         heartbeat: n.heartbeat,
         started: time_from_wire(n.started.unwrap_or_default())?,
+        draining: n.draining,
+        dead: n.dead,
     })
 }
 
@@ -68,6 +72,7 @@ pub fn volume_info_to_wire(v: &VolumeInfo) -> wire::Volume {
         backups: v.backups.iter().map(|n| n.as_str().to_owned()).collect(),
         epoch: v.epoch.get(),
         shards: v.shards,
+        target: v.target.as_ref().map(|n| n.as_str().to_owned()).unwrap_or_default(),
     }
 }
 
@@ -82,6 +87,7 @@ pub fn volume_info_from_wire(v: wire::Volume) -> Result<VolumeInfo> {
         backups: v.backups.into_iter().map(NodeId::new).collect::<Result<_>>()?,
         epoch: Epoch::new(v.epoch).ok_or_else(|| missing("the volume's epoch"))?,
         shards: v.shards,
+        target: if v.target.is_empty() { None } else { Some(NodeId::new(v.target)?) },
     })
 }
 

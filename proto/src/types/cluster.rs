@@ -89,6 +89,10 @@ pub struct NodeInfo {
     pub heartbeat: u64,
     /// When its process started.
     pub started: Timestamp,
+    /// It is to serve nothing.
+    pub draining: bool,
+    /// Its process was seen to end.
+    pub dead: bool,
 }
 
 /// A volume, as the metadata store knows it.
@@ -110,6 +114,8 @@ pub struct VolumeInfo {
     pub epoch: Epoch,
     /// Shards on it.
     pub shards: u32,
+    /// Where an operator wants it.
+    pub target: Option<NodeId>,
 }
 
 /// One volume as the node that serves it sees it.

@@ -204,6 +204,30 @@ pub enum Operation {
     },
 }
 
+impl Operation {
+    /// Whether it may be answered before it is durable although its shard may move to another node at any time: if
+    /// it is lost then, its session makes it again. So it must mean the same after what others did in between, and its
+    /// answer must not have given anything away (an inode number, a place in a file) that another may get then.
+    pub fn is_replayable(&self) -> bool {
+        match self {
+            Operation::Write { append, .. } => !append,
+            Operation::SetAttr { .. } | Operation::Allocate { .. } => true,
+            Operation::SetXattr { create_only, replace_only, .. } => !create_only && !replace_only,
+            Operation::Create { .. }
+            | Operation::MakeDirectory { .. }
+            | Operation::MakeSymlink { .. }
+            | Operation::Link { .. }
+            | Operation::Unlink { .. }
+            | Operation::RemoveDirectory { .. }
+            | Operation::Rename { .. }
+            | Operation::RemoveXattr { .. }
+            | Operation::PutValue { .. }
+            | Operation::PutValues { .. }
+            | Operation::DeleteValue { .. } => false,
+        }
+    }
+}
+
 /// Metadata of a value.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObjectMeta {

@@ -1,12 +1,20 @@
 //! `shardfs node`: the cluster's nodes.
 
+use std::time::Duration;
+
 use clap::Subcommand;
 use serde_json::{Value, json};
+use shardfs_proto::client::Client;
 use shardfs_proto::types::cluster::NodeInfo;
+use shardfs_proto::types::{NodeId, VolumeId, clock};
 
 use crate::context::Context;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output::{Align, Out, Table, time_json, time_text};
+
+/// How long a drained node's volumes are waited for, and how often is looked.
+const DRAIN_WAIT_MAX: Duration = Duration::from_secs(30);
+const DRAIN_PAUSE: Duration = Duration::from_millis(100);
 
 /// `shardfs node`.
 #[derive(clap::Args, Debug)]
@@ -24,12 +32,27 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Hand the volumes of a node over to others, and give it none
+    ///
+    /// For maintenance: the node goes on running and stands by. `--undo` lets it serve again.
+    #[command(after_help = "Examples:\n  shardfs node drain node-1\n  shardfs node drain node-1 --undo")]
+    Drain {
+        /// Which (see `shardfs node list`)
+        node: NodeId,
+        /// Let it serve again
+        #[arg(long)]
+        undo: bool,
+    },
 }
 
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
-    let Command::List { json } = args.command;
-    let nodes = context.client()?.nodes().await?;
+    let client = context.client()?;
+    let json = match args.command {
+        Command::List { json } => json,
+        Command::Drain { node, undo } => return drain(&client, &node, !undo).await,
+    };
+    let nodes = client.nodes().await?;
     let mut out = Out::new();
     if json {
         out.json(&nodes.iter().map(to_json).collect::<Vec<_>>())?;
@@ -57,9 +80,45 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     out.flush()
 }
 
-/// `alive` or `silent`.
+async fn drain(client: &Client, node: &NodeId, drain: bool) -> Result<()> {
+    client.drain_node(node, drain).await?;
+    let mut out = Out::new();
+    if !drain {
+        out.line(format!("{node} may serve again"))?;
+        return out.flush();
+    }
+    let deadline = clock::monotonic() + DRAIN_WAIT_MAX;
+    loop {
+        let left: Vec<VolumeId> = client
+            .volumes()
+            .await?
+            .into_iter()
+            .filter(|v| v.primary.as_ref() == Some(node))
+            .map(|v| v.id)
+            .collect();
+        if left.is_empty() {
+            out.line(format!(
+                "{node} serves nothing and gets nothing; `shardfs node drain {node} --undo` ends that"
+            ))?;
+            return out.flush();
+        }
+        if clock::monotonic() >= deadline {
+            let left: Vec<&str> = left.iter().map(VolumeId::as_str).collect();
+            return Err(Failure::new(format!("{node} still serves {}", left.join(", ")))
+                .hint("a volume is handed over when one of its backups is alive and not drained: see `shardfs volume list`"));
+        }
+        tokio::time::sleep(DRAIN_PAUSE).await;
+    }
+}
+
+/// In a word.
 pub fn state(node: &NodeInfo) -> &'static str {
-    if node.alive { "alive" } else { "silent" }
+    match (node.alive, node.dead, node.draining) {
+        (_, true, _) => "dead",
+        (false, false, _) => "silent",
+        (true, false, true) => "draining",
+        (true, false, false) => "alive",
+    }
 }
 
 /// As JSON.
@@ -67,6 +126,8 @@ pub fn to_json(node: &NodeInfo) -> Value {
     json!({
         "id": node.id,
         "alive": node.alive,
+        "dead": node.dead,
+        "draining": node.draining,
         "endpoints": node.endpoints,
         "http_address": node.http_address,
         "version": node.version,

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use clap::Subcommand;
 use serde_json::{Value, json};
-use shardfs_proto::types::VolumeId;
 use shardfs_proto::types::cluster::{VolumeInfo, VolumeStatus};
+use shardfs_proto::types::{NodeId, VolumeId};
 
 use super::status::{Nodes, ask_nodes};
 use crate::context::Context;
@@ -29,12 +29,31 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Have a volume served by one of its backups
+    ///
+    /// Its primary flushes, stops serving and hands over; programs on mounts see a short pause. The volume stays
+    /// where it was put: only a failure moves it again.
+    #[command(after_help = "Example:\n  shardfs volume promote vol-1 node-2")]
+    Promote {
+        /// Which (see `shardfs volume list`)
+        volume: VolumeId,
+        /// By which node
+        node: NodeId,
+    },
 }
 
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
-    let Command::List { json } = args.command;
     let client = context.client()?;
+    let json = match args.command {
+        Command::List { json } => json,
+        Command::Promote { volume, node } => {
+            let moved = client.promote_volume(&volume, &node).await?;
+            let mut out = Out::new();
+            out.line(format!("{volume} is served by {node} under epoch {}", moved.epoch))?;
+            return out.flush();
+        }
+    };
     let (volumes, nodes) = tokio::join!(client.volumes(), client.nodes());
     let (volumes, nodes) = (volumes?, ask_nodes(&client, nodes?).await);
     let served = served(&nodes);
@@ -63,6 +82,7 @@ pub fn table(volumes: &[VolumeInfo], served: &HashMap<VolumeId, &VolumeStatus>) 
         ("VOLUME", Align::Left),
         ("KIND", Align::Left),
         ("PRIMARY", Align::Left),
+        ("BACKUPS", Align::Left),
         ("EPOCH", Align::Right),
         ("SHARDS", Align::Right),
         ("USED", Align::Right),
@@ -82,6 +102,11 @@ pub fn table(volumes: &[VolumeInfo], served: &HashMap<VolumeId, &VolumeStatus>) 
             volume.id.to_string(),
             volume.provider.clone(),
             volume.primary.as_ref().map_or_else(|| "-".to_owned(), ToString::to_string),
+            if volume.backups.is_empty() {
+                "-".to_owned()
+            } else {
+                volume.backups.iter().map(NodeId::as_str).collect::<Vec<_>>().join(" ")
+            },
             volume.epoch.to_string(),
             volume.shards.to_string(),
             used,
@@ -106,6 +131,7 @@ pub fn to_json(volume: &VolumeInfo, status: Option<&VolumeStatus>) -> Value {
         "primary": volume.primary,
         "backups": volume.backups,
         "epoch": volume.epoch,
+        "target": volume.target,
         "shards": volume.shards,
         "served": status.map(|s| json!({
             "total_bytes": s.total_bytes,

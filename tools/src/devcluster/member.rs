@@ -166,7 +166,7 @@ impl Member {
 
     /// For people.
     pub fn status(&self) -> MemberStatus {
-        let frozen = self.process.as_ref().is_some_and(|p| p.identity().is_stopped());
+        let frozen = self.process.as_ref().is_some_and(|p| p.is_stopped());
         let state = match self.phase {
             _ if frozen => "frozen",
             Phase::Starting => "starting",
@@ -178,7 +178,7 @@ impl Member {
         MemberStatus {
             name: self.name.clone(),
             state: state.to_owned(),
-            pid: self.process.as_ref().map(|p| p.identity().pid),
+            pid: self.process.as_ref().map(|p| p.worker().map_or(p.identity().pid, |worker| worker.pid)),
             uptime_ms: self.process.as_ref().map(|p| p.identity().age_ms()),
             endpoints: self.endpoints.clone(),
             http: self.http.clone(),

@@ -118,6 +118,38 @@ impl Watched {
         }
     }
 
+    /// The process that it started to do its work: a node's parent has one, a daemon none.
+    pub fn worker(&self) -> Option<Identity> {
+        let pid = worker_pid(self.identity.pid)?;
+        self.identity.is_running().then(|| Identity::of(pid)).flatten()
+    }
+
+    /// Sends a signal to the process that does the work: the worker, or this one.
+    pub fn signal_worker(&self, signal: Signal) -> io::Result<()> {
+        if let Some(pid) = worker_pid(self.identity.pid)
+            && let Some(pidfd) = open(pid)?
+            // Checked after the pidfd holds the process.
+            && worker_pid(self.identity.pid) == Some(pid)
+        {
+            return match rustix::process::pidfd_send_signal(pidfd.as_fd(), signal) {
+                Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+                Err(e) => Err(e.into()),
+            };
+        }
+        self.signal(signal)
+    }
+
+    /// Sends a signal to both.
+    pub fn signal_all(&self, signal: Signal) -> io::Result<()> {
+        self.signal_worker(signal)?;
+        self.signal(signal)
+    }
+
+    /// Whether it, or its worker, is stopped by a signal.
+    pub fn is_stopped(&self) -> bool {
+        self.identity.is_stopped() || self.worker().is_some_and(|worker| worker.is_stopped())
+    }
+
     /// Waits for its end. `None`: it was not our child, so its status is not known. Cancel-safe.
     pub async fn ended(&self) -> io::Result<Option<ExitStatus>> {
         // A pidfd is readable from the process's end on, for ever.
@@ -136,6 +168,11 @@ impl Watched {
             Err(e) => Err(e.into()),
         }
     }
+}
+
+fn worker_pid(parent: u32) -> Option<u32> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
+    children.split_ascii_whitespace().next()?.parse().ok()
 }
 
 fn open(pid: u32) -> io::Result<Option<OwnedFd>> {

@@ -281,7 +281,7 @@ impl Supervisor {
         {
             info!("{name} still runs (pid {}): adopting it", record.identity.pid);
             // It may have been frozen.
-            process.signal(Signal::CONT)?;
+            process.signal_all(Signal::CONT)?;
             let process = Arc::new(process);
             let generation = member.note_start(process.clone());
             member.phase = Phase::Running;
@@ -472,12 +472,16 @@ impl Supervisor {
             let _ = reply.send(Reply::of(Ok(format!("{name} does not run"))));
             return Ok(());
         };
-        let pid = process.identity().pid;
+        let pid = process.worker().map_or(process.identity().pid, |worker| worker.pid);
         let sent = match signal {
-            KillSignal::Stop => process.signal(Signal::STOP),
-            KillSignal::Kill => process.signal(Signal::KILL),
+            // As a machine that hangs: a node's parent cannot tell of it either.
+            KillSignal::Stop => process.signal_all(Signal::STOP),
+            // The parent sees the end, and ends as well; a frozen one when it goes on.
+            KillSignal::Kill => {
+                process.signal_worker(Signal::KILL).and_then(|()| process.signal(Signal::CONT))
+            }
             // A frozen process takes its TERM when it goes on.
-            KillSignal::Term => process.signal(Signal::TERM).and_then(|()| process.signal(Signal::CONT)),
+            KillSignal::Term => process.signal(Signal::TERM).and_then(|()| process.signal_all(Signal::CONT)),
         };
         if let Err(e) = sent {
             return Err((reply, Failure::new(format!("cannot signal {name} (pid {pid}): {e}"))));
@@ -503,7 +507,7 @@ impl Supervisor {
         member.forget_failures();
         if let Some(process) = &member.process {
             if process.identity().is_stopped() {
-                if let Err(e) = process.signal(Signal::CONT) {
+                if let Err(e) = process.signal_all(Signal::CONT) {
                     return Err((reply, Failure::new(format!("cannot thaw {name}: {e}"))));
                 }
                 let _ = reply.send(Reply::of(Ok(format!("{name} goes on"))));
@@ -576,6 +580,7 @@ impl Supervisor {
 
     async fn stop_everything(&mut self, force: bool) -> Result<()> {
         info!("stopping everything");
+        super::meta::note_stopping(&self.settings).await;
         cleanup::stop_everything(&self.layout, &self.settings, &self.processes, force).await?;
         self.processes = Processes::default();
         self.save()?;

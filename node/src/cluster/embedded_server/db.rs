@@ -25,6 +25,7 @@ use redb::{
 
 use shardfs_proto::types::clock;
 
+use crate::cluster::lease;
 use crate::cluster::store::{
     Compare, Demand, Event, KeyRange, KeyValue, LeaseId, Op, RANGE_BYTES_MAX, RangeAnswer, Revision,
     StoreError, StoreResult, TXN_DELETES_MAX, Txn, TxnAnswer, VOLATILE_PREFIX, WatchBatch,
@@ -45,8 +46,9 @@ const RESERVE: u64 = 100_000;
 const LEASE_KEYS_MAX: usize = 1024;
 /// redb's page cache: the metadata of a small cluster, whole.
 const CACHE_BYTES: usize = 32 << 20;
-/// How long a file whose device failed is left before it is opened again.
-const REOPEN_PAUSE: Duration = Duration::from_secs(1);
+/// How long a file whose device failed is left before it is opened again: until the leases have ended that a heartbeat
+/// renewed which it may have lost.
+const REOPEN_PAUSE: Duration = lease::TERM;
 
 /// What the writer does, in order.
 pub(super) enum Command {
@@ -97,6 +99,8 @@ pub(super) struct Opened {
     pub(super) revision: Revision,
     /// Leases and their terms.
     pub(super) leases: Vec<(LeaseId, u32)>,
+    /// It was not closed cleanly: volatile changes may have been taken back.
+    pub(super) crashed: bool,
 }
 
 fn failed(error: impl Into<redb::Error>) -> StoreError {
@@ -116,7 +120,7 @@ pub(super) fn open(path: &Path) -> StoreResult<Opened> {
     })?;
     let mut leases = Vec::new();
     let tx = db.begin_write().map_err(failed)?;
-    let start;
+    let (start, crashed);
     {
         let mut meta = tx.open_table(META).map_err(failed)?;
         tx.open_table(KEYS).map_err(failed)?;
@@ -135,6 +139,7 @@ pub(super) fn open(path: &Path) -> StoreResult<Opened> {
         }
         let revision = read_meta(&meta, "revision")?.unwrap_or(0);
         start = revision.max(read_meta(&meta, "reserved")?.unwrap_or(0));
+        crashed = start > revision;
         for (name, value) in [("format", FORMAT), ("revision", start), ("reserved", start + RESERVE)] {
             meta.insert(name, value).map_err(failed)?;
         }
@@ -152,7 +157,7 @@ pub(super) fn open(path: &Path) -> StoreResult<Opened> {
         broken: None,
         reopened: None,
     };
-    Ok(Opened { reader: Reader { db: place }, writer, revision: Revision::new(start), leases })
+    Ok(Opened { reader: Reader { db: place }, writer, revision: Revision::new(start), leases, crashed })
 }
 
 fn read_meta(meta: &impl ReadableTable<&'static str, u64>, name: &str) -> StoreResult<Option<u64>> {

@@ -4,7 +4,8 @@ use super::*;
 use crate::cluster::bootstrap;
 use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::embedded_server::serve;
-use crate::cluster::heartbeat::{self, Pulse};
+use crate::cluster::heartbeat::{self, Heart};
+use crate::cluster::lease::Lease;
 use crate::cluster::records::{FORMAT, encode, node_key, shard_key, volume_key};
 use crate::cluster::store::Txn;
 use crate::net::ListenAddr;
@@ -35,6 +36,8 @@ fn volume(id: &str, primary: &str) -> VolumeRecord {
         primary: Some(NodeId::new(primary).unwrap()),
         backups: Vec::new(),
         epoch: Epoch::FIRST,
+        holder: String::new(),
+        target: None,
         formatted: true,
     }
 }
@@ -129,20 +132,20 @@ async fn a_silent_node_is_seen_and_an_absent_store_is_not_blamed_on_nodes() {
     let start = async |id: &str| {
         let record = node(id);
         let registered = heartbeat::register(&*store, &record).await.unwrap();
-        let (pulse, replaced, stop) =
-            (Arc::new(Pulse::default()), CancellationToken::new(), CancellationToken::new());
-        let beating = heartbeat::run(
-            store.clone(),
-            record.id.clone(),
+        let (lease, replaced, stop) =
+            (Arc::new(Lease::default()), CancellationToken::new(), CancellationToken::new());
+        let heart = Heart {
+            store: store.clone(),
+            id: record.id,
             registered,
-            pulse.clone(),
-            replaced.clone(),
-            stop.clone(),
-        );
-        (tokio::spawn(beating), pulse, replaced, stop)
+            view: view.clone(),
+            lease: lease.clone(),
+            replaced: replaced.clone(),
+        };
+        (tokio::spawn(heart.run(stop.clone())), lease, replaced, stop)
     };
     let (silent, ..) = start("silent").await;
-    let (_, pulse, ..) = start("steady").await;
+    let (_, lease, ..) = start("steady").await;
     let (_, _, _, leaves) = start("leaver").await;
     let (_, _, replaced, _) = start("twice").await;
     let alive = || {
@@ -158,7 +161,7 @@ async fn a_silent_node_is_seen_and_an_absent_store_is_not_blamed_on_nodes() {
         tokio::time::timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("{:?}", alive()));
     };
     becomes(&["leaver", "silent", "steady", "twice"]).await;
-    assert!(pulse.succeeded());
+    assert!(lease.succeeded());
     leaves.cancel();
     becomes(&["silent", "steady", "twice"]).await;
     // The same id again: the first process hears that it is no longer the node.
@@ -172,12 +175,12 @@ async fn a_silent_node_is_seen_and_an_absent_store_is_not_blamed_on_nodes() {
     server.kill().await.unwrap();
     tokio::time::sleep(SILENCE_MAX + Duration::from_millis(500)).await;
     assert_eq!(alive(), ["steady", "twice"]);
-    assert!(!pulse.succeeded());
+    assert!(!lease.succeeded());
     let _server = serve(file.clone(), ListenAddr::Unix(socket.clone())).await.unwrap();
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(alive(), ["steady", "twice"]);
     }
-    assert!(pulse.succeeded());
+    assert!(lease.succeeded());
     stop.cancel();
 }

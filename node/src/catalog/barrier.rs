@@ -1,0 +1,155 @@
+//! Proof that this node still has a volume: a write to the device that began after the question.
+//!
+//! The device refuses a node that was deposed, so a write that succeeds says that at its beginning nobody else had the
+//! volume. Questions that come while a write is under way wait for the next one: it serves them all.
+//!
+//! Invariant: a question is answered `Ok` only by a write that began after it was asked.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use shardfs_proto::types::{Error, Result};
+use tokio::sync::watch;
+
+use crate::volume::Witness;
+
+/// Of one volume, under one epoch.
+pub struct Barrier {
+    witness: Mutex<Option<Arc<Witness>>>,
+    state: Mutex<State>,
+    /// The last write that ended, and whether it failed: a volume that was lost once stays lost.
+    ended: watch::Sender<(u64, Option<Error>)>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Writes begun.
+    begun: u64,
+    running: bool,
+    /// Somebody asked after the one that is running began.
+    again: bool,
+}
+
+impl Barrier {
+    /// Of the volume that the witness tells of.
+    pub fn new(witness: Witness) -> Arc<Barrier> {
+        Arc::new(Barrier {
+            witness: Mutex::new(Some(Arc::new(witness))),
+            state: Mutex::default(),
+            ended: watch::Sender::new((0, None)),
+        })
+    }
+
+    /// Whether a write has failed.
+    pub fn failed(&self) -> Option<Error> {
+        self.ended.borrow().1.clone()
+    }
+
+    /// Waits for a write that begins from now on.
+    pub async fn pass(self: &Arc<Self>) -> Result<()> {
+        let mut ended = self.ended.subscribe();
+        let wanted = {
+            let mut state = self.state.lock();
+            // The one that is running began before this question.
+            let wanted = state.begun + 1;
+            if state.running {
+                state.again = true;
+            } else {
+                state.running = true;
+                state.begun = wanted;
+                self.spawn();
+            }
+            wanted
+        };
+        let done = ended
+            .wait_for(|(number, failed)| *number >= wanted || failed.is_some())
+            .await
+            .map_err(|_| Error::internal("a barrier was dropped while it was waited for"))?;
+        match &done.1 {
+            None => Ok(()),
+            Some(error) => Err(error.clone()),
+        }
+    }
+
+    fn spawn(self: &Arc<Self>) {
+        let this = self.clone();
+        // Goes on when its callers have left: others may have come since.
+        tokio::task::spawn_blocking(move || {
+            loop {
+                let number = this.state.lock().begun;
+                let outcome = this.write();
+                let failed = outcome.is_err();
+                this.ended.send_modify(|ended| {
+                    ended.0 = number;
+                    if let Err(error) = outcome {
+                        ended.1.get_or_insert(error);
+                    }
+                });
+                let mut state = this.state.lock();
+                if !state.again || failed {
+                    state.running = false;
+                    return;
+                }
+                state.again = false;
+                state.begun += 1;
+            }
+        });
+    }
+
+    fn write(&self) -> Result<()> {
+        fail::fail_point!("catalog-barrier", |_| Err(Error::unavailable("failpoint")));
+        let Some(witness) = self.witness.lock().clone() else {
+            return Err(Error::unavailable("the volume is being given up"));
+        };
+        witness.prove().map_err(|e| {
+            Error::unavailable(format!("another node has the volume, or its device failed: {}", e.message()))
+        })
+    }
+
+    /// Lets go of the file, so that the volume can be unmounted.
+    pub fn close(&self) {
+        *self.witness.lock() = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn questions_share_writes_that_begin_after_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity");
+        std::fs::write(&path, "x").unwrap();
+        let barrier = Barrier::new(Witness::of(&path).unwrap());
+        let mut tasks = Vec::new();
+        for _ in 0..200 {
+            let barrier = barrier.clone();
+            tasks.push(tokio::spawn(async move {
+                let before = barrier.state.lock().begun;
+                barrier.pass().await.unwrap();
+                let ended = barrier.ended.borrow().0;
+                assert!(ended > before, "a write that began later: {ended} after {before}");
+            }));
+        }
+        for task in tasks {
+            task.await.unwrap();
+        }
+        assert!(barrier.failed().is_none());
+        let writes = barrier.ended.borrow().0;
+        assert!((1..=200).contains(&writes), "{writes}");
+    }
+
+    #[tokio::test]
+    async fn a_volume_that_is_lost_stays_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity");
+        std::fs::write(&path, "x").unwrap();
+        let barrier = Barrier::new(Witness::of(&path).unwrap());
+        barrier.pass().await.unwrap();
+        barrier.close();
+        assert!(barrier.pass().await.is_err());
+        assert!(barrier.failed().is_some());
+        assert!(barrier.pass().await.is_err());
+    }
+}

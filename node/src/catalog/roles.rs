@@ -1,0 +1,307 @@
+//! Which volumes this node is primary of: it observes, lets `cluster::plan` decide, and does what was decided.
+//!
+//! Invariants: one action a volume at a time; each may be cut off anywhere and is planned anew from what is there
+//! then. What fails is told, and waits longer each time.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use shardfs_proto::types::clock::{self, BootTime};
+use shardfs_proto::types::cluster::{NodeInfo, VolumeInfo};
+use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
+use tokio::sync::Notify;
+
+use super::Catalog;
+use crate::cluster::elect::{self, Outcome};
+use crate::cluster::plan::{self, Action, Health, Local, Observed, Volume};
+use crate::cluster::records::{self, VolumeRecord};
+use crate::cluster::store::{StoreError, Txn};
+use crate::cluster::view::Kept;
+
+/// How often is looked when nothing changes: what time alone brings is seen so late.
+const LOOK_INTERVAL: Duration = Duration::from_millis(50);
+/// How often volumes are looked after.
+const TEND_INTERVAL: Duration = Duration::from_secs(1);
+/// How often what was left half-done is looked for.
+const RESUME_INTERVAL: Duration = Duration::from_secs(30);
+/// How long a change that this node made takes to show at most.
+const SHOWN_WAIT_MAX: Duration = Duration::from_secs(2);
+/// How long actions under way are waited for at a shutdown.
+const IDLE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Attempts after which a primary that cannot use its volume gives it to a backup.
+const ATTEMPTS_MAX: u32 = 2;
+
+/// What is under way.
+#[derive(Default)]
+pub(super) struct Roles {
+    busy: Mutex<HashSet<VolumeId>>,
+    /// Since when nothing was amiss.
+    calm: Mutex<Option<BootTime>>,
+    done: Notify,
+}
+
+impl Roles {
+    /// Waits until no action is under way.
+    pub(super) async fn idle(&self) {
+        let idle = async {
+            while !self.busy.lock().is_empty() {
+                // An action that ends between the look and the wait has left a permit.
+                self.done.notified().await;
+            }
+        };
+        if tokio::time::timeout(IDLE_WAIT_MAX, idle).await.is_err() {
+            tracing::warn!("stopping while a volume is being taken or given up; the next start cleans up");
+        }
+    }
+}
+
+impl Catalog {
+    /// Takes the volumes that are this node's to serve, looks after them, and gives up the rest; until
+    /// [`Catalog::shutdown`]. The view has been read once.
+    pub async fn run(self: Arc<Self>) {
+        let mut changes = self.parts.view.subscribe();
+        let (mut tended, mut resumed): (Option<Instant>, Option<Instant>) = (None, None);
+        let due = |last: &mut Option<Instant>, interval: Duration| {
+            let due = last.is_none_or(|last| last.elapsed() >= interval);
+            if due {
+                *last = Some(clock::monotonic());
+            }
+            due
+        };
+        loop {
+            changes.borrow_and_update();
+            let observed = self.observe();
+            for action in plan::plan(&observed) {
+                self.begin(action);
+            }
+            self.settle_if_done(&observed);
+            if due(&mut resumed, RESUME_INTERVAL) {
+                for served in self.serving.all() {
+                    let this = self.clone();
+                    tokio::spawn(async move { this.resume(&served.id).await });
+                }
+            }
+            if due(&mut tended, TEND_INTERVAL) {
+                let this = self.clone();
+                tokio::spawn(async move { this.tend().await });
+            }
+            tokio::select! {
+                _ = self.stop.cancelled() => return,
+                _ = tokio::time::sleep(LOOK_INTERVAL) => {}
+                // A node hears every heartbeat; looking costs microseconds.
+                _ = changes.changed() => {}
+                _ = self.roles.done.notified() => {}
+            }
+        }
+    }
+
+    fn observe(&self) -> Observed {
+        let view = &self.parts.view;
+        let lease_held = self.parts.lease.is_held();
+        let (nodes, draining) = (view.healths(), view.draining());
+        let busy = self.roles.busy.lock().clone();
+        let records = view.volumes();
+        let volumes: Vec<Volume> = records
+            .iter()
+            .map(|kept| {
+                let record = &kept.record;
+                let served = self.serving.get(&record.id);
+                let trouble = self.serving.attempts(&record.id);
+                let local = match (&served, trouble) {
+                    _ if busy.contains(&record.id) => Local::Busy,
+                    (Some(served), _) if served.lost().is_some() => Local::Fenced,
+                    (Some(served), _) => Local::Primary(served.epoch),
+                    (None, Some((_, true))) => Local::Busy,
+                    (None, Some((attempts, false))) if attempts >= ATTEMPTS_MAX => Local::Unusable,
+                    (None, _) if self.serving.stands_by(&record.id) => Local::Backup,
+                    (None, _) => Local::Detached,
+                };
+                Volume {
+                    id: record.id.clone(),
+                    primary: record.primary.clone(),
+                    backups: record.backups.clone(),
+                    epoch: record.epoch,
+                    given: record.holder == self.parts.record.incarnation,
+                    target: record.target.clone(),
+                    local,
+                }
+            })
+            .collect();
+        let amiss = nodes.values().any(|health| !matches!(health, Health::Alive | Health::Absent))
+            || volumes.iter().any(|v| matches!(v.local, Local::Busy | Local::Fenced | Local::Unusable));
+        let now = clock::boot();
+        let mut calm = self.roles.calm.lock();
+        if amiss {
+            *calm = None;
+        }
+        let calm_since = now.since(*calm.get_or_insert(now));
+        Observed {
+            me: self.parts.node_id.clone(),
+            store_reachable: self.parts.lease.succeeded(),
+            lease_held,
+            alone: now >= self.parts.alone_from,
+            nodes,
+            stopping: view.stopping(),
+            draining,
+            calm_since,
+            volumes,
+        }
+    }
+
+    /// A start waits for what is this node's by the records; for what cannot be used it does not.
+    fn settle_if_done(&self, observed: &Observed) {
+        let open = |volume: &Volume| {
+            volume.primary.as_ref() == Some(&observed.me)
+                && !matches!(volume.local, Local::Primary(_))
+                && self.serving.trouble(&volume.id).is_none()
+        };
+        if !observed.volumes.iter().any(open) {
+            self.serving.settle();
+        }
+    }
+
+    /// Does an action in the background.
+    fn begin(self: &Arc<Self>, action: Action) {
+        let Some(kept) = self.parts.view.volume(action.volume()) else { return };
+        if !self.roles.busy.lock().insert(action.volume().clone()) {
+            return;
+        }
+        let this = self.clone();
+        tokio::spawn(async move {
+            tracing::debug!(?action, "begun");
+            if let Err(error) = this.act(&action, &kept).await {
+                this.note_trouble(action.volume(), &error);
+            }
+            this.roles.busy.lock().remove(action.volume());
+            this.roles.done.notify_one();
+        });
+    }
+
+    async fn act(self: &Arc<Self>, action: &Action, kept: &Kept<VolumeRecord>) -> Result<()> {
+        let (store, view) = (&*self.parts.store, &*self.parts.view);
+        match action {
+            Action::Attach(id) => {
+                self.stand_by(&kept.record).await?;
+                self.serving.remove_trouble(id);
+                Ok(())
+            }
+            Action::Detach(_) => self.stand_down(&kept.record).await,
+            Action::Elect { volume, from } => {
+                let begun = clock::monotonic();
+                let outcome = elect::elect(store, view, &self.parts.record, kept).await?;
+                if let Outcome::Won(revision, epoch) = outcome {
+                    let from = from.as_ref().map_or("nobody", NodeId::as_str);
+                    tracing::info!(%volume, %epoch, from, ms = begun.elapsed().as_millis() as u64, "elected");
+                    view.wait_for(revision, SHOWN_WAIT_MAX).await?;
+                }
+                Ok(())
+            }
+            Action::Promote(id, epoch) => {
+                if kept.record.epoch != *epoch {
+                    return Ok(());
+                }
+                self.take(kept).await?;
+                let (this, id) = (self.clone(), id.clone());
+                tokio::spawn(async move { this.resume(&id).await });
+                Ok(())
+            }
+            Action::HandOver(id, to) => {
+                let begun = clock::monotonic();
+                if let Some(served) = self.serving.get(id) {
+                    self.flush_volume(&served).await;
+                    let paused = clock::monotonic();
+                    self.let_go(&served, false).await?;
+                    tracing::info!(volume = %id, to = %to, ms = paused.elapsed().as_millis() as u64, "stopped serving");
+                }
+                let outcome = elect::hand_over(store, view, &self.parts.node_id, kept, to).await?;
+                match outcome {
+                    Outcome::Won(revision, epoch) => {
+                        tracing::info!(volume = %id, to = %to, %epoch, ms = begun.elapsed().as_millis() as u64, "handed over");
+                        self.serving.remove_trouble(id);
+                        view.wait_for(revision, SHOWN_WAIT_MAX).await
+                    }
+                    // The record decides what comes next.
+                    Outcome::Overtaken => Ok(()),
+                }
+            }
+            Action::StepDown(id) => {
+                let Some(served) = self.serving.get(id) else { return Ok(()) };
+                let why = served.lost().map_or_else(|| "another node has it".to_owned(), |e| e.to_string());
+                tracing::warn!(volume = %id, epoch = %served.epoch, why, "stepping down");
+                self.let_go(&served, true).await
+            }
+        }
+    }
+
+    /// Gives every volume to a node that is ready, as far as there is one, before a shutdown.
+    pub(super) async fn give_away(self: &Arc<Self>) {
+        // Without the store nothing can be handed over, and a cluster that ends as a whole begins again as it was.
+        if !self.parts.lease.succeeded() || self.parts.view.stopping() {
+            return;
+        }
+        let giving = self.serving.all().into_iter().map(|served| async move {
+            let Some(kept) = self.parts.view.volume(&served.id) else { return };
+            let view = &self.parts.view;
+            let draining = view.draining();
+            let ready = |node: &&NodeId| view.health(node) == Health::Alive && !draining.contains(node);
+            let Some(to) = kept.record.backups.iter().find(ready).cloned() else { return };
+            if !self.roles.busy.lock().insert(served.id.clone()) {
+                return;
+            }
+            if let Err(error) = self.act(&Action::HandOver(served.id.clone(), to), &kept).await {
+                tracing::warn!(volume = %served.id, %error, "handing over before the end: a backup takes it");
+            }
+            self.roles.busy.lock().remove(&served.id);
+            self.roles.done.notify_one();
+        });
+        futures::future::join_all(giving).await;
+    }
+
+    /// Asks for a volume to be served by a node, and waits until the records say so.
+    pub async fn promote(&self, volume: &VolumeId, to: &NodeId, at_most: Duration) -> Result<VolumeInfo> {
+        let revision = elect::set_target(&*self.parts.store, &self.parts.view, volume, Some(to)).await?;
+        let mut changes = self.parts.view.subscribe();
+        let view = &self.parts.view;
+        let moved = async {
+            loop {
+                changes.borrow_and_update();
+                let there = view.revision() >= revision
+                    && view.volume(volume).is_none_or(|kept| kept.record.primary.as_ref() == Some(to));
+                if there || changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        tokio::time::timeout(at_most, moved).await.map_err(|_| {
+            Error::unavailable(format!(
+                "volume {volume} has not moved to {to} within {} s; it will when its primary can hand it over",
+                at_most.as_secs()
+            ))
+        })?;
+        let infos = view.volume_infos();
+        infos
+            .into_iter()
+            .find(|info| info.id == *volume)
+            .ok_or_else(|| Error::not_found("the volume has gone"))
+    }
+
+    /// Says that a node is to serve nothing, or may serve again.
+    pub async fn drain(&self, node: &NodeId, drain: bool) -> Result<NodeInfo> {
+        let view = &self.parts.view;
+        if view.node(node).is_none() {
+            return Err(Error::not_found(format!("there is no node {node}")));
+        }
+        let key = records::drain_key(node);
+        let txn = if drain { Txn::new().put(key, "") } else { Txn::new().delete(key) };
+        // To say it twice is harmless.
+        let answer = match self.parts.store.txn(txn.clone()).await {
+            Err(StoreError::OutcomeUnknown(_)) => self.parts.store.txn(txn).await,
+            outcome => outcome,
+        }?;
+        view.wait_for(answer.revision, SHOWN_WAIT_MAX).await?;
+        let infos = view.node_infos();
+        infos.into_iter().find(|info| info.id == *node).ok_or_else(|| Error::not_found("the node has gone"))
+    }
+}

@@ -1,0 +1,161 @@
+//! Elections and hand-overs: one transaction each, which compares everything that it relies on.
+//!
+//! Invariant: when an election succeeds, the loser's lease is over and stays over for this volume: the transaction names the
+//! heartbeat (or the death) that was judged, so an unseen one makes it fail, and it changes the loser's depositions,
+//! so every later heartbeat is made in the knowledge of the loss (see `heartbeat`).
+
+use shardfs_proto::types::{Epoch, Error, NodeId, Result, VolumeId};
+
+use super::plan::Health;
+use super::records::{self, NodeRecord, VolumeRecord};
+use super::store::{Demand, MetaStore, Revision, StoreError, Txn};
+use super::view::{Kept, View};
+
+/// What became of an attempt.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// The record says so now, at this revision, under this epoch.
+    Won(Revision, Epoch),
+    /// Something that was relied on has changed.
+    Overtaken,
+}
+
+/// Takes a volume: (primary, epoch) := (me, epoch + 1).
+pub async fn elect(
+    store: &dyn MetaStore,
+    view: &View,
+    me: &NodeRecord,
+    volume: &Kept<VolumeRecord>,
+) -> Result<Outcome> {
+    let old = &volume.record;
+    let mut txn = Txn::new();
+    if let Some(from) = old.primary.as_ref().filter(|from| **from != me.id) {
+        txn = match view.health(from) {
+            Health::Dead(_) => match view.death_revision(from) {
+                Some(seen) => txn.when(records::death_key(from), Demand::Modified(seen)),
+                None => return Ok(Outcome::Overtaken),
+            },
+            Health::Silent(_) => match view.heartbeat_revision(from) {
+                Some(seen) => txn.when(records::heartbeat_key(from), Demand::Modified(seen)),
+                None => return Ok(Outcome::Overtaken),
+            },
+            Health::Absent => txn.when(records::heartbeat_key(from), Demand::Absent),
+            Health::Alive | Health::Unknown => return Ok(Outcome::Overtaken),
+        };
+        let epoch = next(old.epoch)?;
+        txn = txn.put(records::deposition_key(from), format!("{} {epoch}", old.id));
+    }
+    let mut backups = old.backups.clone();
+    backups.retain(|node| *node != me.id);
+    if let Some(from) = old.primary.as_ref().filter(|from| **from != me.id) {
+        backups.push(from.clone());
+    }
+    let fresh = VolumeRecord {
+        primary: Some(me.id.clone()),
+        backups,
+        epoch: next(old.epoch)?,
+        holder: me.incarnation.clone(),
+        // Where an operator wanted it, it was, and is no more: it does not move back by itself. A restart moves nothing.
+        target: if old.primary.as_ref() == Some(&me.id) { old.target.clone() } else { None },
+        ..(**old).clone()
+    };
+    // This process must be the node still.
+    let Some(mine) = view.node(&me.id).filter(|kept| kept.record.incarnation == me.incarnation) else {
+        return Ok(Outcome::Overtaken);
+    };
+    change(store, txn.when(records::node_key(&me.id), Demand::Modified(mine.modified)), volume, fresh).await
+}
+
+/// Gives a volume, which this process no longer serves, to a node that is alive.
+pub async fn hand_over(
+    store: &dyn MetaStore,
+    view: &View,
+    me: &NodeId,
+    volume: &Kept<VolumeRecord>,
+    to: &NodeId,
+) -> Result<Outcome> {
+    let old = &volume.record;
+    let Some(successor) = view.node(to) else { return Ok(Outcome::Overtaken) };
+    if old.primary.as_ref() != Some(me) || !old.backups.contains(to) {
+        return Ok(Outcome::Overtaken);
+    }
+    let mut backups = old.backups.clone();
+    backups.retain(|node| node != to);
+    backups.push(me.clone());
+    let fresh = VolumeRecord {
+        primary: Some(to.clone()),
+        backups,
+        epoch: next(old.epoch)?,
+        holder: successor.record.incarnation.clone(),
+        // It went elsewhere for another reason, and stays there.
+        target: old.target.clone().filter(|target| target == to),
+        ..(**old).clone()
+    };
+    let txn = Txn::new().when(records::node_key(to), Demand::Modified(successor.modified));
+    change(store, txn, volume, fresh).await
+}
+
+async fn change(
+    store: &dyn MetaStore,
+    txn: Txn,
+    volume: &Kept<VolumeRecord>,
+    fresh: VolumeRecord,
+) -> Result<Outcome> {
+    let key = records::volume_key(&fresh.id);
+    let txn = txn.when(key.clone(), Demand::Modified(volume.modified)).put(key, records::encode(&fresh));
+    match store.txn(txn).await {
+        Ok(answer) if answer.succeeded => Ok(Outcome::Won(answer.revision, fresh.epoch)),
+        // What is unknown shows in the copy of the records, and the next plan is made from that.
+        Ok(_) | Err(StoreError::OutcomeUnknown(_)) => Ok(Outcome::Overtaken),
+        Err(error) => Err(Error::from(error).context(format!("volume {}", fresh.id))),
+    }
+}
+
+fn next(epoch: Epoch) -> Result<Epoch> {
+    epoch.get().checked_add(1).and_then(Epoch::new).ok_or_else(|| Error::internal("epochs are used up"))
+}
+
+/// Asks that a volume be served by a node; `None`: wherever.
+pub async fn set_target(
+    store: &dyn MetaStore,
+    view: &View,
+    volume: &VolumeId,
+    target: Option<&NodeId>,
+) -> Result<Revision> {
+    const ATTEMPTS_MAX: usize = 8;
+    for _ in 0..ATTEMPTS_MAX {
+        let key = records::volume_key(volume);
+        let (_, Some(kv)) = super::store::get(store, key.clone()).await? else {
+            return Err(Error::not_found(format!("there is no volume {volume}")));
+        };
+        let old: VolumeRecord = records::decode(key.as_bytes(), &kv.value)?;
+        if let Some(target) = target
+            && old.primary.as_ref() != Some(target)
+            && !old.backups.contains(target)
+        {
+            let candidates: Vec<&str> = old.backups.iter().map(NodeId::as_str).collect();
+            return Err(Error::invalid(format!(
+                "{target} does not stand by for volume {volume}; those who do: {}",
+                if candidates.is_empty() { "none".to_owned() } else { candidates.join(", ") }
+            )));
+        }
+        if let Some(target) = target.filter(|target| old.primary.as_ref() != Some(*target))
+            && view.health(target) != Health::Alive
+        {
+            return Err(Error::unavailable(format!("{target} is not alive: start it first")));
+        }
+        let fresh = VolumeRecord { target: target.cloned(), ..old };
+        let txn =
+            Txn::new().when(key.clone(), Demand::Modified(kv.modified)).put(key, records::encode(&fresh));
+        match store.txn(txn).await {
+            Ok(answer) if answer.succeeded => return Ok(answer.revision),
+            // To say it twice is harmless.
+            Ok(_) | Err(StoreError::OutcomeUnknown(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(Error::unavailable(format!("the record of volume {volume} keeps changing: try again")))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,233 @@
+//! Elections against a real embedded store, with real heartbeats.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use shardfs_proto::types::clock;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::cluster::bootstrap::{self, VolumeSpec};
+use crate::cluster::embedded::EmbeddedStore;
+use crate::cluster::embedded_server::{Handle, serve};
+use crate::cluster::heartbeat::{self, Heart};
+use crate::cluster::lease::{self, Lease};
+use crate::cluster::records::{DeathRecord, FORMAT};
+use crate::net::ListenAddr;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct World {
+    dir: tempfile::TempDir,
+    server: Handle,
+}
+
+struct Member {
+    store: Arc<dyn MetaStore>,
+    view: Arc<View>,
+    record: NodeRecord,
+    lease: Arc<Lease>,
+    heart: tokio::task::JoinHandle<()>,
+    replaced: CancellationToken,
+    stop: CancellationToken,
+}
+
+fn node(id: &str) -> NodeId {
+    NodeId::new(id).unwrap()
+}
+
+impl World {
+    async fn new() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(dir.path().join("meta.redb"), ListenAddr::Unix(dir.path().join("meta.sock")))
+            .await
+            .unwrap();
+        let world = World { dir, server };
+        let store = world.store();
+        bootstrap::ensure_cluster_id(&*store).await.unwrap();
+        let spec = VolumeSpec {
+            id: VolumeId::new("vol-1").unwrap(),
+            provider: "dir".into(),
+            source: world.dir.path().join("vol-1").to_str().unwrap().into(),
+            size_bytes: 0,
+            primary: node("a"),
+            backups: vec![node("b"), node("c")],
+        };
+        bootstrap::ensure_volume(&*store, &spec).await.unwrap();
+        world
+    }
+
+    fn store(&self) -> Arc<dyn MetaStore> {
+        Arc::new(EmbeddedStore::new(&self.server.address().to_string()).unwrap())
+    }
+
+    async fn member(&self, id: &str) -> Member {
+        let store = self.store();
+        let record = NodeRecord {
+            v: FORMAT,
+            id: node(id),
+            endpoints: vec![format!("unix:/{id}")],
+            http: String::new(),
+            version: "1".into(),
+            started: clock::now(),
+            incarnation: bootstrap::random_id(),
+            instance_id: String::new(),
+            region: String::new(),
+        };
+        let registered = heartbeat::register(&*store, &record).await.unwrap();
+        let (view, lease) = (View::new(), Arc::new(Lease::default()));
+        let (stop, replaced) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(view.clone().run(store.clone(), stop.clone()));
+        view.wait_for(registered.revision, PATIENCE).await.unwrap();
+        let heart = Heart {
+            store: store.clone(),
+            id: record.id.clone(),
+            registered,
+            view: view.clone(),
+            lease: lease.clone(),
+            replaced: replaced.clone(),
+        };
+        let heart = tokio::spawn(heart.run(stop.clone()));
+        let member = Member { store, view, record, lease, heart, replaced, stop };
+        until("it holds its lease", || member.lease.is_held()).await;
+        member
+    }
+}
+
+impl Member {
+    fn volume(&self) -> Kept<VolumeRecord> {
+        self.view.volume(&VolumeId::new("vol-1").unwrap()).unwrap()
+    }
+
+    async fn elect(&self) -> Outcome {
+        elect(&*self.store, &self.view, &self.record, &self.volume()).await.unwrap()
+    }
+
+    async fn sees(&self, id: &str, what: &str, is: impl Fn(Health) -> bool) {
+        until(&format!("{} sees {id} {what}", self.record.id), || is(self.view.health(&node(id)))).await;
+    }
+}
+
+async fn until(what: &str, is: impl Fn() -> bool) {
+    let reached = async {
+        while !is() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("not so in time: {what}"));
+}
+
+fn won(outcome: Outcome) -> (Revision, Epoch) {
+    match outcome {
+        Outcome::Won(revision, epoch) => (revision, epoch),
+        Outcome::Overtaken => panic!("overtaken"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_primary_loses_its_volume_only_after_its_lease() {
+    let world = World::new().await;
+    let (a, b) = (world.member("a").await, world.member("b").await);
+    let (_, epoch) = won(a.elect().await);
+    assert_eq!(epoch.get(), 2, "a process begins an epoch of its own");
+    b.sees("a", "alive", |h| h == Health::Alive).await;
+    assert_eq!(b.elect().await, Outcome::Overtaken, "from one that lives nothing is taken");
+    // It hangs: no heartbeats, nothing else of it ends.
+    a.heart.abort();
+    b.sees("a", "silent", |h| matches!(h, Health::Silent(_))).await;
+    assert!(!a.lease.is_held(), "who is taken for silent has no lease");
+    let (revision, epoch) = won(b.elect().await);
+    b.view.wait_for(revision, PATIENCE).await.unwrap();
+    let record = b.volume().record;
+    assert_eq!((record.primary.clone(), record.epoch), (Some(node("b")), epoch));
+    assert_eq!(record.backups, [node("c"), node("a")]);
+    assert_eq!(record.holder, b.record.incarnation);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_heartbeat_that_was_not_seen_makes_an_election_fail() {
+    let world = World::new().await;
+    let (a, b) = (world.member("a").await, world.member("b").await);
+    a.heart.abort();
+    b.sees("a", "silent", |h| matches!(h, Health::Silent(_))).await;
+    // Its heart beats again, and b has not heard of it: its copy stands still.
+    let known = b.volume();
+    b.stop.cancel();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let beat = Txn::new().put(records::heartbeat_key(&node("a")), "1000000");
+    a.store.txn(beat).await.unwrap();
+    let outcome = elect(&*b.store, &b.view, &b.record, &known).await.unwrap();
+    assert_eq!(outcome, Outcome::Overtaken);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_loser_renews_its_lease_only_in_the_knowledge_of_its_loss() {
+    let world = World::new().await;
+    let (a, b) = (world.member("a").await, world.member("b").await);
+    // What an election writes, while the heart of the loser beats.
+    let taken = VolumeRecord {
+        primary: Some(node("b")),
+        backups: vec![node("a")],
+        epoch: Epoch::new(9).unwrap(),
+        ..(*b.volume().record).clone()
+    };
+    let txn = Txn::new()
+        .put(records::volume_key(&taken.id), records::encode(&taken))
+        .put(records::deposition_key(&node("a")), "vol-1 9");
+    let before = a.lease.counter();
+    b.store.txn(txn).await.unwrap();
+    until("it beats on", || a.lease.counter() > before + 2).await;
+    assert_eq!(a.volume().record.primary, Some(node("b")));
+    assert!(a.lease.is_held() && !a.replaced.is_cancelled());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_death_that_was_seen_ends_a_lease_at_once() {
+    let world = World::new().await;
+    let (a, b) = (world.member("a").await, world.member("b").await);
+    b.sees("a", "alive", |h| h == Health::Alive).await;
+    a.heart.abort();
+    let killed = clock::monotonic();
+    let record = DeathRecord { v: FORMAT, incarnation: a.record.incarnation.clone(), how: "killed".into() };
+    a.store.txn(Txn::new().put(records::death_key(&node("a")), records::encode(&record))).await.unwrap();
+    b.sees("a", "dead", |h| matches!(h, Health::Dead(_))).await;
+    assert!(killed.elapsed() < lease::TERM, "{:?}", killed.elapsed());
+    assert!(!b.view.node_infos().iter().any(|n| n.id == node("a") && n.alive));
+    won(b.elect().await);
+    // A death of an earlier process says nothing about this one.
+    let again = world.member("a").await;
+    b.sees("a", "alive", |h| h == Health::Alive).await;
+    let late = DeathRecord { incarnation: a.record.incarnation.clone(), ..record };
+    again.store.txn(Txn::new().put(records::death_key(&node("a")), records::encode(&late))).await.unwrap();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(b.view.health(&node("a")), Health::Alive);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn volumes_are_given_to_those_who_stand_by() {
+    let world = World::new().await;
+    let (a, b) = (world.member("a").await, world.member("b").await);
+    let (revision, _) = won(a.elect().await);
+    a.view.wait_for(revision, PATIENCE).await.unwrap();
+    b.view.wait_for(revision, PATIENCE).await.unwrap();
+    let give = |to: &'static str| {
+        let (store, view, volume) = (a.store.clone(), a.view.clone(), a.volume());
+        async move { hand_over(&*store, &view, &node("a"), &volume, &node(to)).await.unwrap() }
+    };
+    assert_eq!(give("c").await, Outcome::Overtaken, "c never registered");
+    assert_eq!(give("z").await, Outcome::Overtaken);
+    let (revision, epoch) = won(give("b").await);
+    assert_eq!(epoch.get(), 3);
+    assert_eq!(give("b").await, Outcome::Overtaken, "what was known is old");
+    b.view.wait_for(revision, PATIENCE).await.unwrap();
+    assert_eq!(b.volume().record.holder, b.record.incarnation);
+
+    let volume = VolumeId::new("vol-1").unwrap();
+    let target = async |to: &str| set_target(&*b.store, &b.view, &volume, Some(&node(to))).await;
+    assert!(target("z").await.unwrap_err().message().contains("does not stand by"));
+    assert!(target("c").await.unwrap_err().message().contains("not alive"));
+    b.sees("a", "alive", |h| h == Health::Alive).await;
+    let revision = target("a").await.unwrap();
+    b.view.wait_for(revision, PATIENCE).await.unwrap();
+    assert_eq!(b.volume().record.target, Some(node("a")));
+}

@@ -1,0 +1,278 @@
+//! Tables: what is observed, and what follows.
+
+use super::*;
+
+fn node(id: &str) -> NodeId {
+    NodeId::new(id).unwrap()
+}
+
+fn epoch(number: u64) -> Epoch {
+    Epoch::new(number).unwrap()
+}
+
+fn volume(id: &str, primary: &str, backups: &[&str], local: Local) -> Volume {
+    Volume {
+        id: VolumeId::new(id).unwrap(),
+        primary: (!primary.is_empty()).then(|| node(primary)),
+        backups: backups.iter().map(|id| node(id)).collect(),
+        epoch: epoch(3),
+        given: true,
+        target: None,
+        local,
+    }
+}
+
+/// Seen from `me`, with all three nodes alive.
+fn observed(me: &str, volumes: Vec<Volume>) -> Observed {
+    Observed {
+        me: node(me),
+        store_reachable: true,
+        lease_held: true,
+        alone: true,
+        nodes: ["a", "b", "c"].into_iter().map(|id| (node(id), Health::Alive)).collect(),
+        stopping: false,
+        draining: Vec::new(),
+        calm_since: Duration::ZERO,
+        volumes,
+    }
+}
+
+fn with(mut observed: Observed, id: &str, health: Health) -> Observed {
+    observed.nodes.insert(node(id), health);
+    observed
+}
+
+fn silent(ms: u64) -> Health {
+    Health::Silent(Duration::from_millis(ms))
+}
+
+fn id(id: &str) -> VolumeId {
+    VolumeId::new(id).unwrap()
+}
+
+fn elect(volume: &str, from: &str) -> Action {
+    Action::Elect { volume: id(volume), from: (!from.is_empty()).then(|| node(from)) }
+}
+
+#[test]
+fn what_the_record_says_is_done() {
+    let cases = [
+        (volume("v", "a", &["b"], Local::Detached), vec![Action::Promote(id("v"), epoch(3))]),
+        (volume("v", "a", &["b"], Local::Backup), vec![Action::Promote(id("v"), epoch(3))]),
+        (volume("v", "a", &["b"], Local::Primary(epoch(3))), vec![]),
+        // It was promoted anew under a later epoch, by an earlier process of this node.
+        (volume("v", "a", &["b"], Local::Primary(epoch(2))), vec![Action::StepDown(id("v"))]),
+        (volume("v", "b", &["a"], Local::Primary(epoch(2))), vec![Action::StepDown(id("v"))]),
+        (volume("v", "a", &["b"], Local::Fenced), vec![Action::StepDown(id("v"))]),
+        (volume("v", "b", &["a"], Local::Detached), vec![Action::Attach(id("v"))]),
+        (volume("v", "b", &["a"], Local::Backup), vec![]),
+        (volume("v", "b", &["c"], Local::Backup), vec![Action::Detach(id("v"))]),
+        (volume("v", "b", &["c"], Local::Detached), vec![]),
+        (volume("v", "a", &["b"], Local::Busy), vec![]),
+        (volume("v", "a", &["b"], Local::Unusable), vec![Action::HandOver(id("v"), node("b"))]),
+        (volume("v", "a", &[], Local::Unusable), vec![Action::Promote(id("v"), epoch(3))]),
+        (volume("v", "b", &["a"], Local::Unusable), vec![Action::Attach(id("v"))]),
+    ];
+    for (volume, actions) in cases {
+        let what = format!("{volume:?}");
+        assert_eq!(plan(&observed("a", vec![volume])), actions, "{what}");
+    }
+}
+
+#[test]
+fn a_restarted_primary_begins_an_epoch_of_its_own() {
+    let earlier = |local| Volume { given: false, ..volume("v", "a", &["b"], local) };
+    for local in [Local::Detached, Local::Backup] {
+        let seen = observed("a", vec![earlier(local)]);
+        assert_eq!(plan(&seen), [elect("v", "a")]);
+        // Its predecessor may still answer reads.
+        assert_eq!(plan(&Observed { alone: false, ..seen.clone() }), []);
+        assert_eq!(plan(&Observed { lease_held: false, ..seen.clone() }), []);
+        assert_eq!(plan(&Observed { store_reachable: false, ..seen }), []);
+    }
+}
+
+#[test]
+fn a_volume_is_taken_only_from_a_node_whose_lease_is_over() {
+    let seen = || observed("b", vec![volume("v", "a", &["b", "c"], Local::Backup)]);
+    let cases = [
+        (Health::Alive, vec![]),
+        (Health::Unknown, vec![]),
+        (silent(0), vec![elect("v", "a")]),
+        (Health::Dead(Duration::ZERO), vec![elect("v", "a")]),
+        (Health::Absent, vec![elect("v", "a")]),
+    ];
+    for (health, actions) in cases {
+        assert_eq!(plan(&with(seen(), "a", health)), actions, "{health:?}");
+    }
+    // Not without a lease of its own, and not without the store.
+    let dead = with(seen(), "a", Health::Dead(Duration::ZERO));
+    assert_eq!(plan(&Observed { lease_held: false, ..dead.clone() }), []);
+    assert_eq!(plan(&Observed { store_reachable: false, ..dead.clone() }), []);
+    assert_eq!(plan(&Observed { stopping: true, ..dead.clone() }), []);
+    // Not before it is attached.
+    let mut detached = dead;
+    detached.volumes[0].local = Local::Detached;
+    assert_eq!(plan(&detached), [Action::Attach(id("v"))]);
+    // One that nobody has.
+    let orphan = observed("b", vec![volume("v", "", &["b"], Local::Backup)]);
+    assert_eq!(plan(&orphan), [elect("v", "")]);
+}
+
+#[test]
+fn candidates_stand_in_line() {
+    let seen = |ms| with(observed("c", vec![volume("v", "a", &["b", "c"], Local::Backup)]), "a", silent(ms));
+    assert_eq!(plan(&seen(0)), []);
+    assert_eq!(plan(&seen(149)), []);
+    assert_eq!(plan(&seen(150)), [elect("v", "a")]);
+    // Those that cannot come do not hold up the line, and neither do those that are to serve nothing.
+    assert_eq!(plan(&with(seen(0), "b", silent(5))), [elect("v", "a")]);
+    assert_eq!(plan(&with(seen(0), "b", Health::Unknown)), [elect("v", "a")]);
+    assert_eq!(plan(&Observed { draining: vec![node("b")], ..seen(0) }), [elect("v", "a")]);
+    // Who serves less comes first.
+    let mut busy = seen(0);
+    busy.volumes.push(volume("w", "b", &[], Local::Detached));
+    assert_eq!(plan(&busy), [elect("v", "a")]);
+}
+
+#[test]
+fn the_volumes_of_a_dead_node_are_spread() {
+    let volumes = |local| {
+        vec![
+            volume("v", "a", &["b", "c"], local),
+            volume("w", "a", &["b", "c"], local),
+            volume("x", "a", &["b", "c"], local),
+        ]
+    };
+    let dead = |me| with(observed(me, volumes(Local::Backup)), "a", Health::Dead(Duration::ZERO));
+    assert_eq!(plan(&dead("b")), [elect("v", "a"), elect("x", "a")]);
+    assert_eq!(plan(&dead("c")), [elect("w", "a")]);
+    // If the other does not come, one takes all.
+    let late = with(observed("b", volumes(Local::Backup)), "a", silent(10_000));
+    assert_eq!(plan(&late).len(), 3);
+}
+
+#[test]
+fn a_node_without_a_lease_serves_on_but_takes_nothing() {
+    let mut seen = observed(
+        "a",
+        vec![volume("v", "a", &["b"], Local::Primary(epoch(3))), volume("w", "a", &["b"], Local::Backup)],
+    );
+    seen.lease_held = false;
+    seen.store_reachable = false;
+    seen.nodes.values_mut().for_each(|health| *health = Health::Unknown);
+    assert_eq!(plan(&seen), []);
+}
+
+#[test]
+fn volumes_are_handed_over_on_request() {
+    let placed =
+        |target: &str, local| Volume { target: Some(node(target)), ..volume("v", "a", &["b", "c"], local) };
+    let primary = Local::Primary(epoch(3));
+    let seen = |volume| observed("a", vec![volume]);
+    assert_eq!(plan(&seen(placed("c", primary))), [Action::HandOver(id("v"), node("c"))]);
+    assert_eq!(plan(&seen(placed("a", primary))), []);
+    // To one that is not ready it is not given.
+    assert_eq!(plan(&with(seen(placed("c", primary)), "c", silent(0))), []);
+    assert_eq!(plan(&seen(placed("d", primary))), []);
+    assert_eq!(plan(&Observed { store_reachable: false, ..seen(placed("c", primary)) }), []);
+    // Nor to one that is to serve nothing.
+    assert_eq!(plan(&Observed { draining: vec![node("c")], ..seen(placed("c", primary)) }), []);
+    // A node that is drained gives to the one that serves least.
+    let mut drained =
+        observed("a", vec![volume("v", "a", &["b", "c"], primary), volume("w", "b", &["a"], Local::Backup)]);
+    drained.draining = vec![node("a")];
+    assert_eq!(plan(&drained), [Action::HandOver(id("v"), node("c"))]);
+    drained.draining = vec![node("a"), node("c")];
+    assert_eq!(plan(&drained), [Action::HandOver(id("v"), node("b"))]);
+    drained.nodes.insert(node("b"), Health::Unknown);
+    assert_eq!(plan(&drained), [], "nobody to give it to: it is served on");
+}
+
+#[test]
+fn a_node_that_joins_gets_its_share() {
+    let primary = Local::Primary(epoch(3));
+    let volumes = || {
+        vec![
+            volume("v", "a", &["b", "c"], primary),
+            volume("w", "a", &["b", "c"], primary),
+            volume("x", "b", &["a", "c"], Local::Backup),
+        ]
+    };
+    let calm = Observed { calm_since: BALANCE_AFTER, ..observed("a", volumes()) };
+    assert_eq!(plan(&calm), [Action::HandOver(id("v"), node("c"))]);
+    assert_eq!(plan(&observed("a", volumes())), [], "not while things are moving");
+    assert_eq!(plan(&with(calm.clone(), "c", silent(0))), [], "b has one less only");
+    let mut placed = calm.clone();
+    placed.volumes[0].target = Some(node("a"));
+    assert_eq!(plan(&placed), [Action::HandOver(id("w"), node("c"))]);
+    // Only who has most gives.
+    let mut other = Observed { calm_since: BALANCE_AFTER, ..observed("b", volumes()) };
+    other.volumes[0].local = Local::Backup;
+    other.volumes[1].local = Local::Backup;
+    other.volumes[2].local = primary;
+    assert_eq!(plan(&other), []);
+}
+
+/// Whatever is observed: at most one action a volume, none on what is not known, and two nodes that observe
+/// the same never elect themselves for one volume at the same moment.
+#[test]
+fn plans_agree_and_keep_their_hands_off() {
+    let mut rng = fastrand::Rng::with_seed(11);
+    let ids = ["a", "b", "c", "d"];
+    for round in 0..20_000 {
+        let health = |rng: &mut fastrand::Rng| match rng.u8(..6) {
+            0 => Health::Unknown,
+            1 => Health::Absent,
+            2 => Health::Dead(Duration::ZERO),
+            3 => silent(0),
+            _ => Health::Alive,
+        };
+        let nodes: BTreeMap<NodeId, Health> = ids.iter().map(|id| (node(id), health(&mut rng))).collect();
+        let draining: Vec<NodeId> = ids.iter().filter(|_| rng.u8(..8) == 0).map(|id| node(id)).collect();
+        let records: Vec<Volume> = (0..rng.usize(..5))
+            .map(|n| {
+                let mut others = ids.to_vec();
+                rng.shuffle(&mut others);
+                let primary = if rng.u8(..8) == 0 { "" } else { others[0] };
+                volume(&format!("v{n}"), primary, &others[1..rng.usize(1..=4)], Local::Backup)
+            })
+            .collect();
+        let mut elected: BTreeMap<VolumeId, NodeId> = BTreeMap::new();
+        for me in nodes.iter().filter(|(_, health)| **health == Health::Alive).map(|(id, _)| id) {
+            let volumes = records
+                .iter()
+                .map(|record| Volume {
+                    local: match rng.u8(..5) {
+                        0 => Local::Busy,
+                        1 if record.primary.as_ref() == Some(me) => Local::Primary(epoch(3)),
+                        _ => Local::Backup,
+                    },
+                    ..record.clone()
+                })
+                .collect();
+            let seen = Observed {
+                me: me.clone(),
+                nodes: nodes.clone(),
+                draining: draining.clone(),
+                calm_since: BALANCE_AFTER,
+                ..observed("a", volumes)
+            };
+            let actions = plan(&seen);
+            for action in &actions {
+                let volume = seen.volumes.iter().find(|v| v.id == *action.volume()).unwrap();
+                assert_ne!(volume.local, Local::Busy, "round {round}: {action:?}");
+                assert_eq!(actions.iter().filter(|a| a.volume() == &volume.id).count(), 1, "round {round}");
+                if let Action::Elect { from, .. } = action {
+                    assert_eq!(*from, volume.primary);
+                    let over = from.as_ref().is_none_or(|from| nodes[from].over_since().is_some());
+                    assert!(over, "round {round}: {action:?} although its lease may be held");
+                    // A dead node's line is not staggered here: everybody sees its death at once.
+                    let other = elected.insert(volume.id.clone(), me.clone());
+                    let absent = from.as_ref().is_none_or(|from| nodes[from] == Health::Absent);
+                    assert!(other.is_none() || absent, "round {round}: {other:?} and {me} for {}", volume.id);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! A volume moves from one node to another: its node dies, hangs, is drained, or an operator says so. Programs on the
+//! mount see a pause and never an error; what was acknowledged is there.
+
+#![allow(clippy::unwrap_used)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use shardfs_tests::Cluster;
+use shardfs_tests::cluster::{Options, eventually};
+
+/// A volume is served elsewhere within this, on a busy machine.
+const MOVED_MAX: Duration = Duration::from_secs(30);
+
+/// Writes and fsyncs files of its own until it is told to stop; answers what was fsynced, and the longest pause.
+fn write_files(folder: &Path, stop: &AtomicBool) -> (Vec<(PathBuf, Vec<u8>)>, Duration) {
+    let mut written = Vec::new();
+    let mut longest = Duration::ZERO;
+    let mut random = fastrand::Rng::with_seed(7);
+    while !stop.load(Ordering::SeqCst) {
+        let begun = Instant::now();
+        let path = folder.join(format!("f{}", written.len()));
+        let content: Vec<u8> = (0..random.usize(..20_000)).map(|_| random.u8(..)).collect();
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap_or_else(|e| panic!("create {}: {e}", path.display()));
+        for piece in content.chunks(5_000) {
+            file.write_all(piece).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+        }
+        file.sync_all().unwrap_or_else(|e| panic!("fsync {}: {e}", path.display()));
+        written.push((path, content));
+        longest = longest.max(begun.elapsed());
+    }
+    (written, longest)
+}
+
+/// Runs `fault` under load on a shard; checks what was written, and that the shard is served elsewhere then. Answers
+/// where it was.
+fn under_load(cluster: &Cluster, shard: &str, fault: impl FnOnce(&str)) -> String {
+    let folder = cluster.shard(shard);
+    let before = cluster.primary_of(shard);
+    let kept = folder.join("kept");
+    let mut open = OpenOptions::new().create(true).truncate(true).read(true).write(true).open(&kept).unwrap();
+    open.write_all(b"held open over everything").unwrap();
+    open.sync_all().unwrap();
+    let gone = folder.join("gone");
+    let mut unlinked =
+        File::options().create(true).truncate(true).read(true).write(true).open(&gone).unwrap();
+    unlinked.write_all(b"without a name").unwrap();
+    unlinked.sync_all().unwrap();
+    fs::remove_file(&gone).unwrap();
+    let directory = fs::read_dir(&folder).unwrap();
+
+    let stop = AtomicBool::new(false);
+    let (written, longest) = std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_files(&folder, &stop));
+        std::thread::sleep(Duration::from_millis(500));
+        fault(&before);
+        eventually(MOVED_MAX, || match cluster.primary_of(shard) {
+            now if now != before => Ok(()),
+            now => Err(format!("still served by {now}")),
+        });
+        std::thread::sleep(Duration::from_millis(500));
+        stop.store(true, Ordering::SeqCst);
+        writer.join().unwrap()
+    });
+    println!("{shard}: {} files, longest pause {longest:?}", written.len());
+
+    for (path, content) in &written {
+        let got = fs::read(path).unwrap_or_else(|e| panic!("{} was fsynced: {e}", path.display()));
+        assert!(got == *content, "{}: other bytes than were fsynced", path.display());
+    }
+    assert!(!written.is_empty());
+    let mut text = String::new();
+    open.seek(SeekFrom::Start(0)).unwrap();
+    open.read_to_string(&mut text).unwrap();
+    assert_eq!(text, "held open over everything");
+    open.write_all(b", and written again").unwrap();
+    open.sync_all().unwrap();
+    assert!(fs::read_to_string(&kept).unwrap().ends_with("again"));
+    text.clear();
+    unlinked.seek(SeekFrom::Start(0)).unwrap();
+    unlinked.read_to_string(&mut text).unwrap();
+    assert_eq!((text.as_str(), unlinked.metadata().unwrap().nlink()), ("without a name", 0));
+    // A directory that was opened before goes on.
+    assert!(directory.count() >= 1);
+    cluster.assert_clean(shard);
+    before
+}
+
+#[test]
+fn a_killed_primary_is_replaced_and_comes_back_as_a_backup() {
+    let cluster = Cluster::start(&Options::default());
+    let old = under_load(&cluster, "killed", |primary| {
+        cluster.cli_run(&["dev", "kill", primary]);
+    });
+    let status = cluster.cli_run(&["status"]);
+    assert!(status.contains("IN TROUBLE") && status.contains("down"), "{status}");
+    assert!(cluster.cli_run(&["node", "list"]).contains("dead"));
+    cluster.cli_run(&["dev", "start", &old]);
+    // It stands by, and gets its share back.
+    eventually(MOVED_MAX, || {
+        let volumes = cluster.cli_json(&["volume", "list"]);
+        let primaries: Vec<&str> =
+            volumes.as_array().unwrap().iter().filter_map(|v| v["primary"].as_str()).collect();
+        if primaries.contains(&old.as_str()) { Ok(()) } else { Err(format!("{primaries:?}")) }
+    });
+    cluster.assert_clean("killed");
+}
+
+#[test]
+fn a_frozen_primary_is_fenced_and_changes_nothing_when_it_goes_on() {
+    let cluster = Cluster::start(&Options::default());
+    let old = under_load(&cluster, "frozen", |primary| {
+        cluster.cli_run(&["dev", "kill", primary, "--signal", "STOP"]);
+    });
+    cluster.cli_run(&["dev", "start", &old]);
+    let folder = cluster.mount().join("frozen");
+    fs::write(folder.join("after"), "written under the new primary").unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(fs::read_to_string(folder.join("after")).unwrap(), "written under the new primary");
+    assert_ne!(cluster.primary_of("frozen"), "");
+    cluster.assert_clean("frozen");
+}
+
+#[test]
+fn an_operator_moves_volumes_and_drains_nodes() {
+    let cluster = Cluster::start(&Options::default());
+    let volume_of = |shard: &str| {
+        let shown = cluster.cli_json(&["shard", "show", shard]);
+        shown["volume"].as_str().or(shown["location"]["volume"].as_str()).unwrap().to_owned()
+    };
+    let old = under_load(&cluster, "moved", |primary| {
+        let to = if primary == "node-1" { "node-2" } else { "node-1" };
+        let said = cluster.cli_run(&["volume", "promote", &volume_of("moved"), to]);
+        assert!(said.contains(to), "{said}");
+    });
+    let now = cluster.primary_of("moved");
+    let said = cluster.cli_fails(&["volume", "promote", &volume_of("moved"), "node-9"]);
+    assert!(said.contains("does not stand by"), "{said}");
+    let said = cluster.cli_fails(&["volume", "promote", "vol-99", &old]);
+    assert!(said.contains("no volume"), "{said}");
+
+    let said = cluster.cli_run(&["node", "drain", &now]);
+    assert!(said.contains("serves nothing"), "{said}");
+    assert_ne!(cluster.primary_of("moved"), now);
+    let nodes = cluster.cli_run(&["node", "list"]);
+    assert!(nodes.contains("draining"), "{nodes}");
+    fs::write(cluster.mount().join("moved/x"), "y").unwrap();
+    cluster.cli_run(&["node", "drain", &now, "--undo"]);
+    cluster.assert_clean("moved");
+}
+
+#[test]
+fn a_stop_in_order_hands_over_first() {
+    let cluster = Cluster::start(&Options::default());
+    let old = under_load(&cluster, "stopped", |primary| {
+        cluster.cli_run(&["dev", "kill", primary, "--signal", "TERM"]);
+    });
+    let status = cluster.cli_json(&["status"]);
+    assert_eq!(status["healthy"], false, "a node is away: {status}");
+    // A cluster that is stopped as a whole moves nothing.
+    cluster.cli_run(&["dev", "start", &old]);
+    let primaries = || {
+        let volumes = cluster.cli_json(&["volume", "list"]);
+        let mut all: Vec<String> =
+            volumes.as_array().unwrap().iter().map(|v| format!("{} {}", v["id"], v["primary"])).collect();
+        all.sort();
+        all
+    };
+    let before = primaries();
+    cluster.cli_run(&["dev", "down"]);
+    let output = cluster.up(&Options::default(), &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(primaries(), before);
+    cluster.assert_clean("stopped");
+}
