@@ -142,6 +142,7 @@ impl Catalog {
             store_reachable: self.parts.lease.succeeded(),
             lease_held,
             alone: now >= self.parts.alone_from,
+            looking_for: self.started.elapsed(),
             nodes,
             stopping: view.stopping(),
             draining,

@@ -22,6 +22,9 @@ use shardfs_proto::types::{Epoch, NodeId, VolumeId};
 pub const STAGGER: Duration = Duration::from_millis(150);
 /// A volume is moved for balance only if nothing was amiss for so long.
 pub const BALANCE_AFTER: Duration = Duration::from_secs(10);
+/// A process that is younger takes nothing from a node that is not there: when a cluster starts, its nodes come one after
+/// the other.
+pub const ABSENT_GRACE: Duration = Duration::from_secs(5);
 /// Volumes that one node may serve more than another before one is moved.
 pub const IMBALANCE_MAX: usize = 1;
 
@@ -38,18 +41,6 @@ pub enum Health {
     Absent,
     /// It has not been listened to for long enough.
     Unknown,
-}
-
-impl Health {
-    /// Since when its lease is over for certain.
-    fn over_since(self) -> Option<Duration> {
-        match self {
-            Health::Silent(since) | Health::Dead(since) => Some(since),
-            // Nothing to wait for.
-            Health::Absent => Some(Duration::MAX),
-            Health::Alive | Health::Unknown => None,
-        }
-    }
 }
 
 /// What this node has of a volume.
@@ -99,6 +90,8 @@ pub struct Observed {
     pub lease_held: bool,
     /// No earlier process of this node can hold a lease any more.
     pub alone: bool,
+    /// Since when this process looks.
+    pub looking_for: Duration,
     /// All nodes.
     pub nodes: BTreeMap<NodeId, Health>,
     /// The whole cluster is being stopped: volumes stay where they are.
@@ -181,7 +174,7 @@ fn successor<'a>(
 ) -> Option<(&'a NodeId, Vec<&'a NodeId>)> {
     let over = match &volume.primary {
         None => true,
-        Some(primary) => observed.health(primary).over_since().is_some(),
+        Some(primary) => observed.over_since(primary).is_some(),
     };
     if !over {
         return None;
@@ -225,7 +218,7 @@ fn for_volume(
             let (_, line) = successor?;
             let since = match &volume.primary {
                 None => Duration::MAX,
-                Some(primary) => observed.health(primary).over_since()?,
+                Some(primary) => observed.over_since(primary)?,
             };
             let place = u32::try_from(line.iter().position(|node| *node == me)?).unwrap_or(u32::MAX);
             let turn = since >= STAGGER.saturating_mul(place);
@@ -289,6 +282,15 @@ impl Observed {
             return Health::Alive;
         }
         self.nodes.get(node).copied().unwrap_or(Health::Absent)
+    }
+
+    /// Since when a node's lease is over for certain.
+    fn over_since(&self, node: &NodeId) -> Option<Duration> {
+        match self.health(node) {
+            Health::Silent(since) | Health::Dead(since) => Some(since),
+            Health::Absent => (self.looking_for >= ABSENT_GRACE).then_some(Duration::MAX),
+            Health::Alive | Health::Unknown => None,
+        }
     }
 
     /// Whether a node may be given volumes.

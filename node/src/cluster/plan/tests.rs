@@ -29,6 +29,7 @@ fn observed(me: &str, volumes: Vec<Volume>) -> Observed {
         store_reachable: true,
         lease_held: true,
         alone: true,
+        looking_for: ABSENT_GRACE,
         nodes: ["a", "b", "c"].into_iter().map(|id| (node(id), Health::Alive)).collect(),
         stopping: false,
         draining: Vec::new(),
@@ -105,6 +106,9 @@ fn a_volume_is_taken_only_from_a_node_whose_lease_is_over() {
     for (health, actions) in cases {
         assert_eq!(plan(&with(seen(), "a", health)), actions, "{health:?}");
     }
+    // When a cluster starts, the others are on their way.
+    let starting = Observed { looking_for: Duration::ZERO, ..with(seen(), "a", Health::Absent) };
+    assert_eq!(plan(&starting), []);
     // Not without a lease of its own, and not without the store.
     let dead = with(seen(), "a", Health::Dead(Duration::ZERO));
     assert_eq!(plan(&Observed { lease_held: false, ..dead.clone() }), []);
@@ -265,7 +269,7 @@ fn plans_agree_and_keep_their_hands_off() {
                 assert_eq!(actions.iter().filter(|a| a.volume() == &volume.id).count(), 1, "round {round}");
                 if let Action::Elect { from, .. } = action {
                     assert_eq!(*from, volume.primary);
-                    let over = from.as_ref().is_none_or(|from| nodes[from].over_since().is_some());
+                    let over = from.as_ref().is_none_or(|from| seen.over_since(from).is_some());
                     assert!(over, "round {round}: {action:?} although its lease may be held");
                     // A dead node's line is not staggered here: everybody sees its death at once.
                     let other = elected.insert(volume.id.clone(), me.clone());
