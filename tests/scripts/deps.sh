@@ -7,13 +7,16 @@ set -euo pipefail
 # rust-version of the workspace.
 rust_minor_min=91
 
-build=(build-essential pkg-config clang libclang-dev protobuf-compiler ca-certificates git
+# libprotobuf-dev holds the .proto files of protobuf itself, which etcd's import.
+build=(build-essential pkg-config clang libclang-dev protobuf-compiler libprotobuf-dev ca-certificates git
     e2fsprogs fuse3 util-linux mount procps)
 # vim-tiny brings vim.tiny, psmisc fuser(1), attr setfattr(1).
-test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev)
+test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl)
+# Programs that Debian starts as services when they are installed, and that the tests start by themselves.
+idle=(etcd-server etcd-client)
 
 want=("${build[@]}")
-[ "${1-}" = test ] && want+=("${test[@]}")
+[ "${1-}" = test ] && want+=("${test[@]}" "${idle[@]}")
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
@@ -35,6 +38,29 @@ install() {
     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@"
 }
 
+# Installs programs without their services: those are neither started now nor at the next boot.
+policy=/usr/sbin/policy-rc.d
+install_idle() {
+    local guard=
+    if [ ! -e "$policy" ]; then
+        guard=1
+        trap 'as_root rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+        as_root chmod 755 "$policy"
+    fi
+    install "$@"
+    if [ -n "$guard" ]; then
+        as_root rm -f "$policy"
+        trap - EXIT
+    fi
+    [ -x /etc/init.d/etcd ] || return 0
+    # Somebody else's policy may have let it start.
+    if [ -d /run/systemd/system ] && systemctl --quiet is-active etcd; then
+        as_root systemctl stop etcd
+    fi
+    as_root update-rc.d etcd disable
+}
+
 rust_ok() {
     command -v cargo >/dev/null && command -v rustc >/dev/null || return 1
     local version
@@ -50,13 +76,22 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
 fi
 
 missing=()
+missing_idle=()
 for package in "${want[@]}"; do
     state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
-    [ "$state" = installed ] || missing+=("$package")
+    [ "$state" = installed ] && continue
+    case " ${idle[*]} " in
+        *" $package "*) missing_idle+=("$package") ;;
+        *) missing+=("$package") ;;
+    esac
 done
 if [ ${#missing[@]} -gt 0 ]; then
     echo "deps: installing ${missing[*]}"
     install "${missing[@]}"
+fi
+if [ ${#missing_idle[@]} -gt 0 ]; then
+    echo "deps: installing ${missing_idle[*]}, without starting a service"
+    install_idle "${missing_idle[@]}"
 fi
 
 if ! rust_ok; then

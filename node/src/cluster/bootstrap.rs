@@ -1,13 +1,15 @@
-//! How a cluster begins: its id, and the records of its volumes. All of it may be repeated and may be done by
-//! several processes at once.
+//! How a cluster begins: its id, and the records of its volumes; and how it ends. All of it may be repeated, may be
+//! cut off anywhere, and may be done by several processes at once.
 
 use shardfs_proto::types::{Epoch, Error, NodeId, Result, VolumeId};
 
-use super::records::{self, CLUSTER_KEY, ClusterRecord, FORMAT, VolumeRecord};
-use super::store::{Demand, MetaStore, StoreError, Txn, get};
+use super::records::{self, CLUSTER_KEY, ClusterRecord, FORMAT, PREFIX, VolumeRecord};
+use super::store::{Demand, KeyRange, KeyValue, MetaStore, Op, StoreError, Txn, get};
 
 /// How often a transaction whose outcome is unknown, or that somebody else overtook, is looked at again.
 const ATTEMPTS_MAX: usize = 8;
+/// Keys that are deleted at once: a revision of them is a small message.
+const DELETE_KEYS_MAX: usize = 512;
 
 /// A volume as an operator defines it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -33,9 +35,73 @@ pub fn random_id() -> String {
 
 /// The cluster's id, made if there is none.
 pub async fn ensure_cluster_id(store: &dyn MetaStore) -> Result<String> {
-    let fresh = ClusterRecord { v: FORMAT, id: random_id() };
+    claim_cluster_id(store, &random_id()).await
+}
+
+/// Gives the cluster this id unless it has one; answers the one that it has.
+pub async fn claim_cluster_id(store: &dyn MetaStore, id: &str) -> Result<String> {
+    let fresh = ClusterRecord { v: FORMAT, id: id.to_owned() };
     let kept = put_if_absent(store, CLUSTER_KEY, records::encode(&fresh)).await?;
     Ok(records::decode::<ClusterRecord>(CLUSTER_KEY.as_bytes(), &kept)?.id)
+}
+
+/// The id of the cluster whose records the store holds; `None`: it holds none.
+pub async fn cluster_id(store: &dyn MetaStore) -> Result<Option<String>> {
+    Ok(cluster_record(store).await?.map(|(id, _)| id))
+}
+
+async fn cluster_record(store: &dyn MetaStore) -> Result<Option<(String, KeyValue)>> {
+    let Some(kv) = get(store, CLUSTER_KEY).await?.1 else { return Ok(None) };
+    Ok(Some((records::decode::<ClusterRecord>(&kv.key, &kv.value)?.id, kv)))
+}
+
+/// Deletes all records of the cluster with this id, whose nodes are down; whether it was there. Records of another one
+/// stay. The id goes last: a deletion that was cut off is repeated.
+pub async fn delete_cluster(store: &dyn MetaStore, id: &str) -> Result<bool> {
+    let mut found = false;
+    let mut failures = 0;
+    loop {
+        let kv = match cluster_record(store).await? {
+            Some((kept, kv)) if kept == id => kv,
+            Some(_) | None => return Ok(found),
+        };
+        found = true;
+        let page = store.range(KeyRange::prefix(PREFIX), DELETE_KEYS_MAX).await?;
+        // The id itself is in the first page or a later one; while there are later ones it is spared.
+        let mut keys: Vec<_> = page.kvs.into_iter().map(|kv| kv.key).collect();
+        if page.more {
+            keys.retain(|key| key != CLUSTER_KEY);
+        }
+        let range = |first: &bytes::Bytes, last: &bytes::Bytes| {
+            let mut end = last.to_vec();
+            end.push(0);
+            Op::Delete(KeyRange::between(first.clone(), end))
+        };
+        let mut txn = Txn::new().when(CLUSTER_KEY, Demand::Modified(kv.modified));
+        if page.more {
+            // Two ranges around it.
+            let (before, after): (Vec<_>, Vec<_>) =
+                keys.iter().partition(|key| key[..] < *CLUSTER_KEY.as_bytes());
+            for part in [before, after] {
+                if let (Some(first), Some(last)) = (part.first(), part.last()) {
+                    txn.success.push(range(first, last));
+                }
+            }
+        } else {
+            txn.success.push(Op::Delete(KeyRange::prefix(PREFIX)));
+        }
+        match store.txn(txn).await {
+            Ok(_) => {}
+            // The next round sees what is left.
+            Err(error @ StoreError::OutcomeUnknown(_)) => {
+                failures += 1;
+                if failures >= ATTEMPTS_MAX {
+                    return Err(Error::from(error).context("deleting the cluster's records"));
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Writes a volume's record unless there is one; answers the one that is there. One that names another
@@ -90,4 +156,37 @@ async fn put_if_absent(store: &dyn MetaStore, key: &str, value: bytes::Bytes) ->
     }
     let last = last.unwrap_or_else(|| StoreError::Unavailable("the key keeps changing".into()));
     Err(Error::from(last).context(format!("writing {key}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::embedded::EmbeddedStore;
+    use crate::cluster::embedded_server::serve;
+
+    #[tokio::test]
+    async fn a_cluster_goes_and_others_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(dir.path().join("meta.redb"), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let store = EmbeddedStore::new(&server.address().to_string()).unwrap();
+        assert_eq!(cluster_id(&store).await.unwrap(), None);
+        assert!(!delete_cluster(&store, "one").await.unwrap());
+        assert_eq!(claim_cluster_id(&store, "one").await.unwrap(), "one");
+        assert_eq!(claim_cluster_id(&store, "two").await.unwrap(), "one");
+        // Several pages before and behind the id, and a neighbour that is nobody's.
+        for i in 0..11 {
+            let many = (0..100).fold(Txn::new(), |txn, j| {
+                let folder = if i < 6 { "a" } else { "shards" };
+                txn.put(format!("{PREFIX}{folder}/{i}/{j}"), "v")
+            });
+            store.txn(many).await.unwrap();
+        }
+        store.txn(Txn::new().put("shardfs0", "v").put("other", "v")).await.unwrap();
+        assert!(!delete_cluster(&store, "two").await.unwrap());
+        assert!(delete_cluster(&store, "one").await.unwrap());
+        assert_eq!(cluster_id(&store).await.unwrap(), None);
+        assert_eq!(store.range(KeyRange::prefix(PREFIX), 1).await.unwrap().kvs, []);
+        assert_eq!(store.range(KeyRange::between("a", "z"), 0).await.unwrap().kvs.len(), 2);
+        server.shutdown().await.unwrap();
+    }
 }

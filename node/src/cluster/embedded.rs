@@ -17,6 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::embedded_server::MESSAGE_BYTES_MAX;
+use super::retry::{Backoff, RETRY_MAX, chain};
 use super::store::{
     KeyRange, LeaseId, MetaStore, RangeAnswer, Revision, StoreError, StoreResult, Txn, TxnAnswer,
     WatchStream, check_range,
@@ -30,12 +31,6 @@ use super::wire::{
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long one call may take: a commit on a slow device and what waits before it.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a call is repeated.
-const RETRY_MAX: Duration = Duration::from_secs(10);
-/// Pauses between attempts, before jitter.
-const BACKOFF_MIN: Duration = Duration::from_millis(20);
-/// See [`BACKOFF_MIN`].
-const BACKOFF_MAX: Duration = Duration::from_millis(500);
 /// A connection on which nothing arrives for this long is broken: the store sends watches a sign of life every
 /// second.
 const WATCH_SILENCE_MAX: Duration = Duration::from_secs(4);
@@ -194,33 +189,6 @@ impl EmbeddedStore {
     }
 }
 
-/// Pauses that double, with jitter.
-struct Backoff {
-    pause: Duration,
-}
-
-impl Backoff {
-    fn new() -> Backoff {
-        Backoff { pause: BACKOFF_MIN }
-    }
-
-    fn next(&mut self) -> Duration {
-        let pause = self.pause.mul_f64(0.5 + fastrand::f64());
-        self.pause = (self.pause * 2).min(BACKOFF_MAX);
-        pause
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
 impl MetaStore for EmbeddedStore {
     fn range(&self, range: KeyRange, limit: usize) -> BoxFuture<'_, StoreResult<RangeAnswer>> {
         Box::pin(async move {
@@ -238,10 +206,7 @@ impl MetaStore for EmbeddedStore {
     fn txn(&self, txn: Txn) -> BoxFuture<'_, StoreResult<TxnAnswer>> {
         Box::pin(async move {
             txn.check()?;
-            // What only reads may be repeated like a read.
-            let reads =
-                |ops: &[super::store::Op]| ops.iter().all(|op| matches!(op, super::store::Op::Range(_)));
-            let repeatable = reads(&txn.success) && reads(&txn.failure);
+            let repeatable = txn.only_reads();
             let request = txn_to_wire(txn);
             let call = |mut client: MetaClient<Channel>| {
                 let request = request.clone();

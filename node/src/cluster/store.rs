@@ -6,11 +6,13 @@
 //! - revisions never go back and never name two different changes;
 //! - a watch delivers every change of its range once, in order, in whole revisions, or says
 //!   [`StoreError::Compacted`]; it never leaves a gap in silence;
+//! - a transaction changes a key once: a branch that puts a key twice, or puts one that it deletes, is refused;
 //! - a transaction whose outcome is not known says so ([`StoreError::OutcomeUnknown`]) and is never
 //!   repeated by the implementation; reads and watches are.
 //!
 //! The types are domain types: no wire, no disk.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Duration;
 
@@ -27,7 +29,7 @@ pub const VALUE_BYTES_MAX: usize = 1 << 20;
 pub const TXN_OPS_MAX: usize = 128;
 /// Bytes of keys and values of one transaction, so that every revision fits one message of a watch.
 pub const TXN_BYTES_MAX: usize = 4 << 20;
-/// Keys that one transaction may delete, for the same reason.
+/// Keys that one transaction may delete, for the same reason. The embedded store refuses more; etcd does not count them.
 pub const TXN_DELETES_MAX: usize = 8192;
 /// Bytes of keys and values of one answer to a range; what is left is asked for again.
 pub const RANGE_BYTES_MAX: usize = 4 << 20;
@@ -61,7 +63,7 @@ pub enum StoreError {
     /// The request breaks a limit or makes no sense.
     #[error("the metadata store refused the request: {0}")]
     Invalid(String),
-    /// The store's own file is damaged or its device fails.
+    /// The store's own file is damaged, its device fails or is full, or it is another store than before.
     #[error("the metadata store failed: {0}")]
     Failed(String),
 }
@@ -290,6 +292,11 @@ impl Txn {
         self
     }
 
+    /// Whether neither branch changes anything: it may then be repeated like a read.
+    pub fn only_reads(&self) -> bool {
+        self.success.iter().chain(&self.failure).all(|op| matches!(op, Op::Range(_)))
+    }
+
     /// Checks the limits.
     pub fn check(&self) -> StoreResult<()> {
         for (what, count) in [
@@ -311,6 +318,8 @@ impl Txn {
                 bytes += value.len();
             }
         }
+        check_branch(&self.success)?;
+        check_branch(&self.failure)?;
         for op in self.success.iter().chain(&self.failure) {
             match op {
                 Op::Put { key, value, .. } => {
@@ -336,6 +345,32 @@ impl Txn {
         }
         Ok(())
     }
+}
+
+/// A branch puts a key at most once, and puts none that it deletes: one revision is one change of a key.
+fn check_branch(ops: &[Op]) -> StoreResult<()> {
+    let mut puts = BTreeSet::new();
+    for op in ops {
+        if let Op::Put { key, .. } = op
+            && !puts.insert(key)
+        {
+            return Err(StoreError::Invalid(format!(
+                "the key {} is put twice in a transaction",
+                key.escape_ascii()
+            )));
+        }
+    }
+    for op in ops {
+        if let Op::Delete(range) = op
+            && let Some(key) = puts.iter().find(|key| range.contains(key))
+        {
+            return Err(StoreError::Invalid(format!(
+                "the key {} is put and deleted in a transaction",
+                key.escape_ascii()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// Checks a range's keys. Its ends may be one byte longer than a key: see [`KeyRange::after`].

@@ -1,5 +1,5 @@
 //! One suite for every implementation of [`MetaStore`]: each test is written against the trait and a
-//! [`Bench`] that can restart the server. The embedded store runs it below; others join in the macro.
+//! [`Bench`] that can restart the server. All implementations run it below.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -10,17 +10,25 @@ use futures::StreamExt;
 use super::*;
 use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::embedded_server::{Handle, serve};
+use crate::cluster::etcd::EtcdStore;
+use crate::cluster::etcd::testing::Etcd;
 use crate::net::ListenAddr;
 
 /// How long a test waits for something that must come.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long the clients of the suite repeat a call.
+const RETRY_MAX: Duration = Duration::from_secs(10);
+
 /// A server of one kind and a client of it.
 struct Bench {
-    dir: tempfile::TempDir,
-    tcp: bool,
-    handle: Option<Handle>,
+    server: Server,
     store: Arc<dyn MetaStore>,
+}
+
+enum Server {
+    Embedded { dir: tempfile::TempDir, address: ListenAddr, handle: Option<Handle> },
+    Etcd(Etcd),
 }
 
 impl Bench {
@@ -29,29 +37,50 @@ impl Bench {
         let listen =
             if tcp { "127.0.0.1:0".parse().unwrap() } else { ListenAddr::Unix(dir.path().join("meta.sock")) };
         let handle = serve(dir.path().join("meta.redb"), listen).await.unwrap();
-        let store = Arc::new(EmbeddedStore::new(&handle.address().to_string()).unwrap());
-        Bench { dir, tcp, handle: Some(handle), store }
+        let server = Server::Embedded { dir, address: handle.address().clone(), handle: Some(handle) };
+        Bench { store: server.client(RETRY_MAX), server }
+    }
+
+    async fn etcd() -> Bench {
+        let server = Server::Etcd(Etcd::start());
+        Bench { store: server.client(RETRY_MAX), server }
     }
 
     /// Stops the server; `clean`: as asked to, else as a crash would.
-    async fn stop(&mut self, clean: bool) -> ListenAddr {
-        let handle = self.handle.take().unwrap();
-        let address = handle.address().clone();
-        if clean {
-            handle.shutdown().await.unwrap()
-        } else {
-            handle.kill().await.unwrap()
+    async fn stop(&mut self, clean: bool) {
+        match &mut self.server {
+            Server::Embedded { handle, .. } => {
+                let handle = handle.take().unwrap();
+                if clean { handle.shutdown().await.unwrap() } else { handle.kill().await.unwrap() }
+            }
+            Server::Etcd(etcd) => tokio::task::block_in_place(|| etcd.stop(clean)),
         }
-        address
     }
 
-    async fn start(&mut self, address: ListenAddr) {
-        self.handle = Some(serve(self.dir.path().join("meta.redb"), address).await.unwrap());
+    async fn start(&mut self) {
+        match &mut self.server {
+            Server::Embedded { dir, address, handle } => {
+                *handle = Some(serve(dir.path().join("meta.redb"), address.clone()).await.unwrap());
+            }
+            Server::Etcd(etcd) => tokio::task::block_in_place(|| etcd.restart()),
+        }
     }
 
     async fn restart(&mut self, clean: bool) {
-        let address = self.stop(clean).await;
-        self.start(address).await;
+        self.stop(clean).await;
+        self.start().await;
+    }
+}
+
+impl Server {
+    /// A client of its own.
+    fn client(&self, retry_max: Duration) -> Arc<dyn MetaStore> {
+        match self {
+            Server::Embedded { address, .. } => {
+                Arc::new(EmbeddedStore::with_retry(&address.to_string(), retry_max).unwrap())
+            }
+            Server::Etcd(etcd) => Arc::new(EtcdStore::with_retry(etcd.settings(), retry_max)),
+        }
     }
 }
 
@@ -107,15 +136,19 @@ async fn keys_versions_and_ranges(bench: Bench) {
     // Whole prefixes, and what a transaction sees of itself.
     let txn = Txn {
         success: vec![
-            Op::Put { key: "a/3".into(), value: "n".into(), lease: None },
+            Op::Put { key: "b/2".into(), value: "n".into(), lease: None },
             Op::Delete(KeyRange::prefix("a/")),
             Op::Range(KeyRange::prefix("a/")),
+            Op::Range(KeyRange::prefix("b/")),
         ],
         ..Txn::new()
     };
     let answer = store.txn(txn).await.unwrap();
-    assert_eq!(answer.results[1].len(), 3);
-    assert!(answer.results[2].is_empty());
+    assert_eq!(answer.results.iter().map(Vec::len).collect::<Vec<_>>(), [0, 2, 0, 2]);
+    assert_eq!(
+        (&answer.results[3][1].value[..], answer.results[3][1].modified),
+        (&b"n"[..], answer.revision)
+    );
     assert_eq!(value(store, "b/1").await.as_deref(), Some("z"));
 }
 
@@ -193,6 +226,10 @@ async fn limits_are_kept(bench: Bench) {
     refused((0..=TXN_OPS_MAX).fold(Txn::new(), |txn, i| txn.put(format!("k{i}"), ""))).await;
     refused((0..5).fold(Txn::new(), |txn, i| txn.put(format!("k{i}"), vec![0; VALUE_BYTES_MAX]))).await;
     refused((0..=TXN_OPS_MAX).fold(Txn::new(), |txn, _| txn.when("k", Demand::Absent))).await;
+    // One change of a key in one revision.
+    refused(Txn::new().put("k", "1").put("k", "2")).await;
+    refused(Txn::new().put("k", "1").delete("k")).await;
+    refused(Txn { failure: Txn::new().delete("k").put("k", "1").success, ..Txn::new() }).await;
     assert_eq!(store.range(KeyRange::prefix("k"), 0).await.unwrap().kvs, []);
     let most = (0..TXN_OPS_MAX).fold(Txn::new(), |txn, i| txn.put(format!("k{i}"), ""));
     assert!(store.txn(most).await.unwrap().succeeded);
@@ -418,10 +455,10 @@ async fn leases_end(mut bench: Bench) {
 async fn an_absent_store_is_told(mut bench: Bench) {
     put(&*bench.store, "k", "v").await;
     assert!(bench.store.reachable());
-    let address = bench.stop(false).await;
-    let patient = EmbeddedStore::with_retry(&address.to_string(), Duration::from_millis(300)).unwrap();
+    bench.stop(false).await;
+    let patient = bench.server.client(Duration::from_millis(300));
     let begun = shardfs_proto::types::clock::monotonic();
-    assert!(matches!(get(&patient, "k").await, Err(StoreError::Unavailable(_))));
+    assert!(matches!(get(&*patient, "k").await, Err(StoreError::Unavailable(_))));
     let outcome = patient.txn(Txn::new().put("k", "w")).await;
     assert!(matches!(outcome, Err(StoreError::Unavailable(_))), "nothing was sent: {outcome:?}");
     assert!(begun.elapsed() < Duration::from_secs(5));
@@ -432,7 +469,7 @@ async fn an_absent_store_is_told(mut bench: Bench) {
         tokio::spawn(async move { value(&*store, "k").await })
     };
     tokio::time::sleep(Duration::from_millis(300)).await;
-    bench.start(address).await;
+    bench.start().await;
     assert_eq!(waiting.await.unwrap().as_deref(), Some("v"));
 }
 
@@ -472,16 +509,17 @@ macro_rules! every_test {
 
 every_test!(embedded_unix, super::Bench::embedded(false));
 every_test!(embedded_tcp, super::Bench::embedded(true));
+every_test!(etcd, super::Bench::etcd());
 
 #[tokio::test]
 async fn one_process_a_file() {
-    let bench = Bench::embedded(true).await;
-    assert!(bench.tcp);
-    let second = serve(bench.dir.path().join("meta.redb"), "127.0.0.1:0".parse().unwrap()).await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("meta.redb");
+    let first = serve(file.clone(), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let second = serve(file, "127.0.0.1:0".parse().unwrap()).await;
     let error = format!("{:#}", second.err().expect("refused"));
     assert!(error.contains("in use by another process"), "{error}");
-    let taken = bench.handle.as_ref().unwrap().address().clone();
-    let third = serve(bench.dir.path().join("other.redb"), taken).await;
+    let third = serve(dir.path().join("other.redb"), first.address().clone()).await;
     let error = format!("{:#}", third.err().expect("refused"));
     assert!(error.contains("in use by another process"), "{error}");
 }
