@@ -7,7 +7,6 @@
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,7 +14,7 @@ use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 use shardfs_proto::types::NodeId;
 
-use crate::net::ListenAddr;
+use crate::cluster::connect::MetaSettings;
 use crate::shard::chunk::CHUNK_BYTES;
 
 /// Calls that a shutdown waits for.
@@ -72,9 +71,25 @@ pub struct Args {
     /// Address for /metrics and /healthz over HTTP [default: none]
     #[arg(long, value_name = "IP:PORT", env = "SHARDFS_HTTP")]
     pub http: Option<String>,
-    /// The metadata store: http://HOST:PORT or unix:/PATH
-    #[arg(long, value_name = "ENDPOINT", env = "SHARDFS_META")]
+    /// The metadata store: etcd://HOST:PORT[,HOST:PORT...], etcds://... for an etcd with TLS; http://HOST:PORT or
+    /// unix:/PATH for an embedded one
+    #[arg(long, value_name = "ADDRESS", env = "SHARDFS_META")]
     pub meta: Option<String>,
+    /// Who signed the certificates of etcds://, in PEM [default: whom this machine trusts]
+    #[arg(long, value_name = "FILE", env = "SHARDFS_META_CA_FILE")]
+    pub meta_ca_file: Option<PathBuf>,
+    /// Certificate to show to etcds://, in PEM; needs --meta-key-file
+    #[arg(long, value_name = "FILE", env = "SHARDFS_META_CERT_FILE")]
+    pub meta_cert_file: Option<PathBuf>,
+    /// Key of --meta-cert-file, in PEM
+    #[arg(long, value_name = "FILE", env = "SHARDFS_META_KEY_FILE")]
+    pub meta_key_file: Option<PathBuf>,
+    /// User of etcd; its password is in --meta-password-file or in SHARDFS_META_PASSWORD
+    #[arg(long, value_name = "NAME", env = "SHARDFS_META_USER")]
+    pub meta_user: Option<String>,
+    /// File with the password of --meta-user
+    #[arg(long, value_name = "FILE", env = "SHARDFS_META_PASSWORD_FILE")]
+    pub meta_password_file: Option<PathBuf>,
     /// Memory for cached blocks of all shards, such as 512MiB [default: 256MiB]
     #[arg(long, value_name = "BYTES", env = "SHARDFS_BLOCK_CACHE")]
     pub block_cache: Option<String>,
@@ -106,7 +121,8 @@ pub struct Args {
 
 const EXAMPLES: &str = "\
 Examples:
-  shardfs-node --id node-1 --data-dir /var/lib/shardfs --meta http://10.0.0.5:7500 --listen 10.0.0.11:7400
+  shardfs-node --id node-1 --data-dir /var/lib/shardfs --listen 10.0.0.11:7400 \
+    --meta etcd://10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379
   shardfs-node --config /etc/shardfs/node.yaml
 
 For a whole cluster on one machine, use `shardfs dev up`.";
@@ -123,6 +139,11 @@ pub struct File {
     advertise: Option<String>,
     http: Option<String>,
     meta: Option<String>,
+    meta_ca_file: Option<PathBuf>,
+    meta_cert_file: Option<PathBuf>,
+    meta_key_file: Option<PathBuf>,
+    meta_user: Option<String>,
+    meta_password_file: Option<PathBuf>,
     block_cache: Option<String>,
     write_buffer: Option<String>,
     open_shards: Option<usize>,
@@ -153,7 +174,7 @@ pub struct NodeConfig {
     /// HTTP.
     pub http: Option<SocketAddr>,
     /// The metadata store.
-    pub meta: String,
+    pub meta: MetaSettings,
     /// Bytes of the block cache.
     pub block_cache_bytes: u64,
     /// Bytes of write buffers.
@@ -175,13 +196,16 @@ pub struct NodeConfig {
 }
 
 impl NodeConfig {
-    /// Reads the file that `args` name, if any, and puts the layers together.
+    /// Reads the file that `args` name, if any, and puts the layers together. Files that the settings name must be
+    /// there.
     pub fn load(args: Args) -> Result<NodeConfig> {
         let file = match &args.config {
             Some(path) => read(path)?,
             None => File::default(),
         };
-        resolve(args, file)
+        let config = resolve(args, file)?;
+        config.meta.check().context("--meta")?;
+        Ok(config)
     }
 }
 
@@ -204,11 +228,14 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         .context("no node id: give --id, NODE_ID or `id:`")?;
     let data_dir =
         args.data_dir.or(file.data_dir).context("no data folder: give --data-dir or `data_dir:`")?;
-    let meta = args.meta.or(file.meta).context("no metadata store: give --meta or `meta:`")?;
-    ListenAddr::from_str(&meta)
-        .or_else(|e| if meta.starts_with("http://") { Ok(ListenAddr::Unix(PathBuf::new())) } else { Err(e) })
-        .map_err(anyhow::Error::msg)
-        .context("--meta")?;
+    let meta = MetaSettings {
+        address: args.meta.or(file.meta).context("no metadata store: give --meta or `meta:`")?,
+        ca_file: args.meta_ca_file.or(file.meta_ca_file),
+        cert_file: args.meta_cert_file.or(file.meta_cert_file),
+        key_file: args.meta_key_file.or(file.meta_key_file),
+        user: args.meta_user.or(file.meta_user),
+        password_file: args.meta_password_file.or(file.meta_password_file),
+    };
     let bytes = |name: &str, flag: Option<String>, file: Option<String>, default: u64| match flag.or(file) {
         Some(text) => parse_bytes(&text).with_context(|| format!("--{name}")),
         None => Ok(default),
@@ -362,7 +389,7 @@ mod tests {
         assert!(format!("{:#}", resolve(bad, File::default()).unwrap_err()).contains("--listen"));
         let mut bad = needed();
         bad.meta = Some("ftp:x".into());
-        assert!(resolve(bad, File::default()).is_err());
+        assert!(format!("{:#}", NodeConfig::load(bad).unwrap_err()).contains("--meta"));
         let mut bad = needed();
         bad.block_cache = Some("1KiB".into());
         assert!(resolve(bad, File::default()).is_err());

@@ -21,7 +21,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, CatalogParts};
 use crate::cluster::bootstrap;
-use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::heartbeat::{self, Heart};
 use crate::cluster::lease::{self, Lease};
 use crate::cluster::records::{self, FORMAT, NodeRecord};
@@ -82,9 +81,8 @@ impl Node {
         let lock = claim(&config.data_dir)?;
         raise_file_limit();
         let (listeners, addresses, http_listener) = bind(&config).await?;
-        let store: Arc<dyn MetaStore> =
-            Arc::new(EmbeddedStore::new(&config.meta).with_context(|| format!("--meta {}", config.meta))?);
-        let cluster_id = reach(&*store, &config.meta).await;
+        let store: Arc<dyn MetaStore> = config.meta.connect().context("--meta")?;
+        let cluster_id = reach(&*store, &config.meta.address).await;
 
         let record = NodeRecord {
             v: FORMAT,

@@ -23,7 +23,6 @@ use rustix::process::{Pid, Signal};
 use shardfs_proto::types::NodeId;
 use tokio::signal::unix::SignalKind;
 
-use crate::cluster::embedded::EmbeddedStore;
 use crate::cluster::records::{self, DeathRecord, FORMAT};
 use crate::cluster::store::{MetaStore, Txn};
 use crate::config::NodeConfig;
@@ -134,8 +133,7 @@ async fn watch(config: &NodeConfig) -> Result<ExitStatus> {
             let _ = rustix::process::kill_process(pid, signal);
         }
     };
-    let store = EmbeddedStore::new(&config.meta).with_context(|| format!("--meta {}", config.meta))?;
-    let store: Arc<dyn MetaStore> = Arc::new(store);
+    let store: Arc<dyn MetaStore> = config.meta.connect().context("--meta")?;
     // A connection that stands: what it takes to make one would delay the record.
     let warm = {
         let (store, key) = (store.clone(), records::death_key(&config.id));
