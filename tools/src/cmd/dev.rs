@@ -6,14 +6,15 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use clap::{Subcommand, ValueEnum};
+use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
+use shardfs_node::cluster::connect::MetaSettings;
 use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::clock;
 
 use crate::context::{Context, DEV_FOLDER};
 use crate::devcluster::control::{ClusterStatus, KillSignal, Request};
-use crate::devcluster::launch::{self, Outcome, Wanted};
+use crate::devcluster::launch::{self, Outcome, Wanted, WantedMeta};
 use crate::devcluster::member::MOUNT;
 use crate::devcluster::state::{Layout, Settings, VolumeKind};
 use crate::failure::{Failure, Result};
@@ -45,13 +46,13 @@ pub struct Args {
 #[derive(Subcommand, Debug)]
 enum Command {
     /// Start a cluster: nodes, metadata store, mount
-    Up(UpArgs),
+    Up(Box<UpArgs>),
     /// Stop it, in order; the data stays
     Down {
-        /// Even if the mount is in use: it is detached
+        /// Even if the mount is in use: it is detached. With --delete, even if the etcd with its records does not answer
         #[arg(long, short)]
         force: bool,
-        /// Then delete the cluster and everything in it
+        /// Then delete the cluster and everything in it; from an etcd its own records, and no other cluster's
         #[arg(long)]
         delete: bool,
         /// Do not ask (with --delete)
@@ -82,12 +83,6 @@ enum Command {
     Supervise,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Meta {
-    /// A small store on disk, held by the supervisor
-    Embedded,
-}
-
 #[derive(clap::Args, Debug)]
 #[command(
     after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as \
@@ -100,7 +95,8 @@ Logs: DIR/logs/. Programs: shardfs-node and shardfsd beside this one, in PATH, o
 Examples:
   shardfs dev up --mount ./mnt                       three nodes, in ./.shardfs
   shardfs dev up --dir /srv/c --nodes 5 --mount /mnt/c
-  shardfs dev up --volumes dir --nodes 1             no root needed; not mounted"
+  shardfs dev up --volumes dir --nodes 1             no root needed; not mounted
+  shardfs dev up --meta etcd://127.0.0.1:2379        its records in an etcd that runs already"
 )]
 struct UpArgs {
     /// Where to mount it (made if it is not there) [default: as before; a new cluster: nowhere]
@@ -115,9 +111,25 @@ struct UpArgs {
     /// What the volumes are [default: loop as root, else dir]
     #[arg(long, value_enum)]
     volumes: Option<VolumeKind>,
-    /// The metadata store
-    #[arg(long, value_enum, default_value = "embedded")]
-    meta: Meta,
+    /// The metadata store: embedded (held by the supervisor), or etcd://HOST:PORT[,HOST:PORT...], or etcds://... for an etcd
+    /// with TLS; one etcd holds one cluster [default: as before; a new cluster: embedded]
+    #[arg(long, value_name = "STORE")]
+    meta: Option<String>,
+    /// Who signed the certificates of etcds://, in PEM [default: whom this machine trusts]
+    #[arg(long, value_name = "FILE", requires = "meta")]
+    meta_ca_file: Option<PathBuf>,
+    /// Certificate to show to etcds://, in PEM; needs --meta-key-file
+    #[arg(long, value_name = "FILE", requires = "meta")]
+    meta_cert_file: Option<PathBuf>,
+    /// Key of --meta-cert-file, in PEM
+    #[arg(long, value_name = "FILE", requires = "meta")]
+    meta_key_file: Option<PathBuf>,
+    /// User of etcd; its password is in --meta-password-file or in SHARDFS_META_PASSWORD
+    #[arg(long, value_name = "NAME", requires = "meta")]
+    meta_user: Option<String>,
+    /// File with the password of --meta-user
+    #[arg(long, value_name = "FILE", requires = "meta")]
+    meta_password_file: Option<PathBuf>,
     /// Size of each loop volume, sparse [default: 4GiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     volume_size: Option<u64>,
@@ -140,7 +152,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let dir = cluster_dir(context)?;
     let layout = Layout::new(&dir);
     match args.command {
-        Command::Up(args) => up(&layout, args, context).await,
+        Command::Up(args) => up(&layout, *args, context).await,
         Command::Down { force, delete, yes } => down(&layout, force, delete, yes).await,
         Command::Status { json } => {
             let status = launch::status(&layout).await?;
@@ -179,7 +191,7 @@ fn say(text: String) -> Result<()> {
 }
 
 async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
-    let Meta::Embedded = args.meta;
+    let meta = wanted_meta(&args)?;
     let mount = match &args.mount {
         Some(mount) => {
             if let Some(parent) = std::path::absolute(mount).ok().and_then(|m| m.parent().map(Path::to_owned))
@@ -194,6 +206,7 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
         mount,
         no_mount: args.no_mount,
         nodes: args.nodes,
+        meta,
         volumes: args.volumes,
         volume_size_bytes: args.volume_size,
         volumes_per_node: args.volumes_per_node,
@@ -238,6 +251,35 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
         }
         Outcome::Ended => say("stopped".to_owned()),
     }
+}
+
+/// The metadata store that is asked for, with absolute paths: the processes that use them start elsewhere.
+fn wanted_meta(args: &UpArgs) -> Result<Option<WantedMeta>> {
+    let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
+    let Some(address) = &args.meta else { return Ok(None) };
+    let settings = MetaSettings {
+        address: address.clone(),
+        ca_file: absolute(&args.meta_ca_file)?,
+        cert_file: absolute(&args.meta_cert_file)?,
+        key_file: absolute(&args.meta_key_file)?,
+        user: args.meta_user.clone(),
+        password_file: absolute(&args.meta_password_file)?,
+    };
+    if address == "embedded" {
+        if settings != MetaSettings::of("embedded") {
+            return Err(Failure::usage(
+                "--meta embedded takes none of the other --meta flags: they are for an etcd",
+            ));
+        }
+        return Ok(Some(WantedMeta::Embedded));
+    }
+    if !settings.is_etcd() {
+        return Err(Failure::usage(format!(
+            "--meta {address:?}: there are embedded, etcd://HOST:PORT[,HOST:PORT...] and etcds://..."
+        )));
+    }
+    settings.check().map_err(|e| Failure::usage(format!("--meta: {e:#}")))?;
+    Ok(Some(WantedMeta::Etcd(settings)))
 }
 
 /// Fails if a volume is not served, though its node is up.
@@ -353,7 +395,7 @@ async fn down(layout: &Layout, force: bool, delete: bool, yes: bool) -> Result<(
     }
     let ran = launch::down(layout, force).await?;
     if delete {
-        launch::delete(layout)?;
+        launch::delete(layout, force).await?;
         let dir = layout.dir().display();
         return say(if layout.dir().exists() {
             format!("stopped and deleted the cluster in {dir}; what else is in that folder stays")
@@ -383,6 +425,10 @@ fn describe(status: &ClusterStatus) -> String {
     text.push_str(&format!("folder      {}\n", status.dir.display()));
     if let Some(mount) = &status.mount {
         text.push_str(&format!("mount       {}\n", mount.display()));
+    }
+    // The embedded store is nobody's business.
+    if status.meta.starts_with("etcd") {
+        text.push_str(&format!("metadata    {}\n", status.meta));
     }
     text.push('\n');
     let mut table = Table::new(&[

@@ -7,6 +7,7 @@ fn dev_cluster(dir: &Path, client_id: &str) -> PathBuf {
     let dir = dir.join(DEV_FOLDER);
     let layout = Layout::new(&dir);
     let settings = Settings {
+        etcd: None,
         nodes: 2,
         volumes: VolumeKind::Dir,
         volume_size_bytes: 1 << 30,

@@ -11,6 +11,8 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use shardfs_node::cluster::bootstrap;
+use shardfs_node::cluster::connect::MetaSettings;
 use shardfs_proto::types::ClientId;
 use tokio::signal::unix::SignalKind;
 use tracing::info;
@@ -18,8 +20,11 @@ use tracing::info;
 use super::cleanup;
 use super::control::{self, ClusterStatus, Reply, Request};
 use super::lock;
+use super::meta;
 use super::process::{self, Identity};
-use super::state::{self, Layout, NODES_MAX, Ports, Processes, Settings, VOLUMES_PER_NODE_MAX, VolumeKind};
+use super::state::{
+    self, EtcdMeta, Layout, NODES_MAX, Ports, Processes, Recorded, Settings, VOLUMES_PER_NODE_MAX, VolumeKind,
+};
 use super::supervisor::{Programs, Supervisor};
 use crate::failure::{Failure, OrFail, Result};
 use crate::system::{self, MountHealth};
@@ -42,6 +47,8 @@ pub struct Wanted {
     pub no_mount: bool,
     /// Number of nodes.
     pub nodes: Option<u32>,
+    /// The metadata store.
+    pub meta: Option<WantedMeta>,
     /// Kind of volumes.
     pub volumes: Option<VolumeKind>,
     /// Bytes of a volume.
@@ -54,6 +61,15 @@ pub struct Wanted {
     pub default_limit_bytes: Option<u64>,
     /// Options for the mount.
     pub mount_options: Vec<String>,
+}
+
+/// A metadata store that is asked for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum WantedMeta {
+    /// The supervisor's own.
+    Embedded,
+    /// An etcd.
+    Etcd(MetaSettings),
 }
 
 /// What a supervisor tells its parent while it starts.
@@ -112,6 +128,14 @@ pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bo
                 VOLUMES_PER_NODE_MAX,
             )?,
             client_id,
+            etcd: match &wanted.meta {
+                None | Some(WantedMeta::Embedded) => None,
+                Some(WantedMeta::Etcd(reached)) => Some(EtcdMeta {
+                    reached: reached.clone(),
+                    cluster_id: bootstrap::random_id(),
+                    recorded: Recorded::No,
+                }),
+            },
             mount: wanted.mount.clone(),
             default_limit_bytes: wanted.default_limit_bytes,
             sockets: layout.choose_sockets(&runtime_dir(root)),
@@ -135,6 +159,18 @@ pub fn plan(layout: &Layout, stored: Option<Settings>, wanted: &Wanted, root: bo
         settings.volumes_per_node.to_string(),
         wanted.volumes_per_node.map(|n| n.to_string()),
     )?;
+    let embedded = || "embedded".to_owned();
+    match (&mut settings.etcd, &wanted.meta) {
+        (_, None) | (None, Some(WantedMeta::Embedded)) => {}
+        // Members come and go; it is the same etcd if it holds this cluster.
+        (Some(etcd), Some(WantedMeta::Etcd(reached))) => etcd.reached = reached.clone(),
+        (None, Some(WantedMeta::Etcd(reached))) => {
+            fixed("--meta", embedded(), Some(reached.address.clone()))?
+        }
+        (Some(etcd), Some(WantedMeta::Embedded)) => {
+            fixed("--meta", etcd.reached.address.clone(), Some(embedded()))?;
+        }
+    }
     let human = crate::size::human;
     fixed("--volume-size", human(settings.volume_size_bytes), wanted.volume_size_bytes.map(human))?;
     let limit = |bytes: u64| human(bytes);
@@ -258,7 +294,12 @@ pub async fn up(
         && fresh
         && let Ok(Some(_lock)) = lock::take(layout)
     {
-        // It is nobody else's by now, and nothing was stored in it yet. Its logs stay: they say why.
+        // It is nobody else's by now, and nothing was stored in it yet. Its logs stay: they say why. What is in etcd is known by
+        // the settings, which the supervisor has written.
+        let settings = layout.read_settings().ok().flatten().unwrap_or(settings);
+        if let Err(e) = meta::delete(&settings).await {
+            crate::output::note(format!("warning: {e}"));
+        }
         if let Err(e) = cleanup::delete(layout, &settings, true) {
             crate::output::note(format!("warning: {e}"));
         }
@@ -497,7 +538,7 @@ pub async fn status(layout: &Layout) -> Result<ClusterStatus> {
         dir: layout.dir().to_owned(),
         supervisor: None,
         uptime_ms: 0,
-        meta: format!("unix:{}", Layout::meta_socket(&settings).display()),
+        meta: settings.meta().address,
         members: members.collect(),
         mount: settings.mount.clone(),
     })
@@ -554,12 +595,20 @@ pub async fn down(layout: &Layout, force: bool) -> Result<bool> {
     Ok(ran)
 }
 
-/// Deletes a cluster that is down.
-pub fn delete(layout: &Layout) -> Result<()> {
+/// Deletes a cluster that is down; its records in an etcd first, which `force` gives up if they cannot be reached.
+pub async fn delete(layout: &Layout, force: bool) -> Result<()> {
     let settings = settings_of(layout)?;
     let Some(_lock) = lock::take(layout)? else {
         return Err(Failure::new("the cluster is being used"));
     };
+    if let Err(failure) = meta::delete(&settings).await {
+        if !force {
+            return Err(
+                failure.hint("`dev down --delete --force` deletes everything else, and leaves those records")
+            );
+        }
+        crate::output::note(format!("warning: the cluster's records stay there: {failure}"));
+    }
     cleanup::delete(layout, &settings, false)
 }
 
@@ -627,6 +676,29 @@ mod tests {
                 "{wanted:?}"
             );
         }
+    }
+
+    #[test]
+    fn an_etcd_stays_an_etcd() {
+        let layout = Layout::new(Path::new("/srv/c"));
+        let etcd = |address: &str| Wanted {
+            meta: Some(WantedMeta::Etcd(MetaSettings::of(address))),
+            ..Wanted::default()
+        };
+        let embedded = Wanted { meta: Some(WantedMeta::Embedded), ..Wanted::default() };
+        let stored = plan(&layout, None, &etcd("etcd://a:1"), true).unwrap();
+        let other = plan(&layout, None, &etcd("etcd://a:1"), true).unwrap();
+        let id = |settings: &Settings| settings.etcd.as_ref().unwrap().cluster_id.clone();
+        assert_ne!(id(&stored), id(&other), "every cluster has an id of its own");
+        assert_eq!(stored.meta().address, "etcd://a:1");
+        assert_eq!(plan(&layout, Some(stored.clone()), &Wanted::default(), true).unwrap(), stored);
+        let moved = plan(&layout, Some(stored.clone()), &etcd("etcd://b:1"), true).unwrap();
+        assert_eq!((id(&moved), moved.meta().address.as_str()), (id(&stored), "etcd://b:1"));
+        let failure = plan(&layout, Some(stored), &embedded, true).unwrap_err();
+        assert_eq!(failure.message(), "the cluster in /srv/c was made with --meta etcd://a:1, not embedded");
+        let stored = plan(&layout, None, &embedded, true).unwrap();
+        assert_eq!(stored.etcd, None);
+        assert!(plan(&layout, Some(stored), &etcd("etcd://a:1"), true).is_err());
     }
 
     #[test]

@@ -85,9 +85,19 @@ impl Member {
             ("--listen", format!("127.0.0.1:{grpc}")),
             ("--listen-unix", socket.clone()),
             ("--http", format!("127.0.0.1:{http}")),
-            ("--meta", format!("unix:{}", Layout::meta_socket(settings).display())),
-            ("--ready-fd", READY_FD.to_owned()),
         ];
+        let meta = settings.meta();
+        let file = |path: Option<std::path::PathBuf>| path.map(|path| path.display().to_string());
+        let meta = [
+            ("--meta", Some(meta.address)),
+            ("--meta-ca-file", file(meta.ca_file)),
+            ("--meta-cert-file", file(meta.cert_file)),
+            ("--meta-key-file", file(meta.key_file)),
+            ("--meta-user", meta.user),
+            ("--meta-password-file", file(meta.password_file)),
+        ];
+        args.extend(meta.into_iter().filter_map(|(flag, value)| Some((flag, value?))));
+        args.push(("--ready-fd", READY_FD.to_owned()));
         if let Some(bytes) = settings.default_limit_bytes {
             args.push(("--default-limit", bytes.to_string()));
         }

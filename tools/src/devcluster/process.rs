@@ -15,6 +15,16 @@ use tokio::io::{AsyncReadExt, Interest};
 
 use crate::failure::{Failure, Result};
 
+/// By which a node is told of its metadata store, apart from its arguments.
+const META_VARIABLES: [&str; 6] = [
+    "SHARDFS_META",
+    "SHARDFS_META_CA_FILE",
+    "SHARDFS_META_CERT_FILE",
+    "SHARDFS_META_KEY_FILE",
+    "SHARDFS_META_USER",
+    "SHARDFS_META_PASSWORD_FILE",
+];
+
 /// Who a process is.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Identity {
@@ -191,6 +201,11 @@ pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio
     let log = File::options().create(true).append(true).open(log)?;
     let mut command = Command::new(program);
     command.args(args).stdin(ready).stdout(log.try_clone()?).stderr(log).process_group(0);
+    // What a node is to know of its metadata store stands in its arguments; what was left in the environment would add
+    // to it. The password stands nowhere else.
+    for variable in META_VARIABLES {
+        command.env_remove(variable);
+    }
     inherit_only_stdio(&mut command);
     // Dropping the handle neither kills nor reaps: `Watched` does the latter.
     let child = command.spawn()?;

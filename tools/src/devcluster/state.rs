@@ -6,7 +6,7 @@
 //! DIR/cluster.json        settings
 //! DIR/run/lock            held by the supervisor
 //! DIR/run/processes.json  processes that were started and may run
-//! DIR/meta/               the metadata store
+//! DIR/meta/               the metadata store, if it is the embedded one
 //! DIR/volumes/vol-N.img   backing files (loop), or folders vol-N (dir)
 //! DIR/nodes/node-N/       the nodes' data; volumes are mounted below it
 //! DIR/logs/NAME.log       what each process said
@@ -22,6 +22,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use shardfs_node::cluster::connect::MetaSettings;
 use shardfs_proto::types::ClientId;
 
 use super::process::Identity;
@@ -81,6 +82,30 @@ pub struct Ports {
     pub http: BTreeMap<String, u16>,
 }
 
+/// An etcd that holds a cluster's records.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct EtcdMeta {
+    /// How it is reached. May be changed: by its id the cluster is known.
+    #[serde(flatten)]
+    pub reached: MetaSettings,
+    /// The id under which the cluster is recorded there; made with the settings.
+    pub cluster_id: String,
+    /// Whether it is.
+    pub recorded: Recorded,
+}
+
+/// Whether a cluster is recorded in its etcd.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recorded {
+    /// Not yet.
+    No,
+    /// That was begun, and may be done.
+    Begun,
+    /// It is: an etcd without it is not the right one.
+    Done,
+}
+
 /// What a cluster was made with. Node and volume counts can grow by a later `dev up`, never shrink.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Settings {
@@ -94,6 +119,9 @@ pub struct Settings {
     pub volumes_per_node: u32,
     /// The mount's client id, and the default of commands.
     pub client_id: ClientId,
+    /// The etcd with the cluster's records; `None`: the supervisor keeps them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub etcd: Option<EtcdMeta>,
     /// Where the cluster is mounted; `None`: nowhere.
     pub mount: Option<PathBuf>,
     /// Limit of new shards that ask for none; `None`: the volume's room.
@@ -132,6 +160,14 @@ impl Settings {
             Some(place) => (Some(place.path), place.options),
             None => (None, Vec::new()),
         };
+    }
+
+    /// Where the metadata store is.
+    pub fn meta(&self) -> MetaSettings {
+        match &self.etcd {
+            Some(etcd) => etcd.reached.clone(),
+            None => MetaSettings::of(format!("unix:{}", Layout::meta_socket(self).display())),
+        }
     }
 
     /// The nodes' names in order.
@@ -241,7 +277,7 @@ impl Layout {
         settings.sockets.join(format!("{node}.sock"))
     }
 
-    /// The socket of the metadata store.
+    /// The socket of the embedded metadata store.
     pub fn meta_socket(settings: &Settings) -> PathBuf {
         settings.sockets.join("meta.sock")
     }
@@ -475,6 +511,11 @@ mod tests {
             volume_size_bytes: 4 << 30,
             volumes_per_node: 2,
             client_id: ClientId::new("default").unwrap(),
+            etcd: Some(EtcdMeta {
+                reached: MetaSettings::of("etcd://a:1"),
+                cluster_id: "c".to_owned(),
+                recorded: Recorded::Begun,
+            }),
             mount: Some(PathBuf::from("/mnt/x y")),
             default_limit_bytes: Some(2 << 30),
             sockets: PathBuf::from("/run/shardfs-1"),

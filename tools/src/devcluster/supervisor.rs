@@ -1,4 +1,4 @@
-//! The supervisor: holds the metadata store, starts nodes and the mount, watches them, answers the control socket.
+//! The supervisor: holds the metadata store (unless that is an etcd), starts nodes and the mount, watches them, answers the control socket.
 //!
 //! One loop owns all state; tasks (one for each process's end, one for each start, one for each connection) only
 //! send it events through a bounded channel. A process that ends unexpectedly is started again after a growing
@@ -86,7 +86,8 @@ pub struct Supervisor {
     mount_failure: Option<Failure>,
     /// Held for life; released by the kernel when the process ends, however it ends.
     _lock: File,
-    _meta: embedded_server::Handle,
+    /// The embedded metadata store, if it is that one.
+    _meta: Option<embedded_server::Handle>,
 }
 
 impl Supervisor {
@@ -103,10 +104,13 @@ impl Supervisor {
         choose_ports(&mut settings, &old);
         layout.write_settings(&settings)?;
 
-        progress("starting the metadata store");
+        match &settings.etcd {
+            Some(etcd) => progress(&format!("looking into {}", etcd.reached.address)),
+            None => progress("starting the metadata store"),
+        }
         let listener = listen::bind(&Layout::control_socket(&settings))?;
         let meta = super::meta::serve(&layout, &settings).await?;
-        super::meta::bootstrap(&layout, &settings).await?;
+        super::meta::bootstrap(&layout, &mut settings).await?;
 
         let (events, inbox) = mpsc::channel(EVENTS_MAX);
         let mut supervisor = Supervisor {
@@ -597,7 +601,7 @@ impl Supervisor {
             dir: self.layout.dir().to_owned(),
             supervisor: self.processes.supervisor.clone(),
             uptime_ms: self.started.elapsed().as_millis() as u64,
-            meta: format!("unix:{}", Layout::meta_socket(&self.settings).display()),
+            meta: self.settings.meta().address,
             members: order.filter_map(|name| self.members.get(name)).map(Member::status).collect(),
             mount: self.settings.mount.clone(),
         }
