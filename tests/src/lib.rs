@@ -1,6 +1,7 @@
 //! What the end-to-end tests share: real clusters in temporary folders, real mounts, real programs.
 //!
 //! - [`cluster`]: starts `shardfs dev up`, and gives its mount, its command line and a client;
+//! - [`etcd`]: a metadata store of its own for a cluster;
 //! - [`guard`]: takes a cluster down again, whatever becomes of the test;
 //! - [`run`]: other programs, with deadlines and readable failures;
 //! - [`tree`]: trees of files that look like real ones;
@@ -11,6 +12,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod etcd;
 pub mod guard;
 pub mod process;
 pub mod run;

@@ -94,7 +94,13 @@ fn crates_depend_only_downwards() {
 
 #[test]
 fn big_dependencies_have_one_crate() {
-    for (name, home) in [("rocksdb", "node"), ("fuser", "fsd"), ("redb", "node"), ("indicatif", "tools")] {
+    for (name, home) in [
+        ("rocksdb", "node"),
+        ("fuser", "fsd"),
+        ("redb", "node"),
+        ("etcd-client", "node"),
+        ("indicatif", "tools"),
+    ] {
         for folder in ["proto", "node", "fsd", "tools", "tests"] {
             assert!(
                 folder == home || !dependencies(folder).contains(name),
@@ -125,6 +131,13 @@ fn fuser_stays_in_its_files() {
 #[test]
 fn redb_stays_in_the_embedded_store() {
     assert_eq!(strays("node", "redb", &["node/src/cluster/embedded_server"]), [""; 0]);
+}
+
+#[test]
+fn etcd_stays_in_its_store() {
+    let home = "node/src/cluster/etcd";
+    assert_eq!(strays("node", "etcd_client", &[home]), [""; 0]);
+    assert!(sources("node").iter().any(|(path, text)| path.starts_with(home) && names(text, "etcd_client")));
 }
 
 #[test]
