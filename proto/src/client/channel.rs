@@ -32,6 +32,12 @@ const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 32 << 20;
 /// A peer that is silent to pings for so long is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// A node that has not answered a call for so long is asked for a sign of life, and then this often again.
+const PROBE_AFTER: Duration = Duration::from_millis(300);
+/// See [`PROBE_AFTER`].
+const PROBE_PAUSE: Duration = Duration::from_secs(1);
+/// Without a sign of life for so long, a node is given up for the call.
+const PROBE_WAIT_MAX: Duration = Duration::from_millis(300);
 
 /// One node's gRPC clients.
 #[derive(Clone)]
@@ -70,6 +76,15 @@ impl Node {
         let mut admin = self.admin();
         let call = admin.get_status(self.request(GetStatusRequest {}));
         matches!(tokio::time::timeout(within, call).await, Ok(Ok(_)))
+    }
+
+    /// Ends when the node shows no sign of life any more. Slow calls of a process that runs are waited for, those of one that
+    /// is stopped or cut off are not.
+    pub(super) async fn silent(&self) {
+        tokio::time::sleep(PROBE_AFTER).await;
+        while self.probe(PROBE_WAIT_MAX).await {
+            tokio::time::sleep(PROBE_PAUSE).await;
+        }
     }
 }
 

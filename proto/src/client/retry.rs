@@ -127,6 +127,7 @@ impl Client {
             Target::Shard(shard) => self.route(shard).await?,
         };
         let endpoint = node.endpoint.clone();
+        let asked = node.clone();
         let answer = async {
             let call = tokio::time::timeout(attempt_max, async {
                 if let Target::Shard(shard) = target
@@ -137,19 +138,27 @@ impl Client {
                 attempt(Attempt { node, epoch, number }).await
             });
             match target {
-                Target::Any => Some(call.await),
+                Target::Any => tokio::select! {
+                    answer = call => Ok(answer),
+                    () = asked.silent() => Err("is silent"),
+                },
                 Target::Shard(shard) => tokio::select! {
-                    answer = call => Some(answer),
-                    () = self.moved(shard, epoch) => None,
+                    answer = call => Ok(answer),
+                    () = self.moved(shard, epoch) => Err("is silent, and the shard has moved"),
                 },
             }
         };
         let error = match answer.await {
-            Some(Ok(Ok(answer))) => return Ok(answer),
-            Some(Ok(Err(status))) => answered(&status, &endpoint, target),
-            None => return Err(Error::unavailable(format!("{endpoint} is silent, and the shard has moved"))),
-            Some(Err(_)) => {
+            Ok(Ok(Ok(answer))) => return Ok(answer),
+            Ok(Ok(Err(status))) => answered(&status, &endpoint, target),
+            Ok(Err(_)) => {
                 Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
+            }
+            Err(why) => {
+                if let Target::Any = target {
+                    self.inner.routes.rotate(&endpoint);
+                }
+                return Err(Error::unavailable(format!("{endpoint} {why}")));
             }
         };
         if error.is_retryable() {

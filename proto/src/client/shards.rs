@@ -44,7 +44,11 @@ impl Client {
                     Some(Ok(node)) => node,
                     Some(Err(_)) | None => attempt.node,
                 };
-                node.storage().new_shard(node.request(request.clone())).await
+                // Not the node of the attempt, so it is watched here.
+                tokio::select! {
+                    answer = async { node.storage().new_shard(node.request(request.clone())).await } => answer,
+                    () = node.silent() => Err(tonic::Status::unavailable(format!("{} is silent", node.endpoint))),
+                }
             })
             .await?;
         self.learned(shard.into_inner())
