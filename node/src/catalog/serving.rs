@@ -71,6 +71,21 @@ impl Served {
         })
     }
 
+    /// What is behind an error of a shard's files: that the volume is no longer this node's, if that is so.
+    async fn behind(&self, error: Error) -> Error {
+        let proof = match self.provider.as_str() {
+            "dir" => self.room().confirm().map_or(Ok(()), |_| {
+                Err(Error::unavailable(format!("volume {} may be another node's by now", self.id)))
+            }),
+            _ => self.barrier.pass().await,
+        };
+        match (proof, error.shard()) {
+            (Ok(()), _) => error,
+            (Err(lost), Some(shard)) => lost.with_shard(shard).with_retry_after_ms(20),
+            (Err(lost), None) => lost.with_retry_after_ms(20),
+        }
+    }
+
     /// Why the volume can no longer be written, if that is so.
     pub(super) fn lost(&self) -> Option<Error> {
         self.barrier.failed()
@@ -270,6 +285,26 @@ impl Catalog {
         self.serving.troubles.lock().remove(&record.id);
         self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
         Ok(())
+    }
+
+    /// The error to answer instead of one that says that a shard's files cannot be read or written. Those of a volume that was
+    /// fenced cannot: its callers go to where it is served now.
+    pub async fn behind(&self, error: Error) -> Error {
+        if !matches!(error.reason(), Reason::Io | Reason::Corrupt) {
+            return error;
+        }
+        let Some(shard) = error.shard() else { return error };
+        let Some(kept) = self.parts.view.shard(shard) else { return error };
+        match self.serving.get(&kept.record.volume) {
+            Some(served) => served.behind(error).await,
+            None => Error::unavailable(format!(
+                "volume {} is no longer served by this node ({})",
+                kept.record.volume,
+                error.message()
+            ))
+            .with_shard(shard)
+            .with_retry_after_ms(20),
+        }
     }
 
     /// Waits until every volume of this node was attached or found not to be usable.

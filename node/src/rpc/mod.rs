@@ -41,7 +41,7 @@ use tonic::{Code, Response, Status};
 use tonic_health::server::HealthReporter;
 use tower::util::MapResponseLayer;
 
-use crate::catalog::{Catalog, DamageList};
+use crate::catalog::Catalog;
 use crate::shard::{Mutation, ReadView, Shard};
 
 /// Bytes that a read may copy on an async thread: one chunk, which takes tens of microseconds.
@@ -195,7 +195,10 @@ impl Services {
         call: impl Future<Output = Result<T>>,
     ) -> Result<Response<T>, Status> {
         let observation = self.observe(method);
-        let outcome = guarded(method, call).await;
+        let outcome = match guarded(method, call).await {
+            Ok(answer) => Ok(answer),
+            Err(error) => Err(self.catalog.behind(error).await),
+        };
         observation.end(&outcome);
         outcome.map(Response::new).map_err(|error| status::to_status(&error))
     }
@@ -208,15 +211,18 @@ impl Services {
     ) -> Result<Response<S>, Status> {
         let observation = self.observe(method);
         let failed = observation.clone();
-        guarded(method, call(observation)).await.map(Response::new).map_err(|error| {
-            failed.failed(&error);
-            status::to_status(&error)
-        })
+        match guarded(method, call(observation)).await {
+            Ok(stream) => Ok(Response::new(stream)),
+            Err(error) => {
+                let error = failed.behind(error).await;
+                failed.failed(&error);
+                Err(status::to_status(&error))
+            }
+        }
     }
 
     fn observe(&self, method: &'static str) -> Observation {
-        let damage = Arc::clone(self.catalog.damage());
-        Observation::begin(self.observer.clone(), damage, method)
+        Observation::begin(self.observer.clone(), Some(self.catalog.clone()), method)
     }
 
     /// The shard that a call is about, if the caller may use it here.
@@ -263,16 +269,29 @@ struct Observation(Arc<Observed>);
 
 struct Observed {
     observer: Arc<dyn CallObserver>,
-    damage: Arc<DamageList>,
+    /// None only where there is nothing to tell it.
+    catalog: Option<Arc<Catalog>>,
     method: &'static str,
     started: Instant,
     code: parking_lot::Mutex<Option<Code>>,
 }
 
 impl Observation {
-    fn begin(observer: Arc<dyn CallObserver>, damage: Arc<DamageList>, method: &'static str) -> Observation {
+    fn begin(
+        observer: Arc<dyn CallObserver>,
+        catalog: Option<Arc<Catalog>>,
+        method: &'static str,
+    ) -> Observation {
         let code = parking_lot::Mutex::new(None);
-        Observation(Arc::new(Observed { observer, damage, method, started: clock::monotonic(), code }))
+        Observation(Arc::new(Observed { observer, catalog, method, started: clock::monotonic(), code }))
+    }
+
+    /// What to answer instead of an error; see [`Catalog::behind`].
+    async fn behind(&self, error: Error) -> Error {
+        match &self.0.catalog {
+            Some(catalog) => catalog.behind(error).await,
+            None => error,
+        }
     }
 
     fn end<T>(self, outcome: &Result<T>) {
@@ -287,7 +306,9 @@ impl Observation {
     }
 
     fn failed(&self, error: &Error) {
-        self.0.damage.note_error(self.0.method, error);
+        if let Some(catalog) = &self.0.catalog {
+            catalog.damage().note_error(self.0.method, error);
+        }
         self.end_with(status::code(error.reason()));
     }
 

@@ -502,6 +502,10 @@ fn placeholder() -> Key {
 impl Producer for Gets {
     type Message = wire::BatchGetReply;
 
+    fn wanted_back(&self) -> bool {
+        self.view.is_wanted_back()
+    }
+
     fn turn(&mut self, out: &mut Vec<wire::BatchGetReply>) -> Result<Turn> {
         let mut bytes = 0;
         while bytes < GET_TURN_BYTES_MAX && out.len() < GET_GROUP_KEYS {
@@ -518,6 +522,8 @@ impl Producer for Gets {
                 Ok(get_reply(value.record.meta(value.inode, self.view.chunk_bytes()), content))
             });
             let outcome = match outcome {
+                // Not of this key alone: the device fails, or is another node's.
+                Err(error) if error.reason() == Reason::Io => return about(self.view.shard_id(), Err(error)),
                 Ok(reply) => {
                     bytes += reply.value.len();
                     wire::batch_get_reply::Outcome::Found(reply)
@@ -623,6 +629,10 @@ fn split(message: wire::ListReply, out: &mut Vec<wire::ListReply>) {
 
 impl Producer for Lines {
     type Message = wire::ListReply;
+
+    fn wanted_back(&self) -> bool {
+        self.view.is_wanted_back()
+    }
 
     fn turn(&mut self, out: &mut Vec<wire::ListReply>) -> Result<Turn> {
         let shard = self.view.shard_id();

@@ -16,6 +16,8 @@ use super::{Observation, panicked};
 
 /// Batches that wait in the channel: the next is made while one is sent.
 const BATCHES_AHEAD: usize = 1;
+/// How often is looked, while a client reads slowly, whether the shard is wanted back.
+const WANTED_BACK_LOOK: std::time::Duration = std::time::Duration::from_millis(50);
 
 /// What a producer's turn brought.
 pub(super) enum Turn {
@@ -31,6 +33,8 @@ pub(super) trait Producer: Send + 'static {
     type Message: Send + 'static;
     /// Appends messages: a bounded number of bounded bytes, perhaps none. May block on a disk.
     fn turn(&mut self, out: &mut Vec<Self::Message>) -> Result<Turn>;
+    /// Whether what it reads is wanted back: the stream ends then, and its client goes on elsewhere.
+    fn wanted_back(&self) -> bool;
 }
 
 /// A streamed answer.
@@ -48,9 +52,16 @@ pub(super) fn answer<P: Producer>(
     observation: Observation,
 ) -> Answer<P::Message> {
     let (sender, batches) = mpsc::channel(BATCHES_AHEAD);
+    let observed = observation.clone();
     tokio::spawn(async move {
         let mut producer = producer;
         loop {
+            if producer.wanted_back() {
+                // The reader may take its time.
+                drop(producer);
+                let _ = sender.send(Err(moved())).await;
+                return;
+            }
             let turn = tokio::task::spawn_blocking(move || {
                 let mut out = Vec::new();
                 let turn = producer.turn(&mut out);
@@ -62,21 +73,60 @@ pub(super) fn answer<P: Producer>(
                 return;
             };
             producer = back;
-            if !out.is_empty() && sender.send(Ok(out)).await.is_err() {
-                return;
+            if !out.is_empty() {
+                match send(&sender, out, producer).await {
+                    Some(back) => producer = back,
+                    None => return,
+                }
             }
             match turn {
                 Ok(Turn::More) if sender.is_closed() => return,
                 Ok(Turn::More) => {}
                 Ok(Turn::Done) => return,
                 Err(error) => {
-                    let _ = sender.send(Err(error)).await;
+                    let _ = sender.send(Err(observed.behind(error).await)).await;
                     return;
                 }
             }
         }
     });
     Answer { batches, current: Vec::new().into_iter(), observation, ended: false }
+}
+
+/// Sends a batch; `None`: it is not to go on. A client that reads slowly, or not at all, does not keep what is wanted back.
+async fn send<P: Producer>(
+    sender: &mpsc::Sender<Result<Vec<P::Message>, Error>>,
+    batch: Vec<P::Message>,
+    producer: P,
+) -> Option<P> {
+    let mut batch = Some(batch);
+    while !producer.wanted_back() {
+        match tokio::time::timeout(WANTED_BACK_LOOK, sender.reserve()).await {
+            Ok(Ok(place)) => {
+                if let Some(batch) = batch.take() {
+                    place.send(Ok(batch));
+                }
+                return Some(producer);
+            }
+            Ok(Err(_)) => return None,
+            Err(_) => {}
+        }
+    }
+    drop(producer);
+    // The end of the channel without the last batch must not look like the end.
+    let sender = sender.clone();
+    let batch = batch.unwrap_or_default();
+    tokio::spawn(async move {
+        if sender.send(Ok(batch)).await.is_ok() {
+            let _ = sender.send(Err(moved())).await;
+        }
+    });
+    None
+}
+
+/// Where a stream ends that is to go on elsewhere.
+fn moved() -> Error {
+    Error::unavailable("the shard is being handed over or opened anew").with_retry_after_ms(20)
 }
 
 /// A streamed answer over messages that are there already.

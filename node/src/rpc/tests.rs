@@ -1,6 +1,6 @@
 //! The parts of the services that need no cluster; whole calls: tests/rpc.rs.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use futures::StreamExt;
 use parking_lot::Mutex;
@@ -65,7 +65,7 @@ async fn panics_become_errors() {
 #[tokio::test]
 async fn every_call_is_observed_once() {
     let seen = Arc::new(Seen::default());
-    let begin = |method| Observation::begin(seen.clone(), Arc::default(), method);
+    let begin = |method| Observation::begin(seen.clone(), None, method);
     begin("ok").end(&Ok(()));
     begin("failed").end::<()>(&Err(Error::not_found("x")));
     drop(begin("gone"));
@@ -86,16 +86,28 @@ struct Count {
     end: u32,
     fail_at: u32,
     panic_at: u32,
+    wanted_back: Arc<AtomicBool>,
 }
 
 impl Count {
     fn to(end: u32) -> Count {
-        Count { next: 0, turns: Arc::default(), end, fail_at: u32::MAX, panic_at: u32::MAX }
+        Count {
+            next: 0,
+            turns: Arc::default(),
+            end,
+            fail_at: u32::MAX,
+            panic_at: u32::MAX,
+            wanted_back: Arc::default(),
+        }
     }
 }
 
 impl Producer for Count {
     type Message = u32;
+
+    fn wanted_back(&self) -> bool {
+        self.wanted_back.load(Ordering::SeqCst)
+    }
 
     fn turn(&mut self, out: &mut Vec<u32>) -> Result<Turn> {
         self.turns.fetch_add(1, Ordering::SeqCst);
@@ -116,8 +128,7 @@ impl Producer for Count {
 
 async fn collect(count: Count) -> (Vec<u32>, Option<Code>, Vec<(&'static str, Code)>) {
     let seen = Arc::new(Seen::default());
-    let answer =
-        stream::answer("Test/Count", count, Observation::begin(seen.clone(), Arc::default(), "Test/Count"));
+    let answer = stream::answer("Test/Count", count, Observation::begin(seen.clone(), None, "Test/Count"));
     let messages: Vec<Result<u32, Status>> = answer.collect().await;
     let code = messages.iter().find_map(|message| message.as_ref().err().map(Status::code));
     let seen = seen.0.lock().clone();
@@ -149,7 +160,7 @@ async fn streams_wait_for_their_reader_and_stop_without_one() {
     let turns = count.turns.clone();
     let seen = Arc::new(Seen::default());
     let mut answer =
-        stream::answer("Test/Count", count, Observation::begin(seen.clone(), Arc::default(), "Test/Count"));
+        stream::answer("Test/Count", count, Observation::begin(seen.clone(), None, "Test/Count"));
     assert_eq!(answer.next().await.unwrap().unwrap(), 0);
     tokio::time::sleep(Duration::from_millis(200)).await;
     let ahead = turns.load(Ordering::SeqCst);
@@ -158,4 +169,31 @@ async fn streams_wait_for_their_reader_and_stop_without_one() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert!(turns.load(Ordering::SeqCst) <= ahead + 1);
     assert_eq!(*seen.0.lock(), [("Test/Count", Code::Cancelled)]);
+}
+
+#[tokio::test]
+async fn what_is_wanted_back_is_let_go_of_though_nobody_reads() {
+    let count = Count::to(u32::MAX);
+    let (held, wanted_back) = (count.turns.clone(), count.wanted_back.clone());
+    let seen = Arc::new(Seen::default());
+    let mut answer =
+        stream::answer("Test/Count", count, Observation::begin(seen.clone(), None, "Test/Count"));
+    assert_eq!(answer.next().await.unwrap().unwrap(), 0);
+    wanted_back.store(true, Ordering::SeqCst);
+    while Arc::strong_count(&held) > 1 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // What was made comes still, without a gap, and then why there is no more.
+    let mut next = 1;
+    let error = loop {
+        match answer.next().await.unwrap() {
+            Ok(number) => {
+                assert_eq!(number, next);
+                next += 1;
+            }
+            Err(status) => break status,
+        }
+    };
+    assert_eq!(error.code(), Code::Unavailable);
+    assert!(answer.next().await.is_none());
 }

@@ -3,6 +3,7 @@
 //! Owns the async face of the executor: every call queues a command or takes a snapshot. A [`Shard`] is
 //! shared by its callers; whoever holds it keeps it open.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -43,6 +44,8 @@ pub struct Shard {
     executor: Executor,
     runtime: Handle,
     me: Weak<Shard>,
+    /// It is to be closed: who reads for long lets go.
+    wanted_back: Arc<AtomicBool>,
 }
 
 impl Shard {
@@ -54,7 +57,13 @@ impl Shard {
         runtime: Handle,
     ) -> Result<Arc<Shard>> {
         let opened = Self::open_parts(id, store, room).map_err(|e| e.with_shard(id))?;
-        Ok(Arc::new_cyclic(|me| Shard { id, executor: opened, runtime, me: Weak::clone(me) }))
+        Ok(Arc::new_cyclic(|me| Shard {
+            id,
+            executor: opened,
+            runtime,
+            me: Weak::clone(me),
+            wanted_back: Arc::default(),
+        }))
     }
 
     fn open_parts(id: ShardId, store: Arc<dyn Store>, room: Arc<dyn Room>) -> Result<Executor> {
@@ -85,6 +94,11 @@ impl Shard {
     /// Whether it must be opened anew before it can be written; see `ShardManager::open`.
     pub fn is_broken(&self) -> bool {
         self.executor.is_broken()
+    }
+
+    /// Asks those who read for long to let go, or takes that back.
+    pub(super) fn want_back(&self, wanted: bool) {
+        self.wanted_back.store(wanted, Ordering::Release);
     }
 
     pub(super) fn runtime(&self) -> &Handle {
@@ -197,7 +211,8 @@ impl Shard {
         // What was the truth at the snapshot may be told at any later time.
         self.confirm().await?;
         let me = self.me.upgrade().ok_or_else(|| Error::unavailable("the shard is closing"))?;
-        Ok(ReadView::new(snapshot, self.executor.header(), Some(me)))
+        Ok(ReadView::new(snapshot, self.executor.header(), Some(me))
+            .with_wanted_back(Arc::clone(&self.wanted_back)))
     }
 
     /// What must be done now and then; `unsynced_max`: the age at which buffered operations are synced.

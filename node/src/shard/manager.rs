@@ -264,9 +264,11 @@ impl ShardManager {
             shard.sync().await?;
         }
         *slot.open.lock() = Weak::new();
+        shard.want_back(true);
         let begun = clock::monotonic();
         while Arc::strong_count(shard) > 1 {
             if clock::monotonic().saturating_duration_since(begun) > LEAVE_WAIT_MAX {
+                shard.want_back(false);
                 *slot.open.lock() = Arc::downgrade(shard);
                 return Err(Error::unavailable(format!(
                     "shard {id} is in use and cannot be closed yet: try again"

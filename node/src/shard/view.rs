@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use shardfs_proto::types::{InodeNo, Result, ShardId};
@@ -22,6 +23,7 @@ pub struct ReadView {
     header: Arc<Header>,
     /// What must not be closed while the view lives.
     _keeps: Option<Arc<dyn Any + Send + Sync>>,
+    wanted_back: Option<Arc<AtomicBool>>,
 }
 
 impl ReadView {
@@ -31,7 +33,17 @@ impl ReadView {
         header: Arc<Header>,
         keeps: Option<Arc<dyn Any + Send + Sync>>,
     ) -> ReadView {
-        ReadView { snapshot, header, _keeps: keeps }
+        ReadView { snapshot, header, _keeps: keeps, wanted_back: None }
+    }
+
+    /// With a flag that says that whoever holds it should let go.
+    pub fn with_wanted_back(self, flag: Arc<AtomicBool>) -> ReadView {
+        ReadView { wanted_back: Some(flag), ..self }
+    }
+
+    /// Whether it should be let go: the shard is to be closed.
+    pub fn is_wanted_back(&self) -> bool {
+        self.wanted_back.as_ref().is_some_and(|flag| flag.load(Ordering::Acquire))
     }
 
     /// The shard.
