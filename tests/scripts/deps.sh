@@ -11,7 +11,7 @@ rust_minor_min=91
 build=(build-essential pkg-config clang libclang-dev protobuf-compiler libprotobuf-dev ca-certificates git
     e2fsprogs fuse3 util-linux mount procps)
 # vim-tiny brings vim.tiny, psmisc fuser(1), attr setfattr(1).
-test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl)
+test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl iproute2)
 # Programs that Debian starts as services when they are installed, and that the tests start by themselves.
 idle=(etcd-server etcd-client)
 

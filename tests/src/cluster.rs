@@ -16,7 +16,9 @@ use serde_json::Value;
 use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::{ClientId, ShardName};
 
+use crate::etcd::Etcd;
 use crate::guard::Guard;
+use crate::network::Network;
 use crate::process::{self, Process};
 use crate::run::described;
 
@@ -44,6 +46,8 @@ pub struct Cluster {
     guard: Option<Guard>,
     /// There is no cluster: the "mount" is a folder of a local file system.
     control: bool,
+    /// Its nodes are in network namespaces of their own.
+    network: Option<Network>,
 }
 
 /// When set, [`Cluster::shared`] is a plain folder: `posix` and `real_use` then show what the local file
@@ -69,7 +73,7 @@ impl Cluster {
         let root = temporary_root();
         fs::create_dir(root.join("mnt")).unwrap();
         Guard::start(&root, Path::new("/nonexistent"), Path::new("")).at_exit();
-        Cluster { root, guard: None, control: true }
+        Cluster { root, guard: None, control: true, network: None }
     }
 
     /// A cluster of the test's own; taken down when it is dropped.
@@ -81,12 +85,34 @@ impl Cluster {
 
     /// Tries to start one, with further arguments for `dev up`.
     pub fn try_start(options: &Options, arguments: &[&str]) -> (Cluster, Output) {
+        let cluster = Cluster::prepare();
+        let output = cluster.up(options, arguments);
+        (cluster, output)
+    }
+
+    /// The folder, and the guard over it; nothing runs yet.
+    fn prepare() -> Cluster {
         let root = temporary_root();
         fs::create_dir(root.join("mnt")).unwrap();
         let guard = Guard::start(&root, &bin_dir(), &bin_dir().join("../test-logs"));
-        let cluster = Cluster { root, guard: Some(guard), control: false };
-        let output = cluster.up(options, arguments);
-        (cluster, output)
+        Cluster { root, guard: Some(guard), control: false, network: None }
+    }
+
+    /// A cluster whose nodes are in network namespaces of their own, with links that can be cut, on an etcd of three members.
+    pub fn start_in_namespaces(options: &Options) -> (Cluster, Etcd) {
+        let mut cluster = Cluster::prepare();
+        let network = Network::new(&cluster.root, options.nodes);
+        let etcd = Etcd::start_members(3, &network.store_hosts());
+        network.wrap_programs(&bin_dir(), &etcd);
+        cluster.network = Some(network);
+        let output = cluster.up(options, &["--meta", &etcd.address()]);
+        assert!(output.status.success(), "{}", described("shardfs dev up", &output));
+        (cluster, etcd)
+    }
+
+    /// The links of its nodes.
+    pub fn network(&self) -> &Network {
+        self.network.as_ref().expect("the cluster was started in namespaces")
     }
 
     /// `dev up`, also of a cluster that was taken down before.
@@ -99,6 +125,9 @@ impl Cluster {
             command.args(["--volume-size", &bytes.to_string()]);
         }
         command.args(arguments);
+        if let Some(network) = &self.network {
+            command.envs(network.programs());
+        }
         self.finish(command)
     }
 
@@ -140,7 +169,15 @@ impl Cluster {
 
     /// Runs a command of the command line, whatever its outcome.
     pub fn cli_output(&self, arguments: &[&str]) -> Output {
-        let mut command = self.cli();
+        let mut command = match &self.network {
+            // Its nodes have no unix sockets, by which `--dir` would reach them.
+            Some(_) if arguments.first() != Some(&"dev") => {
+                let mut command = Command::new(bin_dir().join("shardfs"));
+                command.args(["--endpoints", &self.endpoints().join(",")]).env("NO_COLOR", "1");
+                command
+            }
+            _ => self.cli(),
+        };
         command.args(arguments);
         self.finish(command)
     }
@@ -192,8 +229,11 @@ impl Cluster {
         read_json(&self.dir().join("cluster.json"))
     }
 
-    /// The unix socket of every node.
+    /// The unix socket of every node; its TCP address if it is in a namespace.
     pub fn endpoints(&self) -> Vec<String> {
+        if let Some(network) = &self.network {
+            return network.endpoints();
+        }
         let settings = self.settings();
         let sockets = settings["sockets"].as_str().expect("a folder of sockets").to_owned();
         let nodes = settings["nodes"].as_u64().expect("a number of nodes");

@@ -3,6 +3,8 @@
 //! - [`cluster`]: starts `shardfs dev up`, and gives its mount, its command line and a client;
 //! - [`etcd`]: a metadata store of its own for a cluster;
 //! - [`guard`]: takes a cluster down again, whatever becomes of the test;
+//! - [`linear`]: whether a history of operations is linearisable;
+//! - [`network`]: nodes in network namespaces, whose links can be cut;
 //! - [`run`]: other programs, with deadlines and readable failures;
 //! - [`tree`]: trees of files that look like real ones;
 //! - [`process`]: memory and identity of processes.
@@ -14,6 +16,8 @@
 pub mod cluster;
 pub mod etcd;
 pub mod guard;
+pub mod linear;
+pub mod network;
 pub mod process;
 pub mod run;
 pub mod tree;

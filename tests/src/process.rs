@@ -30,6 +30,23 @@ impl Process {
             .is_ok_and(|c| !c.trim().is_empty())
     }
 
+    /// Who started it.
+    pub fn parent(&self) -> Process {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).expect("the process runs");
+        let fields = stat.rsplit(") ").next().expect("a state and numbers");
+        let pid = fields.split(' ').nth(1).and_then(|pid| pid.parse().ok()).expect("the parent's number");
+        Process { pid, arguments: Vec::new() }
+    }
+
+    /// Kills it at once; one that has ended is no error.
+    pub fn kill(&self) {
+        let pid = rustix::process::Pid::from_raw(self.pid as i32).expect("a number of a process");
+        match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(e) => panic!("kill {}: {e}", self.pid),
+        }
+    }
+
     /// The most memory it ever had resident, in bytes (VmHWM).
     pub fn peak_resident_bytes(&self) -> u64 {
         status_bytes(self.pid, "VmHWM:")
