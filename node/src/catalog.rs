@@ -99,6 +99,7 @@ pub struct LocalShard {
     pub room: Arc<dyn Room>,
     /// What is known of it, without usage.
     pub info: ShardInfo,
+    served: Arc<Served>,
 }
 
 impl Catalog {
@@ -147,6 +148,7 @@ impl Catalog {
             dir: served.shard_dir(id),
             room: served.room(),
             info: self.parts.view.shard_info(&record),
+            served,
         })
     }
 
@@ -159,6 +161,7 @@ impl Catalog {
     ) -> Result<Arc<Shard>> {
         let local = self.local_shard(client, selector, epoch)?;
         let shard = self.parts.manager.open(local.id, &local.dir, local.room).await?;
+        local.served.note_open();
         // A deletion that began meanwhile has closed what was open before, not what was opened since.
         self.local_shard(client, &Selector::Id(local.id), None)?;
         // A crash between sealing a shard and its record: every use shows it.

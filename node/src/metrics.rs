@@ -4,6 +4,7 @@
 //! blocks a call. Gauges of the shards and volumes are read when somebody asks, not kept up to date.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -34,6 +35,12 @@ struct VolumeLabels {
     volume: String,
 }
 
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct TakeoverLabels {
+    volume: String,
+    phase: &'static str,
+}
+
 /// A node's figures.
 pub struct Metrics {
     registry: Registry,
@@ -49,6 +56,7 @@ pub struct Metrics {
     volume_free: Family<VolumeLabels, Gauge>,
     volume_shards: Family<VolumeLabels, Gauge>,
     volume_trouble: Family<VolumeLabels, Gauge>,
+    takeover: Family<TakeoverLabels, Gauge<f64, AtomicU64>>,
 }
 
 /// 20 us to 10 s, doubling: from a read in memory to a stream of a large value.
@@ -76,7 +84,15 @@ impl Metrics {
             registry.register(name, help, family.clone());
             family
         };
+        let takeover: Family<TakeoverLabels, Gauge<f64, AtomicU64>> = Family::default();
+        registry.register_with_unit(
+            "volume_takeover",
+            "How long the phases took by which the volume came to this node last",
+            Unit::Seconds,
+            takeover.clone(),
+        );
         Arc::new(Metrics {
+            takeover,
             open_shards: gauge(&mut registry, "open_shards", "Shards open"),
             block_cache_used: gauge(&mut registry, "block_cache_used_bytes", "Block cache in use"),
             block_cache_capacity: gauge(&mut registry, "block_cache_capacity_bytes", "Block cache"),
@@ -108,6 +124,15 @@ impl Metrics {
             self.volume_free.get_or_create(&labels).set(signed(volume.free_bytes));
             self.volume_shards.get_or_create(&labels).set(volume.shards.into());
             self.volume_trouble.get_or_create(&labels).set((!volume.trouble.is_empty()).into());
+            let Some(times) = volume.takeover else { continue };
+            for (phase, from, to) in [
+                ("election", times.begun_ns, times.elected_ns),
+                ("fence", times.elected_ns, times.fenced_ns),
+                ("mount", times.fenced_ns, times.mounted_ns),
+            ] {
+                let labels = TakeoverLabels { volume: volume.id.to_string(), phase };
+                self.takeover.get_or_create(&labels).set(to.saturating_sub(from) as f64 / 1e9);
+            }
         }
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string does not fail");

@@ -154,6 +154,20 @@ fn an_operator_moves_volumes_and_drains_nodes() {
     assert!(nodes.contains("draining"), "{nodes}");
     fs::write(cluster.mount().join("moved/x"), "y").unwrap();
     cluster.cli_run(&["node", "drain", &now, "--undo"]);
+
+    // What it costs is measured by the phases that every takeover reports.
+    let arguments =
+        ["bench", "failover", "--runs", "1", "--fault", "promote,kill", "--shards", "3", "--json", "-"];
+    let measured: serde_json::Value = serde_json::from_str(&cluster.cli_run(&arguments)).unwrap();
+    for series in measured["series"].as_array().unwrap() {
+        let run = &series["runs_ms"][0];
+        let figure = |name: &str| run[name].as_f64().unwrap();
+        let phases = ["detection", "election", "fence", "mount", "open", "first_write"];
+        let sum: f64 = phases.map(figure).iter().sum();
+        assert!((figure("total") - sum).abs() < 50.0, "the phases make up the whole: {series}");
+    }
+    let left = cluster.cli_run(&["shard", "list"]);
+    assert!(!left.contains("bench"), "{left}");
     cluster.assert_clean("moved");
 }
 

@@ -14,6 +14,7 @@ use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
 use tokio::sync::Notify;
 
 use super::Catalog;
+use super::serving::now_ns;
 use crate::cluster::elect::{self, Outcome};
 use crate::cluster::plan::{self, Action, Health, Local, Observed, Volume};
 use crate::cluster::records::{self, VolumeRecord};
@@ -190,11 +191,12 @@ impl Catalog {
             }
             Action::Detach(_) => self.stand_down(&kept.record).await,
             Action::Elect { volume, from } => {
-                let begun = clock::monotonic();
+                let (begun, begun_ns) = (clock::monotonic(), now_ns());
                 let outcome = elect::elect(store, view, &self.parts.record, kept).await?;
                 if let Outcome::Won(revision, epoch) = outcome {
                     let from = from.as_ref().map_or("nobody", NodeId::as_str);
                     tracing::info!(%volume, %epoch, from, ms = begun.elapsed().as_millis() as u64, "elected");
+                    self.serving.note_won(volume, begun_ns);
                     view.wait_for(revision, SHOWN_WAIT_MAX).await?;
                 }
                 Ok(())

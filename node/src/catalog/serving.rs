@@ -7,11 +7,12 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use parking_lot::Mutex;
-use shardfs_proto::types::cluster::VolumeStatus;
+use shardfs_proto::types::cluster::{Takeover as TakeoverTimes, VolumeStatus};
 use shardfs_proto::types::{Epoch, Error, Reason, Result, ShardId, VolumeId, clock};
 use tokio_util::sync::CancellationToken;
 
@@ -50,6 +51,9 @@ pub struct Served {
     lease: Arc<Lease>,
     view: Arc<View>,
     attached: Mutex<Option<Attached>>,
+    takeover: TakeoverTimes,
+    /// When the first of its shards was open.
+    opened_ns: AtomicU64,
 }
 
 impl Served {
@@ -69,6 +73,18 @@ impl Served {
             // Of a folder nothing keeps a deposed node from writing, so a write proves nothing.
             barrier: (self.provider != "dir").then(|| self.barrier.clone()),
         })
+    }
+
+    /// A shard of it is open.
+    pub(super) fn note_open(&self) {
+        if self.opened_ns.load(Ordering::Relaxed) == 0 {
+            // Of several at once one counts.
+            let _ = self.opened_ns.compare_exchange(0, now_ns(), Ordering::Relaxed, Ordering::Relaxed);
+        }
+    }
+
+    fn takeover(&self) -> TakeoverTimes {
+        TakeoverTimes { opened_ns: self.opened_ns.load(Ordering::Relaxed), ..self.takeover }
     }
 
     /// What is behind an error of a shard's files: that the volume is no longer this node's, if that is so.
@@ -157,6 +173,8 @@ struct Trouble {
 pub(super) struct Serving {
     served: Mutex<BTreeMap<VolumeId, Arc<Served>>>,
     troubles: Mutex<HashMap<VolumeId, Trouble>>,
+    /// Elections that were won, until the volume is served: when they began and when they were won.
+    won: Mutex<HashMap<VolumeId, (u64, u64)>>,
     /// Volumes that this node stands by for.
     standbys: Mutex<BTreeMap<VolumeId, Standby>>,
     /// The first round of attaching is over.
@@ -186,6 +204,11 @@ impl Serving {
     /// Volumes that this node stands by for.
     pub(super) fn standing_by(&self) -> Vec<VolumeId> {
         self.standbys.lock().keys().cloned().collect()
+    }
+
+    /// Notes an election that was won just now.
+    pub(super) fn note_won(&self, id: &VolumeId, begun_ns: u64) {
+        self.won.lock().insert(id.clone(), (begun_ns, now_ns()));
     }
 
     pub(super) fn settle(&self) {
@@ -245,27 +268,31 @@ impl Catalog {
         let takeover = Takeover::new(FenceKey::new(&self.parts.node_id, record.epoch)?, FENCE_WAIT_MAX);
         let standby = self.serving.standbys.lock().remove(&record.id);
         let begun = clock::monotonic();
+        let won = self.serving.won.lock().remove(&record.id);
+        let (begun_ns, elected_ns) = won.unwrap_or_else(|| (now_ns(), now_ns()));
         let (name, work_spec) = (record.provider.clone(), spec.clone());
-        let (attached, fenced_ms, how) = blocking(move || -> Result<(Attached, u64, String)> {
-            let provider = volume::provider(&name)?;
-            fence::required(provider.fence(), &work_spec).or_else(|error| {
-                // One that is not there yet has nobody to be fenced from.
-                if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
-                    Err(error)
-                } else {
-                    Ok(FenceKind::None)
-                }
-            })?;
-            provider.create(&work_spec)?;
-            let standby = match standby {
-                Some(standby) => standby,
-                None => provider.attach_backup(&work_spec)?,
-            };
-            let fenced = provider.fence().acquire(&work_spec, &takeover)?;
-            let (fenced_ms, how) = (fenced.took().as_millis() as u64, fenced.to_string());
-            Ok((provider.promote(&work_spec, standby, fenced)?, fenced_ms, how))
-        })
-        .await?;
+        let (attached, fenced_ms, fenced_ns, how) =
+            blocking(move || -> Result<(Attached, u64, u64, String)> {
+                let provider = volume::provider(&name)?;
+                fence::required(provider.fence(), &work_spec).or_else(|error| {
+                    // One that is not there yet has nobody to be fenced from.
+                    if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
+                        Err(error)
+                    } else {
+                        Ok(FenceKind::None)
+                    }
+                })?;
+                provider.create(&work_spec)?;
+                let standby = match standby {
+                    Some(standby) => standby,
+                    None => provider.attach_backup(&work_spec)?,
+                };
+                let fenced = provider.fence().acquire(&work_spec, &takeover)?;
+                let (fenced_ms, fenced_ns, how) =
+                    (fenced.took().as_millis() as u64, now_ns(), fenced.to_string());
+                Ok((provider.promote(&work_spec, standby, fenced)?, fenced_ms, fenced_ns, how))
+            })
+            .await?;
         tracing::info!(volume = %record.id, epoch = %record.epoch, device = %attached.device,
             root = %attached.root.display(), ms = begun.elapsed().as_millis() as u64, fenced_ms, "serving the volume");
         tracing::debug!(volume = %record.id, how, "fenced");
@@ -281,6 +308,8 @@ impl Catalog {
             lease: self.parts.lease.clone(),
             view: self.parts.view.clone(),
             attached: Mutex::new(Some(attached)),
+            takeover: TakeoverTimes { begun_ns, elected_ns, fenced_ns, mounted_ns: now_ns(), opened_ns: 0 },
+            opened_ns: AtomicU64::new(0),
         };
         self.serving.troubles.lock().remove(&record.id);
         self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
@@ -490,10 +519,17 @@ impl Catalog {
                 source: served.as_ref().map_or(&record.source, |s| &s.device).clone(),
                 mount_point: served.as_ref().map_or_else(String::new, |s| s.root.display().to_string()),
                 trouble,
+                takeover: served.as_ref().map(|s| s.takeover()),
             }
         };
         self.wanted().into_iter().map(status).collect()
     }
+}
+
+/// Nanoseconds since 1970.
+pub(super) fn now_ns() -> u64 {
+    let now = clock::now();
+    u64::try_from(now.seconds()).unwrap_or(0).saturating_mul(1_000_000_000) + u64::from(now.nanos())
 }
 
 /// Unmounts a volume; it is stood by for then.

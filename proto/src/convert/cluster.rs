@@ -2,7 +2,8 @@
 
 use super::{missing, state_from_wire, state_to_wire, time_from_wire, time_to_wire};
 use crate::types::cluster::{
-    CheckItem, CheckSummary, DamagedShard, NodeInfo, NodeStatus, ShardStat, VolumeInfo, VolumeStatus,
+    CheckItem, CheckSummary, DamagedShard, NodeInfo, NodeStatus, ShardStat, Takeover, VolumeInfo,
+    VolumeStatus,
 };
 use crate::types::{Epoch, NodeId, Result, ShardId, VolumeId};
 use crate::wire;
@@ -110,6 +111,13 @@ pub fn node_status_to_wire(s: &NodeStatus) -> wire::NodeStatus {
                 source: v.source.clone(),
                 mount_point: v.mount_point.clone(),
                 trouble: v.trouble.clone(),
+                takeover: v.takeover.map(|t| wire::Takeover {
+                    begun_ns: t.begun_ns,
+                    elected_ns: t.elected_ns,
+                    fenced_ns: t.fenced_ns,
+                    mounted_ns: t.mounted_ns,
+                    opened_ns: t.opened_ns,
+                }),
             })
             .collect(),
         open_shards: s.open_shards,
@@ -147,6 +155,13 @@ pub fn node_status_from_wire(s: wire::NodeStatus) -> Result<NodeStatus> {
                     source: v.source,
                     mount_point: v.mount_point,
                     trouble: v.trouble,
+                    takeover: v.takeover.map(|t| Takeover {
+                        begun_ns: t.begun_ns,
+                        elected_ns: t.elected_ns,
+                        fenced_ns: t.fenced_ns,
+                        mounted_ns: t.mounted_ns,
+                        opened_ns: t.opened_ns,
+                    }),
                 })
             })
             .collect::<Result<_>>()?,

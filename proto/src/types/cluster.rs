@@ -139,6 +139,23 @@ pub struct VolumeStatus {
     pub mount_point: String,
     /// Empty: in order. Else what is wrong.
     pub trouble: String,
+    /// How the node came to serve it; `None` while it does not.
+    pub takeover: Option<Takeover>,
+}
+
+/// When what happened as a node took a volume: nanoseconds since 1970 by its clock.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Takeover {
+    /// The election began, or, for one that was handed over, the node learned of it.
+    pub begun_ns: u64,
+    /// The records say that it is this node's.
+    pub elected_ns: u64,
+    /// Nobody else can write to it any more.
+    pub fenced_ns: u64,
+    /// It is mounted, and calls are answered.
+    pub mounted_ns: u64,
+    /// The first of its shards was open; 0: none yet.
+    pub opened_ns: u64,
 }
 
 /// A node, as it sees itself.

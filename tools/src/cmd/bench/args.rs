@@ -19,6 +19,8 @@ const BLOCK_MAX: u64 = 256 << 20;
 const SECONDS_MAX: u64 = 3_600;
 /// Callers of a row of `kv`: they share one client, whose sessions have a window of about as many calls.
 const CALLERS_MAX: usize = 1_000;
+/// Shards that `failover` may make.
+const SHARDS_MAX: u32 = 10_000;
 /// Values that a row of `kv` may put; bounds what the benchmark remembers of them.
 const VALUES_MAX: u64 = 9_000_000;
 
@@ -39,6 +41,8 @@ pub(super) enum What {
     Tree(TreeArgs),
     /// Values over gRPC: Put, Get, BatchPut, BatchGet on the cluster
     Kv(KvArgs),
+    /// Time without service when a volume moves: its node is killed, frozen, or hands it over
+    Failover(FailoverArgs),
     /// The whole table: small files with 1 and 8 workers, files with fsync, large files, a tree
     All(AllArgs),
 }
@@ -111,6 +115,33 @@ impl Output {
     pub(super) fn seed(&self) -> u64 {
         self.seed.unwrap_or_else(|| fastrand::u64(..))
     }
+}
+
+/// What is done to the node that serves a volume.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub(super) enum Fault {
+    /// Its process is killed; its parent records the death
+    Kill,
+    /// It is stopped for longer than a lease, its parent too: silent, as a machine that has gone
+    Freeze,
+    /// An operator moves the volume: `volume promote`
+    Promote,
+}
+
+#[derive(clap::Args, Debug)]
+pub(super) struct FailoverArgs {
+    /// What is done to the node that serves the volume; one series each
+    #[arg(long, value_name = "FAULT,...", value_delimiter = ',', default_value = "kill,freeze,promote")]
+    pub(super) fault: Vec<Fault>,
+    /// How often
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..=i64::from(RUNS_MAX)))]
+    pub(super) runs: u32,
+    /// Shards on the volume; one is written to, each of the others holds one value and is idle
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(SHARDS_MAX)))]
+    pub(super) shards: u32,
+    /// Also write every run as JSON; `-` writes only that, to standard output
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
 }
 
 #[derive(clap::Args, Debug)]

@@ -5,12 +5,13 @@
 //! mismatch ends the run with an error. Everything a run makes lies in a directory, shard or prefix of its own and
 //! is removed when it ends, fails or is interrupted.
 //!
-//! `files.rs`, `io.rs`, `tree.rs`, `kv.rs` measure; `workers.rs`, `content.rs`, `workspace.rs`, `reference.rs` are what they
+//! `files.rs`, `io.rs`, `tree.rs`, `kv.rs`, `failover.rs` measure; `workers.rs`, `content.rs`, `workspace.rs`, `reference.rs` are what they
 //! stand on; `stats.rs`, `environment.rs`, `report.rs` say it.
 
 mod args;
 mod content;
 mod environment;
+mod failover;
 mod files;
 mod io;
 mod kv;
@@ -88,6 +89,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let signals = tokio::spawn(watch_signals(stop.clone()));
     let progress = Progress::on_terminal();
     let result = match args.what {
+        What::Failover(args) => failover::run(&args, context, &stop, &progress).await,
         What::Kv(args) => key_value(args, context, &stop, &progress).await,
         What::Files(args) => {
             blocking(stop.clone(), move |stop, progress| small_files(args, stop, progress)).await
