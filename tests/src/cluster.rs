@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use shardfs_proto::client::{Client, ClientConfig};
-use shardfs_proto::types::{ClientId, ShardName};
+use shardfs_proto::types::{ClientId, Location, ShardName};
 
 use crate::etcd::Etcd;
 use crate::guard::Guard;
@@ -31,11 +31,13 @@ pub struct Options {
     pub volumes: &'static str,
     /// Bytes of a loop volume; `None`: the default of `dev up`.
     pub volume_bytes: Option<u64>,
+    /// Further variables for `dev up` and what it starts.
+    pub environment: Vec<(&'static str, String)>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { nodes: 3, volumes: "loop", volume_bytes: None }
+        Options { nodes: 3, volumes: "loop", volume_bytes: None, environment: Vec::new() }
     }
 }
 
@@ -124,7 +126,7 @@ impl Cluster {
         if let Some(bytes) = options.volume_bytes {
             command.args(["--volume-size", &bytes.to_string()]);
         }
-        command.args(arguments);
+        command.args(arguments).envs(options.environment.iter().map(|(name, value)| (name, value)));
         if let Some(network) = &self.network {
             command.envs(network.programs());
         }
@@ -280,10 +282,24 @@ impl Cluster {
 
     /// The node that serves a shard.
     pub fn primary_of(&self, shard: &str) -> String {
-        block_on(async {
-            let info = self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap();
-            info.location.node.expect("the shard's volume has a primary").as_str().to_owned()
-        })
+        self.location_of(shard).node.expect("the shard's volume has a primary").as_str().to_owned()
+    }
+
+    /// Where its primary has a shard's volume mounted.
+    pub fn volume_mount(&self, shard: &str) -> PathBuf {
+        let location = self.location_of(shard);
+        let node = location.node.expect("the shard's volume has a primary");
+        self.dir().join("nodes").join(node.as_str()).join("volumes").join(location.volume.as_str())
+    }
+
+    /// The backing file of a shard's loop volume.
+    pub fn volume_source(&self, shard: &str) -> PathBuf {
+        self.dir().join("volumes").join(format!("{}.img", self.location_of(shard).volume.as_str()))
+    }
+
+    fn location_of(&self, shard: &str) -> Location {
+        block_on(async { self.client().shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap() })
+            .location
     }
 
     /// The folder of a shard's RocksDB.

@@ -16,16 +16,18 @@ for _ in 1 2 3; do
     sleep 0.1
 done
 
-# Deepest first.
-awk -v under="$root/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | tac | while read -r point; do
-    umount "$point" 2>/dev/null || umount -l "$point"
-done
-losetup --noheadings --list --output NAME,BACK-FILE | while read -r device file; do
-    if [[ $file == "$root/"* ]]; then
-        # The flag would outlive the detaching.
-        blockdev --setrw "$device"
-        losetup --detach "$device"
-    fi
+# Deepest first. A disk that a test made for its volumes goes after the devices over its files.
+for last in "" "" -l; do
+    awk -v under="$root/" 'index($2, under) == 1 { print $2 }' /proc/self/mounts | tac | while read -r point; do
+        umount "$point" 2>/dev/null || { [ -z "$last" ] || umount -l "$point"; }
+    done
+    losetup --noheadings --list --output NAME,BACK-FILE | while read -r device file; do
+        if [[ $file == "$root/"* ]]; then
+            # The flag would outlive the detaching.
+            blockdev --setrw "$device"
+            losetup --detach "$device"
+        fi
+    done
 done
 
 # What the programs wrote for people outlives the cluster.

@@ -2,6 +2,8 @@
 //!
 //! - [`cluster`]: starts `shardfs dev up`, and gives its mount, its command line and a client;
 //! - [`etcd`]: a metadata store of its own for a cluster;
+//! - [`history`], [`load`]: what was done to a shard, and whether what is found later is a prefix of it;
+//! - [`disk`]: a disk for volumes whose content can be copied at one moment, and ways to lose it;
 //! - [`guard`]: takes a cluster down again, whatever becomes of the test;
 //! - [`linear`]: whether a history of operations is linearisable;
 //! - [`network`]: nodes in network namespaces, whose links can be cut;
@@ -14,9 +16,12 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod cluster;
+pub mod disk;
 pub mod etcd;
 pub mod guard;
+pub mod history;
 pub mod linear;
+pub mod load;
 pub mod network;
 pub mod process;
 pub mod run;

@@ -24,6 +24,12 @@ impl Process {
             .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or("Z").starts_with('Z'))
     }
 
+    /// Sends it a signal; it must be there.
+    pub fn signal(&self, signal: rustix::process::Signal) {
+        let pid = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
+        rustix::process::kill_process(pid, signal).unwrap_or_else(|e| panic!("signalling {self:?}: {e}"));
+    }
+
     /// Whether its main thread has started processes that still run.
     pub fn has_children(&self) -> bool {
         fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid))

@@ -109,7 +109,7 @@ fn files_are_written_while_etcd_is_killed_and_restarted() {
 #[test]
 fn one_etcd_holds_one_cluster() {
     let mut etcd = Etcd::start();
-    let options = Options { nodes: 1, volumes: "dir", volume_bytes: None };
+    let options = Options { nodes: 1, volumes: "dir", ..Options::default() };
     let address = etcd.address();
     let meta = ["--meta", address.as_str(), "--no-mount"];
     let up = |cluster: &Cluster, arguments: &[&str]| {
