@@ -3,7 +3,8 @@
 //! The device refuses a node that was deposed, so a write that succeeds says that at its beginning nobody else had the
 //! volume. Questions that come while a write is under way wait for the next one: it serves them all.
 //!
-//! Invariant: a question is answered `Ok` only by a write that began after it was asked.
+//! Invariant: a question is answered `Ok` only by a write that began after it was asked; or, while nobody else can have been
+//! elected, by a look at the filesystem after it was asked ([`Barrier::glance`]): it may have failed by itself.
 
 use std::sync::Arc;
 
@@ -71,6 +72,25 @@ impl Barrier {
         }
     }
 
+    /// Whether the filesystem is there, so that the syncs before count; `None`: that takes a write to tell. Cheap, and
+    /// does not wait.
+    pub fn glance(&self) -> Option<Result<()>> {
+        if let Some(error) = self.failed() {
+            return Some(Err(error));
+        }
+        let seen = match &*self.witness.lock() {
+            Some(witness) => witness.glance()?,
+            None => Err(Error::unavailable("the volume is being given up")),
+        };
+        Some(seen.map_err(|e| {
+            let error = lost(&e);
+            self.ended.send_modify(|ended| {
+                ended.1.get_or_insert_with(|| error.clone());
+            });
+            error
+        }))
+    }
+
     fn spawn(self: &Arc<Self>) {
         let this = self.clone();
         // Goes on when its callers have left: others may have come since.
@@ -101,15 +121,18 @@ impl Barrier {
         let Some(witness) = self.witness.lock().clone() else {
             return Err(Error::unavailable("the volume is being given up"));
         };
-        witness.prove().map_err(|e| {
-            Error::unavailable(format!("another node has the volume, or its device failed: {}", e.message()))
-        })
+        witness.prove().map_err(|e| lost(&e))
     }
 
     /// Lets go of the file, so that the volume can be unmounted.
     pub fn close(&self) {
         *self.witness.lock() = None;
     }
+}
+
+fn lost(error: &Error) -> Error {
+    Error::unavailable(format!("another node has the volume, or its device failed: {}", error.message()))
+        .with_retry_after_ms(20)
 }
 
 #[cfg(test)]
@@ -147,7 +170,9 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let barrier = Barrier::new(Witness::of(&path).unwrap());
         barrier.pass().await.unwrap();
+        assert!(barrier.glance().is_some_and(|seen| seen.is_ok()));
         barrier.close();
+        assert!(barrier.glance().is_some_and(|seen| seen.is_err()));
         assert!(barrier.pass().await.is_err());
         assert!(barrier.failed().is_some());
         assert!(barrier.pass().await.is_err());

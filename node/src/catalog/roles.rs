@@ -115,6 +115,7 @@ impl Catalog {
                     (Some(served), _) if served.lost().is_some() => Local::Fenced,
                     (Some(served), _) => Local::Primary(served.epoch),
                     (None, Some((_, true))) => Local::Busy,
+                    (None, _) if self.serving.has_failed(&record.id, record.epoch) => Local::Lost,
                     (None, Some((attempts, false))) if attempts >= ATTEMPTS_MAX => Local::Unusable,
                     (None, _) if self.serving.stands_by(&record.id) => Local::Backup,
                     (None, _) => Local::Detached,
@@ -131,7 +132,9 @@ impl Catalog {
             })
             .collect();
         let amiss = nodes.values().any(|health| !matches!(health, Health::Alive | Health::Absent))
-            || volumes.iter().any(|v| matches!(v.local, Local::Busy | Local::Fenced | Local::Unusable));
+            || volumes
+                .iter()
+                .any(|v| !matches!(v.local, Local::Detached | Local::Backup | Local::Primary(_)));
         let now = clock::boot();
         let mut calm = self.roles.calm.lock();
         if amiss {

@@ -147,7 +147,13 @@ impl Room for ShardRoom {
         // between. That is done only when the copy of the records shows what was lost: so it is looked at second.
         if self.lease.is_held() {
             if self.view.volume_epoch(&self.id) == Some(self.epoch) {
-                return None;
+                // Nobody has taken it; it may have failed by itself.
+                let barrier = self.barrier.as_ref()?;
+                return match barrier.glance() {
+                    Some(Ok(())) => None,
+                    Some(Err(error)) => Some(Box::pin(std::future::ready(Err(error)))),
+                    None => Some(Box::pin(barrier.pass())),
+                };
             }
             let moved = Error::unavailable(format!("volume {} is being served elsewhere now", self.id));
             return Some(Box::pin(std::future::ready(Err(moved.with_retry_after_ms(20)))));
@@ -177,6 +183,8 @@ pub(super) struct Serving {
     won: Mutex<HashMap<VolumeId, (u64, u64)>>,
     /// Volumes that this node stands by for.
     standbys: Mutex<BTreeMap<VolumeId, Standby>>,
+    /// The epochs under which volumes failed while this node served them: none is served under the same again.
+    failed: Mutex<HashMap<VolumeId, Epoch>>,
     /// The first round of attaching is over.
     settled: CancellationToken,
 }
@@ -199,6 +207,11 @@ impl Serving {
     /// Whether this node stands by for a volume.
     pub(super) fn stands_by(&self, id: &VolumeId) -> bool {
         self.standbys.lock().contains_key(id)
+    }
+
+    /// Whether a volume failed while this node served it under this epoch.
+    pub(super) fn has_failed(&self, id: &VolumeId, epoch: Epoch) -> bool {
+        self.failed.lock().get(id) == Some(&epoch)
     }
 
     /// Volumes that this node stands by for.
@@ -400,6 +413,12 @@ impl Catalog {
 
     /// Closes a volume's shards and detaches it. `lost`: somebody else has it, so what is dirty is dropped.
     pub(super) async fn let_go(&self, served: &Arc<Served>, lost: bool) -> Result<()> {
+        let failed = || {
+            self.serving.failed.lock().insert(served.id.clone(), served.epoch);
+        };
+        if lost {
+            failed();
+        }
         self.serving.served.lock().remove(&served.id);
         let closing = self.parts.view.shards(|record| record.volume == served.id).into_iter().map(|kept| {
             let id = kept.record.id;
@@ -408,12 +427,16 @@ impl Catalog {
                     true => self.parts.manager.abandon(id).await,
                     false => self.parts.manager.close(id).await,
                 };
-                if let Err(error) = closed {
+                if let Err(error) = &closed {
                     tracing::error!(shard = %id, %error, "closing a shard");
                 }
+                closed.is_ok()
             }
         });
-        futures::future::join_all(closing).await;
+        if futures::future::join_all(closing).await.contains(&false) {
+            // What it had not synced may be lost.
+            failed();
+        }
         if let Some(standby) = demote(served).await? {
             self.serving.standbys.lock().insert(served.id.clone(), standby);
         }

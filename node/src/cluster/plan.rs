@@ -54,6 +54,9 @@ pub enum Local {
     Primary(Epoch),
     /// The device refused a write, or the filesystem was shut down under it.
     Fenced,
+    /// It failed while this node served it under the record's epoch, and was let go of. What was answered before it was
+    /// durable may be lost, so clients have to hear of another epoch.
+    Lost,
     /// The record gives it to this node, which has failed to use it more than once.
     Unusable,
     /// An action on it is under way, or a failed one waits before it is tried again.
@@ -202,6 +205,14 @@ fn for_volume(
         Local::Fenced => Some(Action::StepDown(id)),
         Local::Primary(epoch) if !mine || epoch != volume.epoch => Some(Action::StepDown(id)),
         Local::Primary(_) => hand_over_to(observed, volume).map(|to| Action::HandOver(id, to.clone())),
+        // Another machine may have a better way to the device.
+        Local::Lost if mine => match ready_backup(observed, volume).filter(|_| !observed.stopping) {
+            Some(to) => Some(Action::HandOver(id, to.clone())),
+            None => (observed.lease_held && observed.store_reachable)
+                .then(|| Action::Elect { volume: id, from: Some(me.clone()) }),
+        },
+        // The record has another epoch by now; it is looked at again.
+        Local::Lost => None,
         Local::Unusable if mine && volume.given => match ready_backup(observed, volume) {
             Some(to) => Some(Action::HandOver(id, to.clone())),
             None => Some(Action::Promote(id, volume.epoch)),

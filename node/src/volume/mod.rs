@@ -127,13 +127,27 @@ impl Witness {
         self.check()
     }
 
+    /// The same as [`Witness::check`], unless it had to wait for the device: then it cannot be told.
+    pub fn glance(&self) -> Option<Result<()>> {
+        let (mut byte, now) = ([0u8; 1], rustix::io::ReadWriteFlags::NOWAIT);
+        match rustix::io::preadv2(&self.file, &mut [std::io::IoSliceMut::new(&mut byte)], 0, now) {
+            Ok(_) => Some(Ok(())),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::OPNOTSUPP) => None,
+            Err(e) => Some(Err(taken(&e.into()))),
+        }
+    }
+
     /// Fails if the syncs before it may not count. A read of one cached byte: less than a microsecond.
     pub fn check(&self) -> Result<()> {
         match self.file.read_at(&mut [0u8; 1], 0) {
             Ok(_) => Ok(()),
-            Err(e) => Err(io_error("the volume was taken away: what was synced last may be lost", &e)),
+            Err(e) => Err(taken(&e)),
         }
     }
+}
+
+fn taken(error: &std::io::Error) -> Error {
+    io_error("the volume was taken away: what was synced last may be lost", error)
 }
 
 /// What is known about a volume without attaching it.

@@ -73,6 +73,9 @@ fn what_the_record_says_is_done() {
         (volume("v", "a", &["b"], Local::Unusable), vec![Action::HandOver(id("v"), node("b"))]),
         (volume("v", "a", &[], Local::Unusable), vec![Action::Promote(id("v"), epoch(3))]),
         (volume("v", "b", &["a"], Local::Unusable), vec![Action::Attach(id("v"))]),
+        // It failed under this epoch: whoever serves it next does so under another.
+        (volume("v", "a", &["b"], Local::Lost), vec![Action::HandOver(id("v"), node("b"))]),
+        (volume("v", "a", &[], Local::Lost), vec![elect("v", "a")]),
     ];
     for (volume, actions) in cases {
         let what = format!("{volume:?}");
