@@ -40,6 +40,8 @@ pub(super) struct Sessions {
 struct Slot {
     /// Held while a session is opened, so that one is.
     current: tokio::sync::Mutex<Option<Arc<Session>>>,
+    /// The same for those who do not wait: also while the next is being opened, and while others look.
+    known: Mutex<Option<Arc<Session>>>,
     /// The node may have restarted: list what is open at the next occasion.
     suspect: AtomicBool,
     /// The shard is closed for good and takes no sessions; reading needs none.
@@ -133,11 +135,19 @@ impl Session {
     }
 }
 
+impl Slot {
+    fn set(&self, current: &mut Option<Arc<Session>>, session: Option<Arc<Session>>) {
+        self.known.lock().clone_from(&session);
+        *current = session;
+    }
+}
+
 impl Sessions {
     fn slot(&self, shard: ShardId) -> Arc<Slot> {
         let new = || {
             Arc::new(Slot {
                 current: tokio::sync::Mutex::new(None),
+                known: Mutex::new(None),
                 suspect: AtomicBool::new(false),
                 closed: AtomicBool::new(false),
             })
@@ -152,11 +162,12 @@ impl Sessions {
         }
     }
 
-    /// The session with a shard, if there is one and nobody is just opening it.
+    /// The session with a shard, if there is one. Never misses one that is there: what it has not made durable would not be
+    /// made again.
     pub(super) fn current(&self, shard: ShardId) -> Option<Arc<Session>> {
         let slot = self.table.lock().get(&shard).cloned()?;
-        let current = slot.current.try_lock().ok()?;
-        current.clone()
+        let known = slot.known.lock();
+        known.clone()
     }
 
     /// Forgets what is known of a shard that is gone.
@@ -174,7 +185,7 @@ impl Client {
             return Ok(session.clone());
         }
         let session = Arc::new(Session::new(self.open_session(shard).await?));
-        *current = Some(session.clone());
+        slot.set(&mut current, Some(session.clone()));
         drop(current);
         self.start_keeper();
         Ok(session)
@@ -226,7 +237,7 @@ impl Client {
         let session = Session::new(self.open_session(shard).await?);
         *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
         let session = Arc::new(session);
-        *current = Some(session.clone());
+        slot.set(&mut current, Some(session.clone()));
         slot.suspect.store(true, Ordering::Relaxed);
         Ok(session)
     }
@@ -315,7 +326,10 @@ impl Client {
     pub async fn close(&self) {
         let slots: Vec<(ShardId, Arc<Slot>)> = self.inner.sessions.table.lock().drain().collect();
         let all = slots.into_iter().map(|(shard, slot)| async move {
-            let Some(session) = slot.current.lock().await.take() else { return };
+            let mut current = slot.current.lock().await;
+            let Some(session) = current.clone() else { return };
+            slot.set(&mut current, None);
+            drop(current);
             let closed = self
                 .call_within(Target::Shard(shard), CLOSE_MAX, CLOSE_MAX, async |attempt| {
                     let request = wire::CloseSessionRequest {
@@ -355,6 +369,19 @@ mod tests {
         assert!(waiting.is_err());
         drop(first);
         assert_eq!(session.number().await.sequence, SESSION_WINDOW + 1);
+    }
+
+    #[tokio::test]
+    async fn a_session_is_known_while_somebody_looks_at_it_or_opens_the_next() {
+        let (sessions, shard) = (Sessions::default(), ShardId::new(3).unwrap());
+        let slot = sessions.slot(shard);
+        let mut current = slot.current.lock().await;
+        assert!(sessions.current(shard).is_none());
+        slot.set(&mut current, Some(Arc::new(Session::new(SessionId::new(1).unwrap()))));
+        // The lock is held still.
+        assert_eq!(sessions.current(shard).map(|session| session.id), SessionId::new(1));
+        slot.set(&mut current, None);
+        assert!(sessions.current(shard).is_none());
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! succeeded, and, before anything else is asked under another epoch, made again in order under their old numbers: what
 //! was not lost after all is answered from its slot.
 //!
-//! Invariants: entries are in order of their numbers; all of them were answered under `epoch`; a sync under that
-//! epoch makes everything durable that was here when it began.
+//! Invariants: entries are in order of their numbers; each knows the epoch under which it was answered last; a sync under an
+//! epoch makes everything durable that was here when it began and was answered under that epoch. An answer of an old primary may be
+//! noted after others have been made again at the new one: it is made again by itself then, before the next call. Nobody
+//! had seen it, so that is as good a place as any.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -34,7 +36,9 @@ pub(super) struct Unsynced {
 
 #[derive(Default)]
 struct State {
+    /// Of the entries, unless they are `mixed`.
     epoch: u64,
+    mixed: bool,
     entries: VecDeque<Entry>,
     bytes: usize,
     /// Of an entry that could not be made again: told to the next sync.
@@ -44,6 +48,7 @@ struct State {
 #[derive(Clone)]
 struct Entry {
     sequence: u64,
+    epoch: u64,
     operation: wire::Operation,
     bytes: usize,
 }
@@ -70,12 +75,13 @@ impl Unsynced {
     ) -> Fill {
         let mut state = self.state.lock();
         if state.entries.is_empty() {
-            state.epoch = epoch;
+            (state.epoch, state.mixed) = (epoch, false);
         }
+        state.mixed |= state.epoch != epoch;
         let bytes = data_bytes + ENTRY_BYTES;
         // Answers may cross.
         let at = state.entries.partition_point(|entry| entry.sequence < sequence);
-        state.entries.insert(at, Entry { sequence, operation, bytes });
+        state.entries.insert(at, Entry { sequence, epoch, operation, bytes });
         state.bytes += bytes;
         let full =
             |share: usize| state.entries.len() >= ENTRIES_MAX / share || state.bytes >= BYTES_MAX / share;
@@ -118,7 +124,20 @@ impl Unsynced {
 
     fn pending(&self, epoch: u64) -> Vec<Entry> {
         let state = self.state.lock();
-        if state.epoch == epoch { Vec::new() } else { state.entries.iter().cloned().collect() }
+        if state.epoch == epoch && !state.mixed {
+            return Vec::new();
+        }
+        state.entries.iter().filter(|entry| entry.epoch != epoch).cloned().collect()
+    }
+
+    /// Notes that entries were made again under an epoch.
+    fn made_again(&self, epoch: u64, sequences: &[u64]) {
+        let mut state = self.state.lock();
+        for entry in state.entries.iter_mut().filter(|entry| sequences.contains(&entry.sequence)) {
+            entry.epoch = epoch;
+        }
+        state.epoch = epoch;
+        state.mixed = state.entries.iter().any(|entry| entry.epoch != epoch);
     }
 }
 
@@ -143,6 +162,7 @@ impl Client {
         if !pending.is_empty() {
             tracing::info!(%shard, epoch, count = pending.len(), "the shard has moved: repeating what may be lost");
         }
+        let sequences: Vec<u64> = pending.iter().map(|entry| entry.sequence).collect();
         for entry in pending {
             let request = wire::MutateRequest {
                 header: Some(header(shard, epoch, Some(session.id))),
@@ -162,7 +182,7 @@ impl Client {
                 }
             }
         }
-        unsynced.state.lock().epoch = epoch;
+        unsynced.made_again(epoch, &sequences);
         Ok(())
     }
 }
@@ -187,6 +207,27 @@ mod tests {
         unsynced.give_up();
         assert!(unsynced.synced(None).is_err(), "the loss is told");
         assert!(unsynced.synced(None).is_ok(), "once");
+    }
+
+    #[test]
+    fn an_answer_of_an_old_primary_that_is_noted_late_is_made_again() {
+        let unsynced = Unsynced::default();
+        let keep = |epoch, sequence| unsynced.keep(epoch, sequence, wire::Operation::default(), 10);
+        let pending = |epoch| unsynced.pending(epoch).iter().map(|e| e.sequence).collect::<Vec<_>>();
+        keep(3, 1);
+        assert_eq!(pending(4), [1]);
+        unsynced.made_again(4, &[1]);
+        assert_eq!(pending(4), [0; 0]);
+        keep(4, 3);
+        keep(3, 2);
+        assert_eq!(pending(4), [2]);
+        assert_eq!(pending(5), [1, 2, 3]);
+        unsynced.made_again(4, &[2]);
+        assert_eq!(pending(4), [0; 0]);
+        unsynced.synced(unsynced.mark()).unwrap();
+        keep(3, 4);
+        assert_eq!(pending(3), [0; 0]);
+        assert_eq!(pending(4), [4]);
     }
 
     #[test]
