@@ -51,7 +51,7 @@ down: ## unmount ./mnt and stop the nodes; keeps the data
 test: deps-test ## run all tests, those on real mounts included (as root)
 	@tests/scripts/test.sh
 
-test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 20 kills under load, 1,000,000 keys, pjdfstest, failpoints (as root)
+test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 20 kills under load, 60 power cuts, 1,000,000 keys, pjdfstest, failpoints (as root)
 	@PJDFSTEST="$(TOOLS)/bin/pjdfstest" tests/scripts/test.sh --include-ignored
 
 pjdfstest: deps-test $(TOOLS)/bin/pjdfstest ## run pjdfstest on a mount, and print its table (as root)
