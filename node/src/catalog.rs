@@ -36,6 +36,7 @@ mod damage;
 mod resume;
 mod roles;
 mod serving;
+mod shard_room;
 
 pub use damage::DamageList;
 use roles::Roles;

@@ -352,7 +352,7 @@ fn mounted_lane(
 ) {
     let (history, name) = (&load.history, load.history.lane_name(lane).to_owned());
     let mut random =
-        fastrand::Rng::with_seed(seed ^ (lane as u64 + 1) << 16 ^ u64::from(crc(&load.shard)) << 32);
+        fastrand::Rng::with_seed(seed ^ (lane as u64 + 1) << 16 ^ u64::from(number_of(&load.shard)) << 32);
     let base = folder.join(&name);
     fs::create_dir(&base).unwrap_or_else(|e| panic!("mkdir {}: {e}", base.display()));
     let lane = MountedLane { folder, history, lane };
@@ -455,6 +455,6 @@ impl MountedLane<'_> {
 }
 
 /// A number for a name.
-fn crc(name: &str) -> u32 {
+fn number_of(name: &str) -> u32 {
     name.bytes().fold(0, |sum, byte| sum.rotate_left(5) ^ u32::from(byte))
 }

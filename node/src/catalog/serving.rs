@@ -10,7 +10,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use futures::future::BoxFuture;
 use parking_lot::Mutex;
 use shardfs_proto::types::cluster::{Takeover as TakeoverTimes, VolumeStatus};
 use shardfs_proto::types::{Epoch, Error, Reason, Result, ShardId, VolumeId, clock};
@@ -18,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::Catalog;
 use super::barrier::Barrier;
+use super::shard_room::ShardRoom;
 use crate::cluster::lease::Lease;
 use crate::cluster::records::{self, VolumeRecord};
 use crate::cluster::store::{Demand, Txn};
@@ -105,66 +105,6 @@ impl Served {
     /// Why the volume can no longer be written, if that is so.
     pub(super) fn lost(&self) -> Option<Error> {
         self.barrier.failed()
-    }
-}
-
-struct ShardRoom {
-    id: VolumeId,
-    epoch: Epoch,
-    room: Arc<VolumeRoom>,
-    lease: Arc<Lease>,
-    view: Arc<View>,
-    barrier: Option<Arc<Barrier>>,
-}
-
-impl Room for ShardRoom {
-    fn growth_bytes(&self) -> u64 {
-        self.room.growth_bytes()
-    }
-
-    fn wrote(&self, bytes: u64) {
-        self.room.wrote(bytes);
-    }
-
-    fn unflushed(&self, before: u64, now: u64) {
-        self.room.unflushed(before, now);
-    }
-
-    fn look_again(&self) {
-        self.room.look_again();
-    }
-
-    fn total_bytes(&self) -> u64 {
-        self.room.total_bytes()
-    }
-
-    fn free_bytes(&self) -> u64 {
-        self.room.free_bytes()
-    }
-
-    fn confirm(&self) -> Option<BoxFuture<'_, Result<()>>> {
-        // Held after the fact: nobody else can have had the volume then, unless the lease was lost and won back in
-        // between. That is done only when the copy of the records shows what was lost: so it is looked at second.
-        if self.lease.is_held() {
-            if self.view.volume_epoch(&self.id) == Some(self.epoch) {
-                // Nobody has taken it; it may have failed by itself.
-                let barrier = self.barrier.as_ref()?;
-                return match barrier.glance() {
-                    Some(Ok(())) => None,
-                    Some(Err(error)) => Some(Box::pin(std::future::ready(Err(error)))),
-                    None => Some(Box::pin(barrier.pass())),
-                };
-            }
-            let moved = Error::unavailable(format!("volume {} is being served elsewhere now", self.id));
-            return Some(Box::pin(std::future::ready(Err(moved.with_retry_after_ms(20)))));
-        }
-        Some(match &self.barrier {
-            Some(barrier) => Box::pin(barrier.pass()),
-            None => Box::pin(std::future::ready(Err(Error::unavailable(
-                "this node does not reach the metadata store, and a volume of kind `dir` may be another's by now",
-            )
-            .with_retry_after_ms(100)))),
-        })
     }
 }
 
