@@ -114,7 +114,8 @@ pub struct Takeover {
     /// Keys of primaries before, as far as known, latest first: where a device does not tell who holds it, they
     /// are tried. May be empty.
     pub predecessors: Vec<FenceKey>,
-    /// The primary before has unmounted, released, and said so: nothing of it is under way.
+    /// The primary before, the first of `predecessors`, has unmounted and said so: nothing of it is under way. It need
+    /// not have released: while it holds the device, what others have still to write is refused.
     pub handed_over: bool,
     /// How long it may take. When it is over the attempt fails; what was reached stays, and may be repeated.
     pub bound: Duration,

@@ -53,13 +53,18 @@ pub struct Bounds {
     pub drain: Duration,
 }
 
+impl Bounds {
+    /// What a failover can afford.
+    pub const DEFAULT: Bounds = Bounds {
+        call: Duration::from_secs(2),
+        abort: Duration::from_millis(500),
+        drain: Duration::from_secs(1),
+    };
+}
+
 impl Default for Bounds {
     fn default() -> Bounds {
-        Bounds {
-            call: Duration::from_secs(2),
-            abort: Duration::from_millis(500),
-            drain: Duration::from_secs(1),
-        }
+        Bounds::DEFAULT
     }
 }
 
@@ -77,6 +82,16 @@ pub(crate) enum Refusal {
 }
 
 type Outcome<T> = std::result::Result<T, Refusal>;
+
+/// Whether the device knows reservations; changes nothing. A preemption under a key that nobody has conflicts on every device
+/// that does. (Linux's own SCSI target answers RESERVE, RELEASE and CLEAR from a path that is not registered with an error that
+/// says nothing: NOT READY, logical unit communication failure.)
+fn probe(commands: &(impl Commands + ?Sized)) -> Outcome<()> {
+    match commands.preempt(u64::MAX, u64::MAX, false) {
+        Ok(()) | Err(Refusal::Conflict) => Ok(()),
+        Err(refusal) => Err(refusal),
+    }
+}
 
 /// Who holds a reservation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -212,6 +227,23 @@ impl Reserver {
         }
     }
 
+    /// The same for a command that a path may give which is no longer registered: there, not every target answers with a
+    /// conflict (see [`probe`]).
+    fn must_or_conflict(
+        &self,
+        what: &'static str,
+        deadline: Option<Deadline>,
+        command: impl Fn(&dyn Commands) -> Outcome<()> + Send + Sync + Clone + 'static,
+    ) -> Result<std::result::Result<(), Conflict>> {
+        let bound = deadline.map_or(self.bounds.call, |d| d.left().min(self.bounds.call));
+        match self.call(what, bound, command)? {
+            Ended::Done(Ok(())) => Ok(Ok(())),
+            Ended::Done(Err(Refusal::Conflict | Refusal::Passing(_))) => Ok(Err(Conflict)),
+            Ended::Done(Err(refusal)) => Err(self.error(what, &refusal)),
+            Ended::Hung => Err(self.hung(what, bound)),
+        }
+    }
+
     fn hung(&self, what: &str, bound: Duration) -> Error {
         let (volume, ms) = (&self.volume, bound.as_millis());
         Error::new(
@@ -248,11 +280,9 @@ impl Reserver {
         if let Ended::Done(Ok(_)) = self.call("reading the reservation", bound, |c| c.holder())? {
             return Ok(());
         }
-        // A release with a key that nobody has registers nothing and releases nothing: a device with
-        // reservations calls it a conflict.
         let what = "asking for reservations";
-        match self.call(what, bound, |c| c.release(u64::MAX))? {
-            Ended::Done(Ok(()) | Err(Refusal::Conflict)) => Ok(()),
+        match self.call(what, bound, |c| probe(c))? {
+            Ended::Done(Ok(())) => Ok(()),
             // Not passing at all: the device does not understand the command.
             Ended::Done(Err(Refusal::Passing(why))) => Err(self.error(what, &Refusal::Unsupported(why))),
             Ended::Done(Err(refusal)) => Err(self.error(what, &refusal)),
@@ -302,14 +332,16 @@ impl Reserver {
                 None => Some(untried.remove(0).get()),
             };
             match victim {
-                Some(victim) => match self.preempt(own, victim, deadline, &mut journal)? {
-                    Taken::Aborted => drain = false,
-                    Taken::Plainly => drain = true,
-                    Taken::Conflicted => {
-                        drain = true;
-                        self.register(own, deadline)?;
+                Some(victim) => {
+                    match self.preempt(own, victim, quiet(takeover, victim), deadline, &mut journal)? {
+                        Taken::Aborted => drain = false,
+                        Taken::Plainly => drain = !quiet(takeover, victim),
+                        Taken::Conflicted => {
+                            drain = true;
+                            self.register(own, deadline)?;
+                        }
                     }
-                },
+                }
                 None => {
                     // Everybody may write now, as before there was a reservation, and nobody has mounted yet.
                     if self.must("clearing", Some(deadline), move |c| c.clear(own.get()))?.is_ok() {
@@ -359,34 +391,50 @@ impl Reserver {
         }
     }
 
+    /// `quiet`: nothing of the victim is under way, so there is nothing to abort.
     fn preempt(
+        &self,
+        own: FenceKey,
+        victim: u64,
+        quiet: bool,
+        deadline: Deadline,
+        journal: &mut Journal,
+    ) -> Result<Taken> {
+        if !quiet && let Some(taken) = self.preempt_aborting(own, victim, deadline, journal)? {
+            return Ok(taken);
+        }
+        match self.must("preempting", Some(deadline), move |c| c.preempt(own.get(), victim, false))? {
+            Ok(()) => {
+                journal.note(Action::Preempted, format!("{victim:#018x}"));
+                Ok(Taken::Plainly)
+            }
+            Err(Conflict) => Ok(Taken::Conflicted),
+        }
+    }
+
+    /// `None`: the device does not do it.
+    fn preempt_aborting(
         &self,
         own: FenceKey,
         victim: u64,
         deadline: Deadline,
         journal: &mut Journal,
-    ) -> Result<Taken> {
+    ) -> Result<Option<Taken>> {
         let target = format!("{victim:#018x}");
         let bound = self.bounds.abort.min(deadline.left());
         match self.call("preempting and aborting", bound, move |c| c.preempt(own.get(), victim, true))? {
             Ended::Done(Ok(())) => {
                 journal.note(Action::PreemptedAborting, target);
-                return Ok(Taken::Aborted);
+                return Ok(Some(Taken::Aborted));
             }
-            Ended::Done(Err(Refusal::Conflict)) => return Ok(Taken::Conflicted),
+            Ended::Done(Err(Refusal::Conflict)) => return Ok(Some(Taken::Conflicted)),
             Ended::Done(Err(refusal)) => {
                 tracing::warn!(volume = %self.volume, why = ?refusal, "the device does not abort commands");
             }
             // The call may end at any time, or have taken effect: then the plain one conflicts.
-            Ended::Hung => journal.note(Action::AbortHung, &target),
+            Ended::Hung => journal.note(Action::AbortHung, target),
         }
-        match self.must("preempting", Some(deadline), move |c| c.preempt(own.get(), victim, false))? {
-            Ok(()) => {
-                journal.note(Action::Preempted, target);
-                Ok(Taken::Plainly)
-            }
-            Err(Conflict) => Ok(Taken::Conflicted),
-        }
+        Ok(None)
     }
 
     /// Removes registrations of older epochs: what their owners have half done conflicts from now on.
@@ -410,7 +458,7 @@ impl Reserver {
         if let Some(holder) = self.holder(deadline)? {
             return Ok(holder == Some(Holder { key: own.get(), kind: WRITE_EXCLUSIVE }));
         }
-        Ok(self.must("reserving", deadline, move |c| c.reserve(own.get()))?.is_ok())
+        Ok(self.must_or_conflict("reserving", deadline, move |c| c.reserve(own.get()))?.is_ok())
     }
 
     fn still_held(&self, key: FenceKey) -> Result<bool> {
@@ -418,12 +466,17 @@ impl Reserver {
     }
 
     fn release(&self, key: FenceKey) -> Result<()> {
-        if self.must("releasing", None, move |c| c.release(key.get()))?.is_ok() {
+        if self.must_or_conflict("releasing", None, move |c| c.release(key.get()))?.is_ok() {
             self.unregister(key);
         }
         // A conflict: not registered with this key (any more), so nothing of it is left.
         Ok(())
     }
+}
+
+/// Whether nothing of this holder is under way.
+fn quiet(takeover: &Takeover, holder: u64) -> bool {
+    takeover.handed_over && takeover.predecessors.first().is_some_and(|key| key.get() == holder)
 }
 
 /// The device said RESERVATION CONFLICT.

@@ -41,6 +41,9 @@ pub(super) struct Target {
     changed: Condvar,
     pub(super) abort: Abort,
     pub(super) readable: bool,
+    /// What is reserved, released or cleared from a path that is not registered is refused as Linux's target does it: with
+    /// an error that does not say that it is a conflict.
+    pub(super) vague: bool,
 }
 
 /// What happens before a command.
@@ -56,7 +59,17 @@ pub(super) struct Path {
 
 impl Target {
     pub(super) fn new(abort: Abort, readable: bool) -> Arc<Target> {
-        Arc::new(Target { state: Mutex::new(State::default()), changed: Condvar::new(), abort, readable })
+        Target::with(abort, readable, false)
+    }
+
+    pub(super) fn with(abort: Abort, readable: bool, vague: bool) -> Arc<Target> {
+        Arc::new(Target {
+            state: Mutex::new(State::default()),
+            changed: Condvar::new(),
+            abort,
+            readable,
+            vague,
+        })
     }
 
     pub(super) fn path(self: &Arc<Target>, nexus: Nexus) -> Path {
@@ -134,6 +147,14 @@ impl State {
 }
 
 impl Path {
+    /// Whether a command may be given under this key from here.
+    fn check(&self, state: &State, key: u64) -> Outcome<()> {
+        if self.target.vague && !state.registered.contains_key(&self.nexus) {
+            return Err(Refusal::Passing("status 0x2".into()));
+        }
+        state.check(self.nexus, key)
+    }
+
     fn begin(&self) -> Outcome<parking_lot::MutexGuard<'_, State>> {
         let mut state = self.target.state.lock();
         let number = state.commands;
@@ -172,7 +193,7 @@ impl Commands for Path {
 
     fn reserve(&self, key: u64) -> Outcome<()> {
         let mut state = self.begin()?;
-        state.check(self.nexus, key)?;
+        self.check(&state, key)?;
         match state.reservation {
             None => state.reservation = Some((self.nexus, WRITE_EXCLUSIVE)),
             Some(held) if held == (self.nexus, WRITE_EXCLUSIVE) => {}
@@ -183,7 +204,7 @@ impl Commands for Path {
 
     fn release(&self, key: u64) -> Outcome<()> {
         let mut state = self.begin()?;
-        state.check(self.nexus, key)?;
+        self.check(&state, key)?;
         if state.reservation.is_some_and(|(holder, _)| holder == self.nexus) {
             state.reservation = None;
         }
@@ -212,7 +233,7 @@ impl Commands for Path {
 
     fn clear(&self, own: u64) -> Outcome<()> {
         let mut state = self.begin()?;
-        state.check(self.nexus, own)?;
+        self.check(&state, own)?;
         state.registered.clear();
         state.reservation = None;
         Ok(())

@@ -164,6 +164,30 @@ fn a_handed_over_device_is_not_waited_for() {
     writes_alone(&target, B);
 }
 
+#[test]
+fn what_was_handed_over_is_taken_without_a_gap_and_without_waiting() {
+    for readable in [true, false] {
+        let target = Target::new(Abort::HangsBefore, readable);
+        take(&target, A, 1).unwrap();
+        let takeover =
+            Takeover { predecessors: vec![key(A, 1)], handed_over: true, ..Takeover::new(key(B, 2), BOUND) };
+        let fenced = reserver(target.path(B)).acquire(&takeover).unwrap();
+        use Action::*;
+        let swept_or_not: Vec<Action> = actions(&fenced).into_iter().filter(|a| *a != Swept).collect();
+        assert_eq!(swept_or_not, [Registered, Preempted, Reserved, Verified], "{fenced}");
+        writes_alone(&target, B);
+        // Held by somebody else than who handed over: nothing is known of that one.
+        let takeover = Takeover {
+            predecessors: vec![key(A, 3), key(B, 2)],
+            handed_over: true,
+            ..Takeover::new(key(C, 4), BOUND)
+        };
+        let fenced = reserver(target.path(C)).acquire(&takeover).unwrap();
+        assert!(actions(&fenced).contains(&Waited), "{fenced}");
+        writes_alone(&target, C);
+    }
+}
+
 /// Refuses the command of this number.
 fn failing(number: u32, refusal: Refusal) -> super::model::Hook {
     let first = std::sync::OnceLock::new();
@@ -258,4 +282,20 @@ fn capability_needs_reservations() {
         without.before = Some(Box::new(|_| Some(Refusal::Unsupported("ENOTTY".into()))));
         assert_eq!(reserver(without).capability().unwrap_err().reason(), Reason::Unsupported);
     }
+}
+
+#[test]
+fn a_target_that_names_no_conflict_is_understood() {
+    let target = Target::with(Abort::HangsAfter, false, true);
+    reserver(target.path(A)).capability().unwrap();
+    take(&target, A, 1).unwrap();
+    reserver(target.path(B)).capability().unwrap();
+    let takeover = Takeover { predecessors: vec![key(C, 3), key(A, 1)], ..Takeover::new(key(B, 4), BOUND) };
+    reserver(target.path(B)).acquire(&takeover).unwrap();
+    writes_alone(&target, B);
+    // Preempted, and so registered no longer.
+    let a = reserver(target.path(A));
+    assert!(!a.still_held(key(A, 1)).unwrap());
+    a.release(key(A, 1)).unwrap();
+    writes_alone(&target, B);
 }
