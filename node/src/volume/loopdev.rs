@@ -10,19 +10,15 @@
 //! A device is read-only from its birth and is made writable by an acquisition of the fence, before it looks
 //! for later epochs; only such a device is mounted. See `fence/shutdown.rs` for why.
 
-use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
-use rustix::io::Errno;
-use rustix::mount::MountFlags;
-use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
+use shardfs_proto::types::{Error, Reason, Result, VolumeId};
 
+use super::ext4::{Content, Target, check_label, make_filesystem, mount, probe, wait_until_unclaimed};
 use super::fence::{Fence, Fenced, shutdown};
 use super::{
     Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
@@ -34,20 +30,6 @@ pub(super) mod sys;
 
 /// The provider `loop`.
 pub struct LoopProvider;
-
-/// Bytes at the start that must be zero in a file that is to be formatted: every filesystem and partition table has its
-/// mark there.
-const PROBE_BYTES: usize = 1 << 20;
-/// Bytes of an ext4 label.
-const LABEL_BYTES_MAX: usize = 16;
-/// How long a device may stay claimed after the unmount: other nodes look whether it is, in microseconds.
-const CLAIM_WAIT_MAX: Duration = Duration::from_secs(2);
-/// Pause between attempts.
-const CLAIM_PAUSE: Duration = Duration::from_millis(5);
-/// What labels begin with.
-const LABEL_PREFIX: &str = "sfs-";
-/// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
-const BYTES_PER_INODE: u32 = 16_384;
 
 impl VolumeProvider for LoopProvider {
     fn create(&self, spec: &VolumeSpec) -> Result<()> {
@@ -254,127 +236,12 @@ fn clean_up(spec: &VolumeSpec, tag: &Tag) -> Result<()> {
     })
 }
 
-/// A mount that another mount namespace has a copy of lives on, with all that is dirty in it, and so does an unmount
-/// that is under way there.
-fn wait_until_unclaimed(spec: &VolumeSpec, device: &Path) -> Result<()> {
-    let begun = clock::monotonic();
-    loop {
-        match sys::claim_device(device) {
-            Err(e) if e.kind() == ErrorKind::ResourceBusy && begun.elapsed() < CLAIM_WAIT_MAX => {
-                std::thread::sleep(CLAIM_PAUSE);
-            }
-            Err(e) if e.kind() == ErrorKind::ResourceBusy => {
-                return Err(Error::unavailable(format!(
-                    "volume {}: {} is still mounted in another mount namespace, or another program has it (`grep {} \
-                     /proc/*/mountinfo` helps)",
-                    spec.id,
-                    device.display(),
-                    device.display()
-                )));
-            }
-            // Free, or gone.
-            _unclaimed => return Ok(()),
-        }
-    }
-}
-
 /// Whether a loop device stands on this file.
 fn is_over(device: &Path, source: &Path) -> bool {
     let Some(name) = device.file_name() else { return false };
     let backing = fs::read_to_string(Path::new("/sys/block").join(name).join("loop/backing_file"));
     let Ok(source) = fs::canonicalize(source) else { return false };
     backing.is_ok_and(|path| Path::new(path.trim_end_matches('\n')) == source)
-}
-
-fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
-    check_label(device, spec)?;
-    let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID;
-    let options = CString::new("errors=remount-ro").expect("no NUL");
-    rustix::mount::mount(device, &spec.mount_point, "ext4", flags, options.as_c_str()).map_err(|e| {
-        let hint = match e {
-            Errno::BUSY => "it is mounted or held by another process",
-            Errno::ACCESS | Errno::ROFS => {
-                "another node has taken the volume since, or its fence was not acquired"
-            }
-            Errno::PERM => "mounting needs root",
-            Errno::NODEV => "this kernel has no ext4",
-            Errno::INVAL | Errno::UCLEAN | Errno::IO | Errno::BADMSG => {
-                "the filesystem is damaged: see the kernel's log, and run fsck.ext4 on the backing file"
-            }
-            _other => "see the kernel's log",
-        };
-        let reason = match e {
-            Errno::BUSY | Errno::ACCESS | Errno::ROFS => Reason::Unavailable,
-            _other => Reason::Io,
-        };
-        Error::new(
-            reason,
-            format!(
-                "volume {}: mounting {} at {}: {e}: {hint}",
-                spec.id,
-                device.display(),
-                spec.mount_point.display()
-            ),
-        )
-    })
-}
-
-/// What a file's first bytes say.
-#[derive(PartialEq, Eq, Debug)]
-enum Content {
-    Zeros,
-    Ext4 { label: Vec<u8> },
-    Unknown,
-}
-
-fn probe(path: &Path) -> Result<Content> {
-    let mut bytes = Vec::new();
-    let doing = || format!("reading {}", path.display());
-    File::open(path)
-        .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut bytes))
-        .map_err(|e| io_error(&doing(), &e))?;
-    Ok(classify(&bytes))
-}
-
-fn classify(bytes: &[u8]) -> Content {
-    // The superblock lies at 1024: magic at 56, label at 120.
-    let Some(superblock) = bytes.get(1024..1024 + 136) else {
-        return if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown };
-    };
-    if superblock[56..58] == [0x53, 0xEF] {
-        let label: Vec<u8> = superblock[120..136].iter().copied().take_while(|b| *b != 0).collect();
-        return Content::Ext4 { label };
-    }
-    if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown }
-}
-
-fn label(id: &VolumeId) -> String {
-    let mut label = format!("{LABEL_PREFIX}{id}");
-    // Ids are ASCII.
-    label.truncate(LABEL_BYTES_MAX);
-    label
-}
-
-fn check_label(path: &Path, spec: &VolumeSpec) -> Result<()> {
-    let refused = |what: &str| {
-        Err(Error::invalid(format!(
-            "volume {}: {} holds {what}, not the volume's own ext4: it is left alone; if it is of no use, remove it",
-            spec.id,
-            spec.source.display()
-        )))
-    };
-    match probe(path)? {
-        Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => Ok(()),
-        Content::Ext4 { label: found } => {
-            refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found)))
-        }
-        Content::Unknown => refused("something unknown"),
-        Content::Zeros => Err(Error::corrupt(format!(
-            "{} is empty, but volume {} has been used before: put its backing file back",
-            spec.source.display(),
-            spec.id
-        ))),
-    }
 }
 
 /// A file that an operator made: formatted if it is certainly empty and never was in use.
@@ -394,7 +261,7 @@ fn format_if_empty(spec: &VolumeSpec) -> Result<()> {
                 )));
             }
             let _lock = lock(&spec.source, &spec.id)?;
-            make_filesystem(&spec.source, &spec.id, false)
+            make_filesystem(&spec.source, &spec.id, Target::File)
         }
         Content::Ext4 { .. } | Content::Unknown => check_label(&spec.source, spec),
     }
@@ -423,7 +290,7 @@ fn make_backing(spec: &VolumeSpec) -> Result<()> {
         .map_err(|e| io_error(&doing, &e))?;
     file.set_len(spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES))
         .map_err(|e| io_error(&doing, &e))?;
-    make_filesystem(&fresh, &spec.id, true)?;
+    make_filesystem(&fresh, &spec.id, Target::SparseFile)?;
     let publish = || -> std::io::Result<()> {
         file.sync_all()?;
         // No one else makes this name: the volume has one primary. Still, never over anything.
@@ -437,49 +304,6 @@ fn make_backing(spec: &VolumeSpec) -> Result<()> {
         File::open(parent)?.sync_all()
     };
     publish().map_err(|e| io_error(&format!("naming {}", source.display()), &e))
-}
-
-/// `sparse`: the file is known to be all zeros, so that the inode tables need not be written.
-fn make_filesystem(path: &Path, id: &VolumeId, sparse: bool) -> Result<()> {
-    let mut extended = String::from("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0");
-    if sparse {
-        extended.push_str(",nodiscard,assume_storage_prezeroed=1");
-    }
-    let search = std::env::var("PATH").unwrap_or_default();
-    let output = Command::new("mkfs.ext4")
-        .env("PATH", format!("{search}:/usr/sbin:/sbin"))
-        .args([
-            "-q",
-            "-F",
-            "-b",
-            "4096",
-            "-m",
-            "0",
-            "-i",
-            &BYTES_PER_INODE.to_string(),
-            "-L",
-            &label(id),
-            "-E",
-            &extended,
-        ])
-        .arg(path)
-        .output()
-        .map_err(|e| match e.kind() {
-            ErrorKind::NotFound => Error::new(
-                Reason::Unsupported,
-                "mkfs.ext4 is not installed: install e2fsprogs, or use volumes of kind `dir`",
-            ),
-            _other => io_error("running mkfs.ext4", &e),
-        })?;
-    if !output.status.success() {
-        return Err(Error::io(format!(
-            "mkfs.ext4 on {} failed ({}): {}",
-            path.display(),
-            output.status,
-            String::from_utf8_lossy(&output.stderr).trim()
-        )));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Volumes on this node: where shards' bytes live.
 //!
-//! [`VolumeProvider`] is what a kind of volume can do; `loopdev` and `dir` are the kinds there are. A volume
+//! [`VolumeProvider`] is what a kind of volume can do; `loopdev`, `device` and `dir` are the kinds there are. A volume
 //! that is attached has a root folder for shards, an identity file in it that names cluster and volume, and
 //! [`Room`](room::VolumeRoom).
 //!
@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
 pub mod dir;
+mod ext4;
 pub mod fence;
 pub mod loopdev;
 pub mod mounts;
@@ -29,7 +30,9 @@ pub mod room;
 
 /// The file at a volume's root that names cluster and volume.
 const IDENTITY_FILE: &str = ".shardfs-volume";
-/// The smallest backing file: an ext4 with its journal, and the reserve.
+/// The provider of whole block devices.
+pub const DEVICE: &str = "device";
+/// The smallest backing file or device: an ext4 with its journal, and the reserve.
 pub const LOOP_BYTES_MIN: u64 = 64 << 20;
 /// The largest backing file: what ext4 with 4 KiB blocks and 32-bit group counts comfortably holds.
 pub const LOOP_BYTES_MAX: u64 = 64 << 40;
@@ -46,7 +49,7 @@ pub struct VolumeSpec {
     pub id: VolumeId,
     /// The cluster that it belongs to.
     pub cluster_id: String,
-    /// The backing file or folder.
+    /// The backing file, device or folder; a device as this node calls it.
     pub source: PathBuf,
     /// Bytes of a backing file that is to be made.
     pub size_bytes: u64,
@@ -153,9 +156,9 @@ fn taken(error: &std::io::Error) -> Error {
 /// What is known about a volume without attaching it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Description {
-    /// The backing file or folder is there.
+    /// The backing file, device or folder is there.
     pub exists: bool,
-    /// Bytes of the backing file; 0 for a folder.
+    /// Bytes of the backing file or device; 0 for a folder.
     pub size_bytes: u64,
     /// The devices of this node that stand on it.
     pub devices: Vec<String>,
@@ -196,9 +199,9 @@ pub fn provider(name: &str) -> Result<&'static dyn VolumeProvider> {
     match name {
         "loop" => Ok(&loopdev::LoopProvider),
         "dir" => Ok(&dir::DirProvider),
-        other => {
-            Err(Error::invalid(format!("volume provider {other:?} is not known: there are `loop` and `dir`")))
-        }
+        other => Err(Error::invalid(format!(
+            "volume provider {other:?} is not known: there are `loop`, `device` and `dir`"
+        ))),
     }
 }
 
@@ -208,6 +211,9 @@ pub fn check_spec(id: &VolumeId, name: &str, size_bytes: u64) -> Result<()> {
     match name {
         "loop" if !(LOOP_BYTES_MIN..=LOOP_BYTES_MAX).contains(&size_bytes) => Err(Error::invalid(format!(
             "volume {id}: {size_bytes} bytes; a loop volume has {LOOP_BYTES_MIN} to {LOOP_BYTES_MAX}"
+        ))),
+        DEVICE if size_bytes != 0 => Err(Error::invalid(format!(
+            "volume {id}: a device volume is as large as its device; give size 0"
         ))),
         "dir" if size_bytes != 0 => Err(Error::invalid(format!(
             "volume {id}: a dir volume is as large as what it lies on; give size 0"

@@ -1,7 +1,9 @@
 //! Real loop devices and mounts; without root they say that they are skipped.
 
 use std::path::PathBuf;
+use std::process::Command;
 
+use super::super::ext4::{PROBE_BYTES, classify, label};
 use super::sys::attach_device;
 use super::*;
 
@@ -138,7 +140,7 @@ fn refuses_to_format_anything_of_use() {
     // Another volume's filesystem.
     let file = File::create(&spec.source).unwrap();
     file.set_len(spec.size_bytes).unwrap();
-    make_filesystem(&spec.source, &VolumeId::new("other").unwrap(), true).unwrap();
+    make_filesystem(&spec.source, &VolumeId::new("other").unwrap(), Target::SparseFile).unwrap();
     let error = LoopProvider.create(&spec).unwrap_err();
     assert!(error.message().contains("sfs-other"), "{error}");
     fs::remove_file(&spec.source).unwrap();

@@ -1,0 +1,238 @@
+//! ext4 on a block device: what volumes on loop devices and on whole devices have in common.
+//!
+//! Invariant: what is mounted carries the volume's label. Whether something may be formatted is decided by the callers,
+//! with what [`probe`] tells them.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::mount::MountFlags;
+use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
+
+use super::loopdev::sys;
+use super::{VolumeSpec, io_error};
+
+/// Bytes at the start that must be zero in what is to be formatted: every filesystem and partition table has its
+/// mark there.
+pub(super) const PROBE_BYTES: usize = 1 << 20;
+/// Where the superblock of an ext4 lies.
+const SUPERBLOCK_AT: u64 = 1024;
+/// Bytes of the UUID in it.
+pub(super) const UUID_BYTES: usize = 16;
+/// Bytes of an ext4 label.
+const LABEL_BYTES_MAX: usize = 16;
+/// How long a device may stay claimed after the unmount: other nodes look whether it is, in microseconds.
+const CLAIM_WAIT_MAX: Duration = Duration::from_secs(2);
+/// Pause between attempts.
+const CLAIM_PAUSE: Duration = Duration::from_millis(5);
+/// What labels begin with.
+const LABEL_PREFIX: &str = "sfs-";
+/// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
+const BYTES_PER_INODE: u32 = 16_384;
+
+/// A mount that another mount namespace has a copy of lives on, with all that is dirty in it, and so does an unmount
+/// that is under way there.
+pub(super) fn wait_until_unclaimed(spec: &VolumeSpec, device: &Path) -> Result<()> {
+    let begun = clock::monotonic();
+    loop {
+        match sys::claim_device(device) {
+            Err(e) if e.kind() == ErrorKind::ResourceBusy && begun.elapsed() < CLAIM_WAIT_MAX => {
+                std::thread::sleep(CLAIM_PAUSE);
+            }
+            Err(e) if e.kind() == ErrorKind::ResourceBusy => {
+                return Err(Error::unavailable(format!(
+                    "volume {}: {} is still mounted in another mount namespace, or another program has it (`grep {} \
+                     /proc/*/mountinfo` helps)",
+                    spec.id,
+                    device.display(),
+                    device.display()
+                )));
+            }
+            // Free, or gone.
+            _unclaimed => return Ok(()),
+        }
+    }
+}
+
+pub(super) fn mount(device: &Path, spec: &VolumeSpec) -> Result<()> {
+    check_label(device, spec)?;
+    let flags = MountFlags::NOATIME | MountFlags::NODEV | MountFlags::NOSUID;
+    let options = CString::new("errors=remount-ro").expect("no NUL");
+    rustix::mount::mount(device, &spec.mount_point, "ext4", flags, options.as_c_str()).map_err(|e| {
+        let hint = match e {
+            Errno::BUSY => "it is mounted or held by another process",
+            Errno::ACCESS | Errno::ROFS => {
+                "another node has taken the volume since, or its fence was not acquired"
+            }
+            Errno::PERM => "mounting needs root",
+            Errno::NODEV => "this kernel has no ext4",
+            Errno::INVAL | Errno::UCLEAN | Errno::IO | Errno::BADMSG => {
+                "the filesystem is damaged: see the kernel's log, and run fsck.ext4 on the backing file or device while no node has it"
+            }
+            _other => "see the kernel's log",
+        };
+        let reason = match e {
+            Errno::BUSY | Errno::ACCESS | Errno::ROFS => Reason::Unavailable,
+            _other => Reason::Io,
+        };
+        Error::new(
+            reason,
+            format!(
+                "volume {}: mounting {} at {}: {e}: {hint}",
+                spec.id,
+                device.display(),
+                spec.mount_point.display()
+            ),
+        )
+    })
+}
+
+/// What the first bytes of a file or device say.
+#[derive(PartialEq, Eq, Debug)]
+pub(super) enum Content {
+    Zeros,
+    Ext4 { label: Vec<u8> },
+    Unknown,
+}
+
+pub(super) fn probe(path: &Path) -> Result<Content> {
+    let mut bytes = Vec::new();
+    let doing = || format!("reading {}", path.display());
+    File::open(path)
+        .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut bytes))
+        .map_err(|e| io_error(&doing(), &e))?;
+    Ok(classify(&bytes))
+}
+
+pub(super) fn classify(bytes: &[u8]) -> Content {
+    // The superblock lies at 1024: magic at 56, label at 120.
+    let Some(superblock) = bytes.get(1024..1024 + 136) else {
+        return if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown };
+    };
+    if superblock[56..58] == [0x53, 0xEF] {
+        let label: Vec<u8> = superblock[120..136].iter().copied().take_while(|b| *b != 0).collect();
+        return Content::Ext4 { label };
+    }
+    if bytes.iter().all(|b| *b == 0) { Content::Zeros } else { Content::Unknown }
+}
+
+pub(super) fn label(id: &VolumeId) -> String {
+    let mut label = format!("{LABEL_PREFIX}{id}");
+    // Ids are ASCII.
+    label.truncate(LABEL_BYTES_MAX);
+    label
+}
+
+/// Whether a label is one of a volume.
+pub(super) fn is_volume(label: &[u8]) -> bool {
+    label.starts_with(LABEL_PREFIX.as_bytes())
+}
+
+pub(super) fn check_label(path: &Path, spec: &VolumeSpec) -> Result<()> {
+    let refused = |what: &str| {
+        Err(Error::invalid(format!(
+            "volume {}: {} holds {what}, not the volume's own ext4: it is left alone; if it is of no use, remove it (of a device: `wipefs --all`, and \
+             zeros over its first MiB)",
+            spec.id,
+            spec.source.display()
+        )))
+    };
+    match probe(path)? {
+        Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => Ok(()),
+        Content::Ext4 { label: found } => {
+            refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found)))
+        }
+        Content::Unknown => refused("something unknown"),
+        Content::Zeros => Err(Error::corrupt(format!(
+            "{} is empty, but volume {} has been used before: put its backing file or device back",
+            spec.source.display(),
+            spec.id
+        ))),
+    }
+}
+
+/// The UUID of the ext4 on a device.
+pub(super) fn uuid(path: &Path) -> Result<[u8; UUID_BYTES]> {
+    let mut uuid = [0; UUID_BYTES];
+    File::open(path)
+        .and_then(|file| file.read_exact_at(&mut uuid, SUPERBLOCK_AT + 104))
+        .map_err(|e| io_error(&format!("reading {}", path.display()), &e))?;
+    Ok(uuid)
+}
+
+/// 32 digits as UUIDs are written.
+fn hyphenated(digits: &str) -> String {
+    [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
+}
+
+/// What a filesystem is made on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    /// A file that is known to be all zeros: the inode tables need not be written.
+    SparseFile,
+    /// A file.
+    File,
+    /// A device, which may be large: the kernel writes the inode tables once it is mounted. No discard: it would take
+    /// away the mark that says who formats it.
+    Device {
+        /// The filesystem's UUID.
+        uuid: [u8; UUID_BYTES],
+    },
+}
+
+/// Makes the volume's filesystem, whatever is there.
+pub(super) fn make_filesystem(path: &Path, id: &VolumeId, target: Target) -> Result<()> {
+    let mut uuid = None;
+    let extended = match target {
+        Target::SparseFile => {
+            "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,nodiscard,assume_storage_prezeroed=1"
+        }
+        Target::File => "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0",
+        Target::Device { uuid: bytes } => {
+            uuid = Some(hyphenated(&format!("{:032x}", u128::from_be_bytes(bytes))));
+            "lazy_itable_init=1,lazy_journal_init=0,root_owner=0:0,nodiscard"
+        }
+    };
+    let search = std::env::var("PATH").unwrap_or_default();
+    let output = Command::new("mkfs.ext4")
+        .env("PATH", format!("{search}:/usr/sbin:/sbin"))
+        .args([
+            "-q",
+            "-F",
+            "-b",
+            "4096",
+            "-m",
+            "0",
+            "-i",
+            &BYTES_PER_INODE.to_string(),
+            "-L",
+            &label(id),
+            "-E",
+            extended,
+        ])
+        .args(uuid.iter().flat_map(|uuid| ["-U", uuid.as_str()]))
+        .arg(path)
+        .output()
+        .map_err(|e| match e.kind() {
+            ErrorKind::NotFound => Error::new(
+                Reason::Unsupported,
+                "mkfs.ext4 is not installed: install e2fsprogs, or use volumes of kind `dir`",
+            ),
+            _other => io_error("running mkfs.ext4", &e),
+        })?;
+    if !output.status.success() {
+        return Err(Error::io(format!(
+            "mkfs.ext4 on {} failed ({}): {}",
+            path.display(),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim()
+        )));
+    }
+    Ok(())
+}
