@@ -12,7 +12,7 @@
 //! [`Catalog::local_shard`] and [`Catalog::open_shard`] answer from memory: no file operation calls
 //! the metadata store.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use parking_lot::Mutex;
 use shardfs_proto::types::clock::{self, BootTime};
 use shardfs_proto::types::cluster::{NodeInfo, NodeStatus, Selector, ShardInfo, VolumeInfo};
 use shardfs_proto::types::op::ShardState;
-use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId};
+use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Reason, Result, ShardId, VolumeId};
 use tokio_util::sync::CancellationToken;
 
 use crate::cluster::lease::Lease;
@@ -56,6 +56,8 @@ pub struct CatalogParts {
     pub node_id: NodeId,
     /// Its data directory: volumes are mounted under `volumes/` in it.
     pub data_dir: PathBuf,
+    /// What devices are called on this machine, where their volumes' records call them otherwise.
+    pub devices: BTreeMap<VolumeId, PathBuf>,
     /// The cluster's id, as the volumes must name it.
     pub cluster_id: String,
     /// The limit of shards that ask for none.

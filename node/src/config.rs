@@ -4,6 +4,7 @@
 //! [`NodeConfig`] what they come to, checked. Unknown fields of the file are refused by name. Every setting is
 //! explained in `shardfs-node.example.yaml`, which a test keeps complete.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
 use serde::Deserialize;
-use shardfs_proto::types::NodeId;
+use shardfs_proto::types::{NodeId, VolumeId};
 
 use crate::cluster::connect::MetaSettings;
 use crate::shard::chunk::CHUNK_BYTES;
@@ -90,6 +91,9 @@ pub struct Args {
     /// File with the password of --meta-user
     #[arg(long, value_name = "FILE", env = "SHARDFS_META_PASSWORD_FILE")]
     pub meta_password_file: Option<PathBuf>,
+    /// Path of a device volume on this machine, if it differs from the one in the volume's record; may be repeated
+    #[arg(long = "device", value_name = "VOLUME=PATH", env = "SHARDFS_DEVICES", value_delimiter = ',')]
+    pub devices: Vec<String>,
     /// Memory for cached blocks of all shards, such as 512MiB [default: 256MiB]
     #[arg(long, value_name = "BYTES", env = "SHARDFS_BLOCK_CACHE")]
     pub block_cache: Option<String>,
@@ -144,6 +148,7 @@ pub struct File {
     meta_key_file: Option<PathBuf>,
     meta_user: Option<String>,
     meta_password_file: Option<PathBuf>,
+    devices: Option<Vec<String>>,
     block_cache: Option<String>,
     write_buffer: Option<String>,
     open_shards: Option<usize>,
@@ -175,6 +180,8 @@ pub struct NodeConfig {
     pub http: Option<SocketAddr>,
     /// The metadata store.
     pub meta: MetaSettings,
+    /// Paths of device volumes on this machine.
+    pub devices: BTreeMap<VolumeId, PathBuf>,
     /// Bytes of the block cache.
     pub block_cache_bytes: u64,
     /// Bytes of write buffers.
@@ -274,6 +281,11 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         advertise: args.advertise.or(file.advertise),
         http: http.map(|http| address("http", &http)).transpose()?,
         meta,
+        devices: devices(&if args.devices.is_empty() {
+            file.devices.unwrap_or_default()
+        } else {
+            args.devices
+        })?,
         block_cache_bytes,
         write_buffer_bytes,
         open_shards_max,
@@ -284,6 +296,21 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
         ready_fd: args.ready_fd,
     })
+}
+
+fn devices(pairs: &[String]) -> Result<BTreeMap<VolumeId, PathBuf>> {
+    let mut devices = BTreeMap::new();
+    for pair in pairs {
+        let (id, path) = pair
+            .split_once('=')
+            .filter(|(_, path)| path.starts_with('/'))
+            .with_context(|| format!("--device {pair:?}: expected VOLUME=PATH, such as vol-1=/dev/sdb"))?;
+        let id = VolumeId::new(id).with_context(|| format!("--device {pair:?}"))?;
+        if devices.insert(id.clone(), PathBuf::from(path)).is_some() {
+            bail!("--device: {id} is named twice");
+        }
+    }
+    Ok(devices)
 }
 
 fn address(name: &str, text: &str) -> Result<SocketAddr> {
@@ -348,6 +375,18 @@ mod tests {
     }
 
     #[test]
+    fn devices_come_from_flags_or_the_file() {
+        let file = || parse("devices: [vol-1=/dev/sdb, vol-2=/dev/disk/by-id/x]\n").unwrap();
+        let of = |config: NodeConfig| -> Vec<String> {
+            config.devices.iter().map(|(id, path)| format!("{id} {}", path.display())).collect()
+        };
+        assert_eq!(of(resolve(needed(), file()).unwrap()), ["vol-1 /dev/sdb", "vol-2 /dev/disk/by-id/x"]);
+        let flags =
+            args(&["--id", "n", "--data-dir", "/d", "--meta", "unix:/m", "--device", "vol-1=/dev/sdc"]);
+        assert_eq!(of(resolve(flags, file()).unwrap()), ["vol-1 /dev/sdc"]);
+    }
+
+    #[test]
     fn unknown_fields_are_named() {
         let error = format!("{:#}", parse("data_dirr: /x\n").unwrap_err());
         assert!(error.contains("data_dirr") && error.contains("data_dir"), "{error}");
@@ -360,6 +399,7 @@ mod tests {
         flags.open_shards = Some(9);
         let config = resolve(flags, file).unwrap();
         assert_eq!(config.open_shards_max, 9);
+        assert!(config.devices.is_empty());
         assert_eq!(config.block_cache_bytes, 64 << 20);
         assert_eq!(config.write_buffer_bytes, 256 << 20);
     }
@@ -393,6 +433,10 @@ mod tests {
         let mut bad = needed();
         bad.block_cache = Some("1KiB".into());
         assert!(resolve(bad, File::default()).is_err());
+        for bad in [&["vol-1"][..], &["vol-1=sdb"], &["=/dev/sdb"], &["v=/dev/sdb", "v=/dev/sdc"]] {
+            let bad = Args { devices: bad.iter().map(|s| (*s).to_owned()).collect(), ..needed() };
+            assert!(format!("{:#}", resolve(bad, File::default()).unwrap_err()).contains("--device"));
+        }
         for size in ["48KiB", "8KiB", "2MiB", "8GiB"] {
             let mut bad = needed();
             bad.chunk_size = Some(size.into());

@@ -130,6 +130,7 @@ impl Node {
         let catalog = Catalog::new(CatalogParts {
             node_id: config.id.clone(),
             data_dir: config.data_dir.clone(),
+            devices: config.devices.clone(),
             cluster_id,
             limit_bytes_default: config.default_limit_bytes,
             chunk_bytes: config.chunk_bytes,

@@ -46,6 +46,8 @@ pub struct Served {
     device: String,
     spec: VolumeSpec,
     provider: String,
+    /// The volume's fence keeps a deposed node from writing: so a write proves that this one is not deposed.
+    refuses_deposed: bool,
     room: Arc<VolumeRoom>,
     barrier: Arc<Barrier>,
     lease: Arc<Lease>,
@@ -70,8 +72,7 @@ impl Served {
             room: self.room.clone(),
             lease: self.lease.clone(),
             view: self.view.clone(),
-            // Of a folder nothing keeps a deposed node from writing, so a write proves nothing.
-            barrier: (self.provider != "dir").then(|| self.barrier.clone()),
+            barrier: self.refuses_deposed.then(|| self.barrier.clone()),
         })
     }
 
@@ -89,11 +90,12 @@ impl Served {
 
     /// What is behind an error of a shard's files: that the volume is no longer this node's, if that is so.
     async fn behind(&self, error: Error) -> Error {
-        let proof = match self.provider.as_str() {
-            "dir" => self.room().confirm().map_or(Ok(()), |_| {
+        let proof = if self.refuses_deposed {
+            self.barrier.pass().await
+        } else {
+            self.room().confirm().map_or(Ok(()), |_| {
                 Err(Error::unavailable(format!("volume {} may be another node's by now", self.id)))
-            }),
-            _ => self.barrier.pass().await,
+            })
         };
         match (proof, error.shard()) {
             (Ok(()), _) => error,
@@ -182,12 +184,18 @@ impl Catalog {
         VolumeSpec {
             id: record.id.clone(),
             cluster_id: self.parts.cluster_id.clone(),
-            source: PathBuf::from(&record.source),
+            source: self.source_of(record),
             size_bytes: record.size_bytes,
             formatted: record.formatted,
             mount_point: self.parts.data_dir.join("volumes").join(record.id.as_str()),
-            allow_unfenced: false,
+            allow_unfenced: record.allow_unfenced,
         }
+    }
+
+    /// Where this node finds it.
+    fn source_of(&self, record: &VolumeRecord) -> PathBuf {
+        let own = self.parts.devices.get(&record.id).filter(|_| record.provider == volume::DEVICE);
+        own.cloned().unwrap_or_else(|| PathBuf::from(&record.source))
     }
 
     /// Attaches a volume without mounting it.
@@ -197,7 +205,10 @@ impl Catalog {
             let provider = volume::provider(&name)?;
             // Its first primary makes it.
             if !provider.describe(&spec)?.exists && !spec.formatted {
-                return Err(Error::unavailable(format!("volume {} is not made yet", spec.id)));
+                let (id, source) = (&spec.id, spec.source.display());
+                return Err(Error::unavailable(format!(
+                    "volume {id} is not made yet: {source} is not there"
+                )));
             }
             provider.attach_backup(&spec)
         })
@@ -218,36 +229,36 @@ impl Catalog {
     pub(super) async fn take(&self, kept: &Kept<VolumeRecord>) -> Result<()> {
         let record = kept.record.clone();
         let spec = self.spec_of(&record);
-        let takeover = Takeover::new(FenceKey::new(&self.parts.node_id, record.epoch)?, FENCE_WAIT_MAX);
+        let takeover = self.takeover(&record)?;
         let standby = self.serving.standbys.lock().remove(&record.id);
         let begun = clock::monotonic();
         let won = self.serving.won.lock().remove(&record.id);
         let (begun_ns, elected_ns) = won.unwrap_or_else(|| (now_ns(), now_ns()));
         let (name, work_spec) = (record.provider.clone(), spec.clone());
-        let (attached, fenced_ms, fenced_ns, how) =
-            blocking(move || -> Result<(Attached, u64, u64, String)> {
-                let provider = volume::provider(&name)?;
-                fence::required(provider.fence(), &work_spec).or_else(|error| {
-                    // One that is not there yet has nobody to be fenced from.
-                    if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
-                        Err(error)
-                    } else {
-                        Ok(FenceKind::None)
-                    }
-                })?;
-                provider.create(&work_spec)?;
-                let standby = match standby {
-                    Some(standby) => standby,
-                    None => provider.attach_backup(&work_spec)?,
-                };
-                let fenced = provider.fence().acquire(&work_spec, &takeover)?;
-                let (fenced_ms, fenced_ns, how) =
-                    (fenced.took().as_millis() as u64, now_ns(), fenced.to_string());
-                Ok((provider.promote(&work_spec, standby, fenced)?, fenced_ms, fenced_ns, how))
-            })
-            .await?;
+        let (attached, fence, fenced_ns, how) = blocking(move || {
+            let provider = volume::provider(&name)?;
+            fence::required(provider.fence(), &work_spec).or_else(|error| {
+                // One that is not there yet has nobody to be fenced from.
+                if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
+                    Err(error)
+                } else {
+                    Ok(FenceKind::None)
+                }
+            })?;
+            provider.create(&work_spec)?;
+            let standby = match standby {
+                Some(standby) => standby,
+                None => provider.attach_backup(&work_spec)?,
+            };
+            let fenced = provider.fence().acquire(&work_spec, &takeover)?;
+            let (fenced_ns, how) = (now_ns(), fenced.to_string());
+            let fence = (fenced.kind(), fenced.took().as_millis() as u64);
+            Ok((provider.promote(&work_spec, standby, fenced)?, fence, fenced_ns, how))
+        })
+        .await?;
+        let (kind, fenced_ms) = fence;
         tracing::info!(volume = %record.id, epoch = %record.epoch, device = %attached.device,
-            root = %attached.root.display(), ms = begun.elapsed().as_millis() as u64, fenced_ms, "serving the volume");
+            root = %attached.root.display(), fence = kind.as_str(), ms = begun.elapsed().as_millis() as u64, fenced_ms, "serving the volume");
         tracing::debug!(volume = %record.id, how, "fenced");
         let served = Served {
             id: record.id.clone(),
@@ -256,6 +267,7 @@ impl Catalog {
             device: attached.device.clone(),
             spec,
             provider: record.provider.clone(),
+            refuses_deposed: matches!(kind, FenceKind::Reservation | FenceKind::Shutdown),
             room: Arc::new(VolumeRoom::new(attached.root.clone())),
             barrier: Barrier::new(attached.witness()?),
             lease: self.parts.lease.clone(),
@@ -287,6 +299,16 @@ impl Catalog {
             .with_shard(shard)
             .with_retry_after_ms(20),
         }
+    }
+
+    /// What its fence needs to know.
+    fn takeover(&self, record: &VolumeRecord) -> Result<Takeover> {
+        let predecessors = record.predecessors.iter().map(|past| FenceKey::new(&past.node, past.epoch));
+        Ok(Takeover {
+            predecessors: predecessors.collect::<Result<_>>()?,
+            handed_over: record.handed_over,
+            ..Takeover::new(FenceKey::new(&self.parts.node_id, record.epoch)?, FENCE_WAIT_MAX)
+        })
     }
 
     /// Waits until every volume of this node was attached or found not to be usable.
@@ -321,7 +343,7 @@ impl Catalog {
     pub(super) async fn tend(self: &Arc<Self>) {
         for served in self.serving.all() {
             // A device that failed, or was taken, is noticed although nobody asks.
-            if served.provider != "dir" {
+            if served.refuses_deposed {
                 let barrier = served.barrier.clone();
                 tokio::spawn(async move { drop(barrier.pass().await) });
             }

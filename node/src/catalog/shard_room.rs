@@ -21,6 +21,7 @@ pub(super) struct ShardRoom {
     pub(super) room: Arc<VolumeRoom>,
     pub(super) lease: Arc<Lease>,
     pub(super) view: Arc<View>,
+    /// `None`: a write proves nothing.
     pub(super) barrier: Option<Arc<Barrier>>,
 }
 
@@ -68,7 +69,7 @@ impl Room for ShardRoom {
         Some(match &self.barrier {
             Some(barrier) => Box::pin(barrier.pass()),
             None => Box::pin(std::future::ready(Err(Error::unavailable(
-                "this node does not reach the metadata store, and a volume of kind `dir` may be another's by now",
+                "this node does not reach the metadata store, and a volume without a fence may be another's by now",
             )
             .with_retry_after_ms(100)))),
         })

@@ -51,6 +51,7 @@ impl Bench {
                 size_bytes: 0,
                 primary: NodeId::new(*node).unwrap(),
                 backups: Vec::new(),
+                allow_unfenced: false,
             };
             bootstrap::ensure_volume(&store, &spec).await.unwrap();
             bootstrap::ensure_volume(&store, &spec).await.unwrap();
@@ -95,6 +96,7 @@ impl Bench {
         let catalog = Catalog::new(CatalogParts {
             node_id: NodeId::new(id).unwrap(),
             data_dir: self.dir.path().join(id),
+            devices: Default::default(),
             cluster_id: self.cluster_id.clone(),
             limit_bytes_default: Some(1 << 30),
             chunk_bytes: crate::shard::chunk::CHUNK_BYTES,

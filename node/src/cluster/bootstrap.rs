@@ -16,16 +16,18 @@ const DELETE_KEYS_MAX: usize = 512;
 pub struct VolumeSpec {
     /// Its id.
     pub id: VolumeId,
-    /// `loop` or `dir`.
+    /// `loop`, `device` or `dir`.
     pub provider: String,
-    /// The backing file or folder; absolute.
+    /// The backing file, device or folder; absolute. Nodes may be told another path of a device.
     pub source: String,
-    /// Bytes of the backing file, which is made when the volume is attached first; 0 for `dir`.
+    /// Bytes of the backing file, which is made when the volume is attached first; 0 for others.
     pub size_bytes: u64,
     /// The node that shall serve it.
     pub primary: NodeId,
     /// Nodes that stand by.
     pub backups: Vec<NodeId>,
+    /// It is served even if its device has no working fence.
+    pub allow_unfenced: bool,
 }
 
 /// A random number of 128 bits, in hex.
@@ -126,6 +128,9 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         holder: String::new(),
         target: None,
         formatted: false,
+        allow_unfenced: spec.allow_unfenced,
+        predecessors: Vec::new(),
+        handed_over: false,
     };
     let key = records::volume_key(&spec.id);
     let kept: VolumeRecord =

@@ -57,6 +57,8 @@ pub async fn elect(
         holder: me.incarnation.clone(),
         // Where an operator wanted it, it was, and is no more: it does not move back by itself. A restart moves nothing.
         target: if old.primary.as_ref() == Some(&me.id) { old.target.clone() } else { None },
+        predecessors: old.predecessors_of_next(),
+        handed_over: false,
         ..(**old).clone()
     };
     // This process must be the node still.
@@ -89,6 +91,8 @@ pub async fn hand_over(
         holder: successor.record.incarnation.clone(),
         // It went elsewhere for another reason, and stays there.
         target: old.target.clone().filter(|target| target == to),
+        predecessors: old.predecessors_of_next(),
+        handed_over: true,
         ..(**old).clone()
     };
     let txn = Txn::new().when(records::node_key(to), Demand::Modified(successor.modified));

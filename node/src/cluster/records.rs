@@ -52,6 +52,9 @@ pub const NEXT_SHARD_ID: &str = "shardfs/next-shard-id";
 
 const _: () = assert!(HEARTBEATS.len() == VOLATILE_PREFIX.len(), "heartbeats are what is volatile");
 
+/// Predecessors that a volume's record keeps: winners in a row that may all have failed before their fence.
+pub const PREDECESSORS_MAX: usize = 8;
+
 /// The format that this program writes.
 pub const FORMAT: u32 = 1;
 
@@ -110,9 +113,9 @@ pub struct VolumeRecord {
     pub v: u32,
     /// Its id.
     pub id: VolumeId,
-    /// `loop` or `dir`.
+    /// `loop`, `device` or `dir`.
     pub provider: String,
-    /// The backing file or folder.
+    /// The backing file, device or folder. Of a device what it is called on nodes that were not told another path.
     pub source: String,
     /// Bytes of a backing file; 0 for a folder.
     #[serde(default)]
@@ -134,6 +137,33 @@ pub struct VolumeRecord {
     /// It has been attached once: from then on it is never formatted or made anew.
     #[serde(default)]
     pub formatted: bool,
+    /// It is served even if its device has no working fence.
+    #[serde(default)]
+    pub allow_unfenced: bool,
+    /// Who had it under earlier epochs, latest first, [`PREDECESSORS_MAX`] at most: by their keys a device is taken that
+    /// does not tell who holds it.
+    #[serde(default)]
+    pub predecessors: Vec<Predecessor>,
+    /// The latest of them had stopped serving and unmounted before it gave the volume away.
+    #[serde(default)]
+    pub handed_over: bool,
+}
+
+impl VolumeRecord {
+    /// The predecessors of the next primary.
+    pub fn predecessors_of_next(&self) -> Vec<Predecessor> {
+        let last = self.primary.iter().map(|node| Predecessor { node: node.clone(), epoch: self.epoch });
+        last.chain(self.predecessors.iter().cloned()).take(PREDECESSORS_MAX).collect()
+    }
+}
+
+/// Who had a volume under an earlier epoch.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Predecessor {
+    /// The node.
+    pub node: NodeId,
+    /// The epoch.
+    pub epoch: Epoch,
 }
 
 /// A shard.

@@ -21,6 +21,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
+pub mod device;
 pub mod dir;
 mod ext4;
 pub mod fence;
@@ -198,6 +199,7 @@ pub trait VolumeProvider: Send + Sync {
 pub fn provider(name: &str) -> Result<&'static dyn VolumeProvider> {
     match name {
         "loop" => Ok(&loopdev::LoopProvider),
+        DEVICE => Ok(&device::DeviceProvider),
         "dir" => Ok(&dir::DirProvider),
         other => Err(Error::invalid(format!(
             "volume provider {other:?} is not known: there are `loop`, `device` and `dir`"

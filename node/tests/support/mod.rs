@@ -63,6 +63,7 @@ impl Node {
             size_bytes: 0,
             primary: NodeId::new(NODE_ID).unwrap(),
             backups: vec![],
+            allow_unfenced: false,
         };
         let address = store.address().to_string();
         ensure_volume(&EmbeddedStore::new(&address).unwrap(), &spec).await.unwrap();

@@ -57,6 +57,7 @@ pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
             },
             primary: NodeId::new(node.clone())?,
             backups: backups(settings, &node, number)?,
+            allow_unfenced: false,
         };
         bootstrap::ensure_volume(&*store, &spec).await?;
     }

@@ -52,6 +52,7 @@ impl World {
             size_bytes: 0,
             primary: node("a"),
             backups: vec![node("b"), node("c")],
+            allow_unfenced: false,
         };
         bootstrap::ensure_volume(&*store, &spec).await.unwrap();
         world

@@ -39,6 +39,9 @@ fn volume(id: &str, primary: &str) -> VolumeRecord {
         holder: String::new(),
         target: None,
         formatted: true,
+        allow_unfenced: false,
+        predecessors: Vec::new(),
+        handed_over: false,
     }
 }
 
