@@ -9,9 +9,9 @@ mod operation;
 use bytes::Bytes;
 
 pub use cluster::{
-    check_item_from_wire, check_item_to_wire, node_info_from_wire, node_info_to_wire, node_status_from_wire,
-    node_status_to_wire, shard_stat_from_wire, shard_stat_to_wire, volume_info_from_wire,
-    volume_info_to_wire,
+    check_item_from_wire, check_item_to_wire, new_volume_from_wire, new_volume_to_wire, node_info_from_wire,
+    node_info_to_wire, node_status_from_wire, node_status_to_wire, shard_stat_from_wire, shard_stat_to_wire,
+    volume_info_from_wire, volume_info_to_wire,
 };
 pub use operation::{
     op_result_from_wire, op_result_to_wire, operation_from_wire, operation_to_wire, put_result_from_wire,

@@ -143,6 +143,8 @@ mod tests {
             "shard delete s --force --yes",
             "node list --json",
             "volume list",
+            "volume add vol-9 --source /dev/sdb --nodes node-1,node-2 --allow-unfenced",
+            "volume add vol-9 --kind loop --source /x --size 1GiB --nodes node-1",
             "status --json",
             "fsck",
             "fsck a b --read-data --json",
@@ -165,6 +167,7 @@ mod tests {
             "dev kill node-1 --signal HUP",
             "shard create s --limit 2XB",
             "dev up --nodes x",
+            "volume add vol-9 --source /dev/sdb",
             "nonsense",
         ] {
             let words = std::iter::once("shardfs").chain(line.split(' '));

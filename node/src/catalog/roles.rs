@@ -9,16 +9,17 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shardfs_proto::types::clock::{self, BootTime};
-use shardfs_proto::types::cluster::{NodeInfo, VolumeInfo};
+use shardfs_proto::types::cluster::{NewVolume, NodeInfo, VolumeInfo};
 use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
 use tokio::sync::Notify;
 
 use super::Catalog;
 use super::serving::now_ns;
+use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::elect::{self, Outcome};
 use crate::cluster::plan::{self, Action, Health, Local, Observed, Volume};
 use crate::cluster::records::{self, VolumeRecord};
-use crate::cluster::store::{StoreError, Txn};
+use crate::cluster::store::{StoreError, Txn, get};
 use crate::cluster::view::Kept;
 
 /// How often is looked when nothing changes: what time alone brings is seen so late.
@@ -31,6 +32,8 @@ const RESUME_INTERVAL: Duration = Duration::from_secs(30);
 const SHOWN_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long actions under way are waited for at a shutdown.
 const IDLE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Nodes of a volume: what devices are attached to at once (16 instances on EBS).
+const VOLUME_NODES_MAX: usize = 16;
 /// Attempts after which a primary that cannot use its volume gives it to a backup.
 const ATTEMPTS_MAX: u32 = 2;
 
@@ -290,6 +293,43 @@ impl Catalog {
         infos
             .into_iter()
             .find(|info| info.id == *volume)
+            .ok_or_else(|| Error::not_found("the volume has gone"))
+    }
+
+    /// Adds a volume to the cluster: its nodes find its record, and the first of them makes it.
+    pub async fn add_volume(&self, new: NewVolume) -> Result<VolumeInfo> {
+        let (store, view) = (&*self.parts.store, &self.parts.view);
+        let (primary, backups) = new
+            .nodes
+            .split_first()
+            .filter(|_| new.nodes.len() <= VOLUME_NODES_MAX)
+            .ok_or_else(|| Error::invalid(format!("a volume has 1 to {VOLUME_NODES_MAX} nodes")))?;
+        for (at, node) in new.nodes.iter().enumerate() {
+            if view.node(node).is_none() {
+                return Err(Error::not_found(format!(
+                    "there is no node {node}: start it first, or mend its name"
+                )));
+            }
+            if new.nodes[..at].contains(node) {
+                return Err(Error::invalid(format!("node {node} is named twice")));
+            }
+        }
+        let spec = VolumeSpec {
+            id: new.id.clone(),
+            provider: new.provider,
+            source: new.source,
+            size_bytes: new.size_bytes,
+            primary: primary.clone(),
+            backups: backups.to_vec(),
+            allow_unfenced: new.allow_unfenced,
+        };
+        bootstrap::ensure_volume(store, &spec).await?;
+        let (revision, _) = get(store, records::volume_key(&new.id)).await?;
+        view.wait_for(revision, SHOWN_WAIT_MAX).await?;
+        let infos = view.volume_infos();
+        infos
+            .into_iter()
+            .find(|info| info.id == new.id)
             .ok_or_else(|| Error::not_found("the volume has gone"))
     }
 

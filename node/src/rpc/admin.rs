@@ -108,6 +108,19 @@ impl Admin for AdminService {
         self.0.unary("Admin/PromoteVolume", call).await
     }
 
+    async fn add_volume(
+        &self,
+        request: Request<wire::AddVolumeRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let added = self.0.catalog.add_volume(convert::new_volume_from_wire(r)?).await?;
+            Ok(convert::volume_info_to_wire(&added))
+        };
+        self.0.unary("Admin/AddVolume", call).await
+    }
+
     async fn drain_node(
         &self,
         request: Request<wire::DrainNodeRequest>,

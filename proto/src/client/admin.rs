@@ -8,7 +8,7 @@ use super::Client;
 use super::retry::Target;
 use super::shards::selected;
 use crate::convert;
-use crate::types::cluster::{CheckItem, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
+use crate::types::cluster::{CheckItem, NewVolume, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
 use crate::types::{Error, NodeId, Reason, Result, ShardId, VolumeId};
 use crate::wire;
 
@@ -36,6 +36,17 @@ impl Client {
             })
             .await?;
         reply.into_inner().volumes.into_iter().map(convert::volume_info_from_wire).collect()
+    }
+
+    /// Adds a volume to the cluster; its first node makes and serves it.
+    pub async fn add_volume(&self, volume: &NewVolume) -> Result<VolumeInfo> {
+        let request = convert::new_volume_to_wire(volume);
+        let reply = self
+            .call(Target::Any, async |attempt| {
+                attempt.node.admin().add_volume(attempt.node.request(request.clone())).await
+            })
+            .await?;
+        convert::volume_info_from_wire(reply.into_inner())
     }
 
     /// Has a volume served by one of its backups; answers when it is, by the record.

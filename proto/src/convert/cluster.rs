@@ -2,7 +2,7 @@
 
 use super::{missing, state_from_wire, state_to_wire, time_from_wire, time_to_wire};
 use crate::types::cluster::{
-    CheckItem, CheckSummary, DamagedShard, NodeInfo, NodeStatus, ShardStat, Takeover, VolumeInfo,
+    CheckItem, CheckSummary, DamagedShard, NewVolume, NodeInfo, NodeStatus, ShardStat, Takeover, VolumeInfo,
     VolumeStatus,
 };
 use crate::types::{Epoch, NodeId, Result, ShardId, VolumeId};
@@ -60,6 +60,30 @@ pub fn node_info_from_wire(n: wire::Node) -> Result<NodeInfo> {
         draining: n.draining,
         dead: n.dead,
     })
+}
+
+/// A volume that is to be added.
+pub fn new_volume_from_wire(v: wire::AddVolumeRequest) -> Result<NewVolume> {
+    Ok(NewVolume {
+        id: VolumeId::new(v.volume_id)?,
+        provider: v.provider,
+        source: v.source,
+        size_bytes: v.size_bytes,
+        nodes: v.nodes.into_iter().map(NodeId::new).collect::<Result<_>>()?,
+        allow_unfenced: v.allow_unfenced,
+    })
+}
+
+/// A volume that is to be added.
+pub fn new_volume_to_wire(v: &NewVolume) -> wire::AddVolumeRequest {
+    wire::AddVolumeRequest {
+        volume_id: v.id.as_str().to_owned(),
+        provider: v.provider.clone(),
+        source: v.source.clone(),
+        size_bytes: v.size_bytes,
+        nodes: v.nodes.iter().map(|node| node.as_str().to_owned()).collect(),
+        allow_unfenced: v.allow_unfenced,
+    }
 }
 
 /// A volume.

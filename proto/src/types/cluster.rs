@@ -95,14 +95,31 @@ pub struct NodeInfo {
     pub dead: bool,
 }
 
+/// A volume that is to be added.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct NewVolume {
+    /// Its id.
+    pub id: VolumeId,
+    /// `loop`, `device` or `dir`.
+    pub provider: String,
+    /// The backing file, device or folder; an absolute path that its nodes know.
+    pub source: String,
+    /// Bytes of a backing file that is to be made; 0 for others.
+    pub size_bytes: u64,
+    /// The nodes that attach it; the first one serves it at first.
+    pub nodes: Vec<NodeId>,
+    /// It is served even if its device has no working fence.
+    pub allow_unfenced: bool,
+}
+
 /// A volume, as the metadata store knows it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VolumeInfo {
     /// Its id.
     pub id: VolumeId,
-    /// `loop` or `dir`.
+    /// `loop`, `device` or `dir`.
     pub provider: String,
-    /// The backing file or folder.
+    /// The backing file, device or folder.
     pub source: String,
     /// Its size; 0: as large as what it lies on.
     pub size_bytes: u64,

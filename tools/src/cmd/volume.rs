@@ -1,15 +1,16 @@
 //! `shardfs volume`: the cluster's volumes.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
-use clap::Subcommand;
+use clap::{Subcommand, ValueEnum};
 use serde_json::{Value, json};
-use shardfs_proto::types::cluster::{VolumeInfo, VolumeStatus};
+use shardfs_proto::types::cluster::{NewVolume, VolumeInfo, VolumeStatus};
 use shardfs_proto::types::{NodeId, VolumeId};
 
 use super::status::{Nodes, ask_nodes};
 use crate::context::Context;
-use crate::failure::Result;
+use crate::failure::{Failure, Result};
 use crate::output::{Align, Out, Table};
 use crate::size;
 
@@ -29,6 +30,35 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Add a volume to the cluster
+    ///
+    /// The first of its nodes makes and serves it, the others stand by and take over. Kinds: `device`, a whole block device
+    /// that all its nodes attach, fenced by persistent reservations (`shardfs doctor` says whether it can be); `loop`, a file
+    /// that all its nodes reach; `dir`, a folder. A device that holds anything is refused, not formatted.
+    #[command(after_help = "Examples:
+  shardfs volume add vol-9 --source /dev/disk/by-id/nvme-vol0a1b --nodes node-1,node-2
+  shardfs volume add vol-9 --kind loop --source /srv/vol-9.img --size 10GiB --nodes node-1
+
+A node on which a device has another path is told so: shardfs-node --device vol-9=/dev/sdb")]
+    Add {
+        /// Its id, new in the cluster
+        volume: VolumeId,
+        /// What it is
+        #[arg(long, value_enum, default_value = "device")]
+        kind: Kind,
+        /// The device, file or folder, as its nodes know it
+        #[arg(long, value_name = "PATH")]
+        source: PathBuf,
+        /// Bytes of a file that is to be made, such as 10GiB
+        #[arg(long, value_name = "BYTES", value_parser = size::parse, default_value = "0", hide_default_value = true)]
+        size: u64,
+        /// Its nodes; the first one serves it at first
+        #[arg(long, value_name = "NODE,...", value_delimiter = ',', required = true)]
+        nodes: Vec<NodeId>,
+        /// Serve it even if nothing keeps an old primary from writing to it, which can destroy it
+        #[arg(long)]
+        allow_unfenced: bool,
+    },
     /// Have a volume served by one of its backups
     ///
     /// Its primary flushes, stops serving and hands over; programs on mounts see a short pause. The volume stays
@@ -42,11 +72,47 @@ enum Command {
     },
 }
 
+/// Kinds of volumes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+enum Kind {
+    /// A whole block device
+    Device,
+    /// A file, which nodes attach as a loop device
+    Loop,
+    /// A folder
+    Dir,
+}
+
+impl Kind {
+    fn as_str(self) -> &'static str {
+        match self {
+            Kind::Device => "device",
+            Kind::Loop => "loop",
+            Kind::Dir => "dir",
+        }
+    }
+}
+
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
     let client = context.client()?;
     let json = match args.command {
         Command::List { json } => json,
+        Command::Add { volume, kind, source, size, nodes, allow_unfenced } => {
+            let source = source
+                .into_os_string()
+                .into_string()
+                .map_err(|source| Failure::usage(format!("--source {}: not UTF-8", source.display())))?;
+            let provider = kind.as_str().to_owned();
+            let new = NewVolume { id: volume, provider, source, size_bytes: size, nodes, allow_unfenced };
+            let added = client.add_volume(&new).await?;
+            let mut out = Out::new();
+            out.line(format!(
+                "{} is a volume of the cluster, epoch {}; `shardfs volume list` shows when it is served",
+                added.id, added.epoch
+            ))?;
+            return out.flush();
+        }
         Command::Promote { volume, node } => {
             let moved = client.promote_volume(&volume, &node).await?;
             let mut out = Out::new();
