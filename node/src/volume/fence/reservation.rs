@@ -29,6 +29,7 @@ use super::bounded::bounded;
 use super::{Action, Deadline, Fence, FenceKey, FenceKind, Fenced, Journal, Takeover, stale, unfenced};
 use crate::volume::{VolumeSpec, io_error};
 
+pub mod conformance;
 mod device;
 
 /// Type Write Exclusive, of linux/pr.h and SPC-4 alike.
