@@ -77,6 +77,8 @@ pub enum Command {
     Status(cmd::status::Args),
     /// Check shards against the invariants of their records, while they serve
     Fsck(cmd::fsck::Args),
+    /// See whether this machine, and a device, are fit for ShardFS
+    Doctor(cmd::doctor::Args),
     /// Mount the cluster
     Mount(cmd::mount::Args),
     /// Unmount; also mends "Transport endpoint is not connected"
@@ -148,6 +150,9 @@ mod tests {
             "status --json",
             "fsck",
             "fsck a b --read-data --json",
+            "doctor",
+            "doctor --device /dev/sdb --second-path /dev/sdc --force --clear --json",
+            "doctor --etcd etcd://h:2379 --folder /x",
             "mount /mnt -o ro",
             "mount http://h:1,unix:/s /mnt",
             "umount /mnt --force",
@@ -168,6 +173,7 @@ mod tests {
             "shard create s --limit 2XB",
             "dev up --nodes x",
             "volume add vol-9 --source /dev/sdb",
+            "doctor --second-path /dev/sdc",
             "nonsense",
         ] {
             let words = std::iter::once("shardfs").chain(line.split(' '));

@@ -2,6 +2,7 @@
 //!
 //! - [`cli`]: what can be typed; [`cmd`]: one file a command.
 //! - [`context`]: how a command finds its cluster; [`devcluster`]: a whole cluster on one machine.
+//! - [`doctor`]: whether a machine and its devices are fit.
 //! - [`failure`]: the one error of the command line, with a hint and an exit code; [`output`]: what people and
 //!   programs read.
 //!
@@ -11,6 +12,7 @@ pub mod cli;
 pub mod cmd;
 pub mod context;
 pub mod devcluster;
+pub mod doctor;
 pub mod failure;
 pub mod output;
 pub mod paths;

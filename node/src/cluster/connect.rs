@@ -76,6 +76,17 @@ impl MetaSettings {
         })
     }
 
+    /// A client of the etcd, for questions about itself; `None`: the address names no etcd.
+    pub fn etcd(&self) -> Result<Option<EtcdStore>> {
+        Ok(match self.kind()? {
+            Kind::Embedded => None,
+            Kind::Etcd(settings) => {
+                settings.check_files()?;
+                Some(EtcdStore::new(settings))
+            }
+        })
+    }
+
     fn kind(&self) -> Result<Kind> {
         let (tls, members) =
             match (self.address.strip_prefix("etcd://"), self.address.strip_prefix("etcds://")) {

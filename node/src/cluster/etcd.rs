@@ -7,6 +7,7 @@
 //! | `convert` | requests and answers, checked |
 //! | `errors` | what etcd's errors mean; of which it is certain that nothing happened |
 //! | `watch` | watches that resume |
+//! | [`health`] | what an etcd says of itself, for people |
 //!
 //! Invariants are those of [`MetaStore`]. Reads are repeated (bounded, with jitter), at another member if one does not
 //! answer; a transaction only if it is certain that nothing happened. All calls require a member that has a leader.
@@ -31,6 +32,7 @@ use settings::EtcdSettings;
 
 mod convert;
 mod errors;
+pub mod health;
 mod pool;
 pub mod settings;
 #[cfg(test)]

@@ -17,7 +17,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use etcd_client::proto::PbResponseHeader;
-use etcd_client::{Channel, Client, ConnectOptions, GetOptions, KvClient, LeaseClient, WatchClient};
+use etcd_client::{
+    Channel, Client, ConnectOptions, GetOptions, KvClient, LeaseClient, MaintenanceClient, WatchClient,
+};
 use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use shardfs_proto::types::clock;
@@ -90,6 +92,11 @@ impl Connection {
     /// For leases.
     pub(super) fn leases(&self) -> LeaseClient {
         self.client.lease_client()
+    }
+
+    /// For questions about the etcd itself.
+    pub(super) fn maintenance(&self) -> MaintenanceClient {
+        self.client.maintenance_client()
     }
 
     /// For watches.
