@@ -109,6 +109,10 @@ pub(crate) trait Commands: Send + Sync {
     fn reserve(&self, key: u64) -> Outcome<()>;
     /// RELEASE, Write Exclusive. Good if it is not ours.
     fn release(&self, key: u64) -> Outcome<()>;
+    /// Whether PREEMPT AND ABORT may be given at all.
+    fn aborts(&self) -> bool {
+        true
+    }
     /// PREEMPT or PREEMPT AND ABORT. Conflicts if the victim's key is not registered.
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()>;
     /// CLEAR: removes the reservation and all registrations.
@@ -401,7 +405,10 @@ impl Reserver {
         deadline: Deadline,
         journal: &mut Journal,
     ) -> Result<Taken> {
-        if !quiet && let Some(taken) = self.preempt_aborting(own, victim, deadline, journal)? {
+        if !quiet
+            && self.commands.aborts()
+            && let Some(taken) = self.preempt_aborting(own, victim, deadline, journal)?
+        {
             return Ok(taken);
         }
         match self.must("preempting", Some(deadline), move |c| c.preempt(own.get(), victim, false))? {

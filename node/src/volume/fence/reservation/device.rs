@@ -11,11 +11,18 @@ use std::path::{Path, PathBuf};
 use super::{Commands, Holder, Outcome, Refusal, WRITE_EXCLUSIVE};
 
 const IGNORE_EXISTING_KEY: u32 = 1;
+/// What disks of Linux's own SCSI target call themselves. PREEMPT AND ABORT ends in a deadlock there (seen on 6.1 with
+/// tcm_loop): its work in the target waits for itself to end. It never does, and whatever is sent from the same processor
+/// afterwards hangs too, by any process, until the target's machine is restarted.
+const LIO_VENDOR: &str = "LIO-ORG";
 /// Registrations that are read at once.
 const KEYS_MAX: usize = 1024;
 
 /// `enum pr_status`, SCSI's RESERVATION CONFLICT.
 const STATUS_CONFLICT: i32 = 0x18;
+/// Kernels before 6.4 pass on the whole result of a SCSI command, of which this is the device's status; above it stands what
+/// the host and the SCSI layer made of it (seen on 6.1: 0x118).
+const SCSI_STATUS_MASK: i32 = 0xFF;
 /// `enum pr_status`, SCSI's CHECK CONDITION; also how a target reports a reset, once.
 const STATUS_CHECK: i32 = 0x2;
 /// `enum pr_status`: the path failed for now.
@@ -99,6 +106,13 @@ impl Device {
         Device { path: path.to_owned() }
     }
 
+    /// What the disk says who made it; a SCSI disk only.
+    fn vendor(&self) -> Option<String> {
+        let device = std::fs::canonicalize(&self.path).ok()?;
+        let sys = Path::new("/sys/block").join(device.file_name()?).join("device/vendor");
+        Some(std::fs::read_to_string(sys).ok()?.trim().to_owned())
+    }
+
     fn open(&self) -> Outcome<File> {
         // Not for writing: the last close of a descriptor that can write makes udev look at the device.
         OpenOptions::new()
@@ -121,7 +135,7 @@ impl Device {
 fn understand(answer: i32, errno: i32) -> Outcome<()> {
     match answer {
         0 => Ok(()),
-        1.. if answer == STATUS_CONFLICT || answer & NVME_STATUS_MASK == NVME_CONFLICT => {
+        1.. if answer & SCSI_STATUS_MASK == STATUS_CONFLICT || answer & NVME_STATUS_MASK == NVME_CONFLICT => {
             Err(Refusal::Conflict)
         }
         STATUS_CHECK | STATUS_RETRY_PATH => {
@@ -154,6 +168,10 @@ impl Commands for Device {
 
     fn release(&self, key: u64) -> Outcome<()> {
         self.command(IOC_PR_RELEASE, &mut Reservation { key, kind: WRITE_EXCLUSIVE, flags: 0 })
+    }
+
+    fn aborts(&self) -> bool {
+        self.vendor().is_none_or(|vendor| vendor != LIO_VENDOR)
     }
 
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()> {
@@ -202,6 +220,8 @@ mod tests {
     fn a_positive_answer_is_no_success() {
         assert_eq!(understand(0, 0), Ok(()));
         assert_eq!(understand(0x18, 0), Err(Refusal::Conflict));
+        assert_eq!(understand(0x118, 0), Err(Refusal::Conflict));
+        assert_eq!(understand(0x11_0018, 0), Err(Refusal::Conflict));
         assert_eq!(understand(0x4083, 0), Err(Refusal::Conflict));
         assert_eq!(understand(-1, libc::EBADE), Err(Refusal::Conflict));
         assert!(matches!(understand(0x2, 0), Err(Refusal::Passing(_))));

@@ -23,6 +23,8 @@ pub(super) enum Abort {
     /// Takes effect when [`Target::let_go`] is called.
     HangsBefore,
     Unsupported,
+    /// Must not be asked for.
+    Harmful,
 }
 
 #[derive(Default)]
@@ -211,11 +213,16 @@ impl Commands for Path {
         Ok(())
     }
 
+    fn aborts(&self) -> bool {
+        self.target.abort != Abort::Harmful
+    }
+
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()> {
         let mut state = self.begin()?;
         match self.target.abort {
             _plain if !abort => state.preempt(self.nexus, own, victim, false),
             Abort::Works => state.preempt(self.nexus, own, victim, true),
+            Abort::Harmful => panic!("an abort was asked for"),
             Abort::Unsupported => Err(Refusal::Failed("status 0x2".into())),
             Abort::HangsAfter => {
                 state.preempt(self.nexus, own, victim, false)?;

@@ -92,6 +92,16 @@ fn an_abort_that_hangs_is_followed_by_a_plain_preemption_and_a_wait() {
 }
 
 #[test]
+fn a_target_that_is_harmed_by_aborts_is_only_preempted() {
+    let target = Target::new(Abort::Harmful, true);
+    take(&target, A, 1).unwrap();
+    target.write(A, "under way").unwrap();
+    let seen = actions(&take(&target, B, 2).unwrap());
+    assert!(seen.contains(&Action::Preempted) && seen.contains(&Action::Waited), "{seen:?}");
+    writes_alone(&target, B);
+}
+
+#[test]
 fn a_kernel_that_cannot_read_is_done_without() {
     for (predecessors, expected) in [
         (vec![], Action::Cleared),

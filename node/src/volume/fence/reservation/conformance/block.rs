@@ -93,6 +93,10 @@ impl Commands for Path {
         self.commands.release(key)
     }
 
+    fn aborts(&self) -> bool {
+        self.commands.aborts()
+    }
+
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()> {
         self.commands.preempt(own, victim, abort)
     }

@@ -42,6 +42,10 @@ impl Commands for Tried {
         self.path.release(key)
     }
 
+    fn aborts(&self) -> bool {
+        self.path.aborts()
+    }
+
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()> {
         self.path.preempt(own, victim, abort)
     }
@@ -83,6 +87,12 @@ fn a_device_that_keeps_its_promises_passes() {
         (Abort::Works, true, true, vec![]),
         (Abort::Works, false, false, vec![("read keys", Verdict::Poor)]),
         (Abort::Unsupported, true, false, vec![("preempt and abort", Verdict::Poor)]),
+        (
+            Abort::Harmful,
+            false,
+            true,
+            vec![("preempt and abort", Verdict::Poor), ("read keys", Verdict::Poor)],
+        ),
         (Abort::HangsBefore, true, false, vec![("preempt and abort", Verdict::Poor)]),
         (Abort::HangsAfter, true, true, vec![("preempt and abort", Verdict::Poor)]),
     ] {
