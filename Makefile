@@ -20,7 +20,7 @@ CARGO_DENY_VERSION := 0.20.2
 CARGO_LLVM_COV_VERSION := 0.9.1
 TOOLS := $(CARGO_TARGET_DIR)/tools
 
-.PHONY: help deps deps-test build install up down test test-long pjdfstest coverage bench fmt lint deny
+.PHONY: help deps deps-test build install up down test test-long test-vm pjdfstest coverage bench fmt lint deny
 
 help: ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ test: deps-test ## run all tests, those on real mounts included (as root)
 
 test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 20 kills under load, 60 power cuts, 1,000,000 keys, pjdfstest, failpoints (as root)
 	@PJDFSTEST="$(TOOLS)/bin/pjdfstest" tests/scripts/test.sh --include-ignored
+
+test-vm: build ## reservations and a fenced failover on a kernel of its own with a SCSI target, in qemu (says so if skipped)
+	@tests/scripts/deps.sh vm || echo "test-vm: not all that it needs could be installed" >&2
+	@tests/vm/run.sh "$(BIN)" "$(CARGO_TARGET_DIR)/test-vm"
 
 pjdfstest: deps-test $(TOOLS)/bin/pjdfstest ## run pjdfstest on a mount, and print its table (as root)
 	cargo build --release --locked --workspace --all-targets

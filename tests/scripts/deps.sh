@@ -1,6 +1,6 @@
 #!/bin/bash
 # Installs what ShardFS needs on Debian 12: `deps.sh` to build and run it, `deps.sh test` to test it as
-# well. Idempotent, and a fraction of a second when everything is there. Other systems: it says what to
+# well, `deps.sh vm` for the test in a machine of its own. Idempotent, and a fraction of a second when everything is there. Other systems: it says what to
 # install.
 set -euo pipefail
 
@@ -12,11 +12,15 @@ build=(build-essential pkg-config clang libclang-dev protobuf-compiler libprotob
     e2fsprogs fuse3 util-linux mount procps)
 # vim-tiny brings vim.tiny, psmisc fuser(1), attr setfattr(1).
 test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl iproute2)
+vm=(qemu-system-x86 busybox-static cpio zstd)
 # Programs that Debian starts as services when they are installed, and that the tests start by themselves.
 idle=(etcd-server etcd-client)
 
 want=("${build[@]}")
-[ "${1-}" = test ] && want+=("${test[@]}" "${idle[@]}")
+case ${1-} in
+    test) want+=("${test[@]}" "${idle[@]}") ;;
+    vm) want+=("${vm[@]}" "${idle[@]}") ;;
+esac
 
 as_root() {
     if [ "$(id -u)" = 0 ]; then
