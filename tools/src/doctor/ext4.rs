@@ -104,7 +104,7 @@ impl Trial {
 
     /// Takes everything away; answers what could not be.
     fn end(mut self) -> Option<Check> {
-        let Some(attached) = self.attached.take() else { return None };
+        let attached = self.attached.take()?;
         // By ourselves: a fenced mount is left alone by others on kernels that write at its unmount. This one may write:
         // it is nobody's.
         let unmounted = rustix::mount::unmount(&self.spec.mount_point, UnmountFlags::NOFOLLOW);
