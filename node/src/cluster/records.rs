@@ -363,6 +363,23 @@ mod tests {
     }
 
     #[test]
+    fn volumes_of_before_have_no_predecessors_and_need_a_fence() {
+        let before =
+            br#"{"v":1,"id":"vol-1","provider":"loop","source":"/x","size_bytes":7,"primary":"a","epoch":3}"#;
+        let mut record: VolumeRecord = decode(b"k", before).unwrap();
+        assert!(!record.allow_unfenced && !record.handed_over && record.predecessors.is_empty());
+        for epoch in 4..20 {
+            record.predecessors = record.predecessors_of_next();
+            record.epoch = Epoch::new(epoch).unwrap();
+        }
+        assert_eq!(record.predecessors.len(), PREDECESSORS_MAX);
+        let latest = Predecessor { node: NodeId::new("a").unwrap(), epoch: Epoch::new(18).unwrap() };
+        assert_eq!(record.predecessors[0], latest);
+        record.primary = None;
+        assert_eq!(record.predecessors_of_next(), record.predecessors);
+    }
+
+    #[test]
     fn keys_sort_as_ids_and_heartbeats_are_volatile() {
         assert!(shard_key(ShardId::new(9).unwrap()) < shard_key(ShardId::new(10).unwrap()));
         assert_eq!(HEARTBEATS.as_bytes(), VOLATILE_PREFIX);

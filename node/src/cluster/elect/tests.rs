@@ -118,6 +118,10 @@ async fn until(what: &str, is: impl Fn() -> bool) {
     tokio::time::timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("not so in time: {what}"));
 }
 
+fn predecessors(record: &VolumeRecord) -> Vec<String> {
+    record.predecessors.iter().map(|past| format!("{} {}", past.node, past.epoch)).collect()
+}
+
 fn won(outcome: Outcome) -> (Revision, Epoch) {
     match outcome {
         Outcome::Won(revision, epoch) => (revision, epoch),
@@ -143,6 +147,8 @@ async fn a_silent_primary_loses_its_volume_only_after_its_lease() {
     assert_eq!((record.primary.clone(), record.epoch), (Some(node("b")), epoch));
     assert_eq!(record.backups, [node("c"), node("a")]);
     assert_eq!(record.holder, b.record.incarnation);
+    assert_eq!(predecessors(&record), ["a 2", "a 1"], "what a fence needs to know");
+    assert!(!record.handed_over);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -221,7 +227,15 @@ async fn volumes_are_given_to_those_who_stand_by() {
     assert_eq!(epoch.get(), 3);
     assert_eq!(give("b").await, Outcome::Overtaken, "what was known is old");
     b.view.wait_for(revision, PATIENCE).await.unwrap();
-    assert_eq!(b.volume().record.holder, b.record.incarnation);
+    let record = b.volume().record;
+    assert_eq!(record.holder, b.record.incarnation);
+    assert_eq!(predecessors(&record), ["a 2", "a 1"]);
+    assert!(record.handed_over, "nothing of a is under way");
+    // A later process of b begins an epoch of its own: nobody handed that over.
+    let (revision, _) = won(b.elect().await);
+    b.view.wait_for(revision, PATIENCE).await.unwrap();
+    assert_eq!(predecessors(&b.volume().record), ["b 3", "a 2", "a 1"]);
+    assert!(!b.volume().record.handed_over);
 
     let volume = VolumeId::new("vol-1").unwrap();
     let target = async |to: &str| set_target(&*b.store, &b.view, &volume, Some(&node(to))).await;
