@@ -206,6 +206,8 @@ pub struct Executor {
     log: SyncLog,
     usage: Mutex<Usage>,
     broken: AtomicBool,
+    /// The last operation that was applied; raised before it is answered.
+    sequence: AtomicU64,
     freed_bytes: AtomicU64,
     reclaiming: AtomicBool,
     /// What the room was told last.
@@ -233,6 +235,7 @@ impl Executor {
             log: SyncLog::default(),
             usage: Mutex::new(usage),
             broken: AtomicBool::new(false),
+            sequence: counters.op_seq.into(),
             freed_bytes: 0.into(),
             reclaiming: AtomicBool::new(false),
             unflushed_bytes: Mutex::new(0),
@@ -265,6 +268,11 @@ impl Executor {
     /// Figures as of the last group.
     pub fn usage(&self) -> Usage {
         *self.usage.lock()
+    }
+
+    /// The last operation that was applied.
+    pub fn sequence(&self) -> u64 {
+        self.sequence.load(Ordering::Acquire)
     }
 
     /// Whether the shard must be opened anew before it can be written.
@@ -479,6 +487,7 @@ impl Executor {
                 let freed = core.counters.charged_bytes().saturating_sub(done.counters.charged_bytes());
                 self.note_freed_bytes(freed);
                 core.counters = done.counters;
+                self.sequence.store(core.counters.op_seq, Ordering::Release);
                 for (ino, record) in done.inodes {
                     match record {
                         Some(record) => core.cache.put(ino, record),
@@ -602,6 +611,7 @@ impl Executor {
                 live.apply(effect);
             }
             *counters = done.counters;
+            self.sequence.store(counters.op_seq, Ordering::Release);
             cache.clear();
             *self.usage.lock() = usage(&header, counters);
         }

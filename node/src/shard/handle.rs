@@ -3,6 +3,7 @@
 //! Owns the async face of the executor: every call queues a command or takes a snapshot. A [`Shard`] is
 //! shared by its callers; whoever holds it keeps it open.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use super::content::{ContentWriter, PutStreamStart};
 use super::executor::{Answer, Command, Executor, Numbered, Work};
 use super::keys::{self, Cf};
 use super::records::{Counters, Header};
-use super::store::{Store, StoreProperties};
+use super::store::{Reader, Store, StoreProperties};
 use super::{ReadView, Room, Usage};
 
 /// A mutation: an operation, by whom, and when it is answered.
@@ -160,6 +161,21 @@ impl Shard {
         flushed.map_err(|e| Error::internal(format!("a flush was lost: {e}")))?
     }
 
+    /// The last operation that was applied. Whatever was answered before the call is no later.
+    pub fn sequence(&self) -> u64 {
+        self.executor.sequence()
+    }
+
+    /// Makes a folder with the shard as it is at some moment during the call, of files that never change: those that the shard has
+    /// now are shared. What is in it is durable once the volume's file system is synced.
+    pub async fn checkpoint(&self, dir: PathBuf) -> Result<()> {
+        let store = Arc::clone(self.executor.store());
+        let made = tokio::task::spawn_blocking(move || store.checkpoint(&dir)).await;
+        let made = made.map_err(|e| Error::internal(format!("a checkpoint was lost: {e}")))?;
+        self.executor.note_unflushed();
+        made
+    }
+
     /// Begins a session. `label` says who holds it, for people; at most 255 bytes.
     pub async fn open_session(&self, label: String) -> Result<SessionId> {
         match self.ask(Command::OpenSession { label }, Durability::Sync).await? {
@@ -246,7 +262,7 @@ fn wrong(answer: &Answer) -> Error {
 }
 
 /// Header and counters of a store, which must be the shard's.
-fn read_head(store: &dyn Store, id: ShardId) -> Result<(Header, Counters)> {
+pub(super) fn read_head(store: &dyn Reader, id: ShardId) -> Result<(Header, Counters)> {
     let missing = |what: &str| Error::corrupt(format!("shard {id}: there is no {what} record"));
     let header = store.get(Cf::Sys, keys::HEADER)?.ok_or_else(|| missing("header"))?;
     let header = Header::decode(&header).map_err(|e| e.context(format!("shard {id}")))?;

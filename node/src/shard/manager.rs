@@ -10,6 +10,7 @@
 //!
 //! Must not: decide which shards exist or who may use them (`catalog`).
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -26,7 +27,7 @@ use super::executor::FLUSH_WORTH_BYTES;
 use super::handle::{Shard, initialize};
 use super::rocks::{RocksShared, RocksStore};
 use super::store::{Store, StoreProperties};
-use super::{Room, ShardInit};
+use super::{PublishedView, Room, ShardInit};
 
 /// Age at which buffered operations are synced, and how often that is looked at: together, with a slow
 /// sync, below UNSYNCED_AGE_MAX.
@@ -194,6 +195,18 @@ impl ShardManager {
         *guard = Some((Arc::clone(&shard), room));
         tracing::debug!(shard = %id, "opened");
         Ok(shard)
+    }
+
+    /// Opens a published view in a folder; `keeps` lives as long as it. It takes no place among the open shards.
+    pub async fn open_published(
+        &self,
+        id: ShardId,
+        dir: PathBuf,
+        keeps: Box<dyn Any + Send + Sync>,
+    ) -> Result<PublishedView> {
+        let shared = self.shared.clone();
+        let opened = tokio::task::spawn_blocking(move || PublishedView::open(&shared, id, &dir, keeps)).await;
+        opened.map_err(|e| Error::internal(format!("shard {id}: opening a view was lost: {e}")))?
     }
 
     /// Closes idle shards until there is a place for one more.

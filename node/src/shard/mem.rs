@@ -4,11 +4,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use parking_lot::RwLock;
-use shardfs_proto::types::{Error, Result};
+use shardfs_proto::types::{Error, Reason, Result};
 
 use super::chunk;
 use super::keys::Cf;
@@ -136,6 +137,10 @@ impl Store for MemStore {
 
     fn flush(&self) -> Result<()> {
         Ok(())
+    }
+
+    fn checkpoint(&self, dir: &Path) -> Result<()> {
+        Err(Error::new(Reason::Unsupported, format!("{}: a store in memory has no files", dir.display())))
     }
 
     fn resume(&self) -> Result<()> {

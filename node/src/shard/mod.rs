@@ -16,6 +16,7 @@ pub mod list;
 pub mod manager;
 pub mod mem;
 mod ops;
+mod published;
 pub mod read;
 pub mod records;
 pub mod rocks;
@@ -29,6 +30,7 @@ mod wal;
 pub use content::{ContentWriter, PutStreamStart};
 pub use handle::{KeepAnswer, Mutation, Shard, initialize};
 pub use manager::{ManagerStatus, ShardManager, ShardSettings};
+pub use published::PublishedView;
 pub use view::ReadView;
 
 use futures::future::BoxFuture;

@@ -14,10 +14,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
     CompactOptions, DB, DBCompressionType, DBRawIterator, DBRecoveryMode, Env, ErrorKind, FlushOptions,
-    LogLevel, MergeOperands, Options, ReadOptions, Snapshot, WriteBatch, WriteBufferManager, WriteOptions,
+    InfoLogger, LogLevel, MergeOperands, Options, ReadOptions, Snapshot, WriteBatch, WriteBufferManager,
+    WriteOptions,
 };
 use shardfs_proto::types::{Error, Reason, Result, ShardId};
 
@@ -300,6 +302,25 @@ impl Reader for RocksStore {
     }
 }
 
+/// Opens a checkpoint, perhaps on a device that refuses writes: changes nothing, and logs nowhere.
+pub fn open_published(shared: &RocksShared, shard: ShardId, path: &Path) -> Result<Arc<dyn Reader>> {
+    super::wal::check_logs(path).map_err(|e| e.context(format!("shard {shard}")).with_shard(shard))?;
+    let mut options = shared.db_options(false);
+    // All tables from the beginning: their names may be gone later.
+    options.set_max_open_files(-1);
+    // The logs stay verified (`db_options`): told not to, RocksDB 11.12 wants to write that to the manifest, and crashes.
+    options.set_info_logger(InfoLogger::new_callback_logger(LogLevel::Error, |_, message| {
+        tracing::debug!(message, "rocksdb");
+    }));
+    let mut families = vec![ColumnFamilyDescriptor::new("default", shared.family_options(None))];
+    for cf in Cf::ALL {
+        families.push(ColumnFamilyDescriptor::new(cf.name(), shared.family_options(Some(cf))));
+    }
+    let db = DB::open_cf_descriptors_read_only(&options, path, families, false)
+        .map_err(|e| map_error(shard, &format!("open the view {}", path.display()), &e))?;
+    Ok(Arc::new(RocksStore { inner: Arc::new(Inner { shard, db }) }))
+}
+
 /// A snapshot with the database that it is of.
 struct RocksSnapshot {
     /// Dropped before `inner`: fields drop in order of declaration.
@@ -387,6 +408,11 @@ impl Store for RocksStore {
         let mut options = FlushOptions::default();
         options.set_wait(true);
         self.inner.db.flush_cfs_opt(&families, &options).map_err(|e| self.inner.error("flush", &e))
+    }
+
+    fn checkpoint(&self, dir: &Path) -> Result<()> {
+        let make = || Checkpoint::new(&self.inner.db)?.create_checkpoint(dir);
+        make().map_err(|e| self.inner.error(&format!("checkpoint {}", dir.display()), &e))
     }
 
     fn resume(&self) -> Result<()> {

@@ -8,6 +8,7 @@
 //! every batch written before survives any crash.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -115,6 +116,9 @@ pub trait Store: Reader {
 
     /// Writes memory tables to files, so that a later open has nothing to replay.
     fn flush(&self) -> Result<()>;
+
+    /// Makes a folder, which is not there yet, with the state of some moment during the call, in files that never change.
+    fn checkpoint(&self, dir: &Path) -> Result<()>;
 
     /// Tries to make writes possible again after one failed.
     fn resume(&self) -> Result<()>;

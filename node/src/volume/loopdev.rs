@@ -20,6 +20,7 @@ use shardfs_proto::types::{Error, Reason, Result, VolumeId};
 
 use super::ext4::{Content, Target, check_label, make_filesystem, mount, probe, wait_until_unclaimed};
 use super::fence::{Fence, Fenced, shutdown};
+use super::views::ViewMount;
 use super::{
     Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
     verify_identity, wait_for_lock,
@@ -27,6 +28,7 @@ use super::{
 use sys::{BLOCK_BYTES, LO_NAME_BYTES, Tag, detach_device, devices_with_tag};
 
 pub(super) mod sys;
+mod views;
 
 /// The provider `loop`.
 pub struct LoopProvider;
@@ -112,6 +114,18 @@ impl VolumeProvider for LoopProvider {
         clean_up(spec, &tag(&spec.mount_point, &spec.id)?)?;
         drop(attached);
         Ok(())
+    }
+
+    fn settle(&self, root: &Path) -> Result<()> {
+        views::settle(root)
+    }
+
+    fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
+        views::open(spec, at)
+    }
+
+    fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()> {
+        views::clean_up(spec, folder)
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
+use views::ViewMount;
 
 pub mod device;
 pub mod dir;
@@ -28,6 +29,7 @@ pub mod fence;
 pub mod loopdev;
 pub mod mounts;
 pub mod room;
+pub mod views;
 
 /// The file at a volume's root that names cluster and volume.
 const IDENTITY_FILE: &str = ".shardfs-volume";
@@ -191,6 +193,13 @@ pub trait VolumeProvider: Send + Sync {
     fn attach(&self, spec: &VolumeSpec) -> Result<Attached>;
     /// The reverse. No file of the volume is open.
     fn detach(&self, spec: &VolumeSpec, attached: Attached) -> Result<()>;
+    /// Makes what was written below the root before readable for views that are opened from now on. Durable when it returns; but
+    /// see [`Witness`].
+    fn settle(&self, root: &Path) -> Result<()>;
+    /// Makes the volume, which another node has for writing, readable at a place: as it is now. Writes nothing to it.
+    fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount>;
+    /// Takes away what a killed process of this node has left of views, which were all in places right below `folder`.
+    fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()>;
     /// What is known.
     fn describe(&self, spec: &VolumeSpec) -> Result<Description>;
 }

@@ -12,3 +12,4 @@ mod sessions;
 mod space;
 mod speed;
 mod values;
+mod views;

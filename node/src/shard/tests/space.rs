@@ -64,6 +64,9 @@ impl Store for Failing {
     fn flush(&self) -> Result<()> {
         self.check()
     }
+    fn checkpoint(&self, dir: &std::path::Path) -> Result<()> {
+        self.store.checkpoint(dir)
+    }
     fn resume(&self) -> Result<()> {
         self.check()
     }

@@ -200,9 +200,19 @@ fn make_node(path: &Path) -> std::io::Result<()> {
 
 /// Makes a device over a file, and it read-only: whatever flag the number had from its last user.
 pub(in crate::volume) fn attach_device(source: &Path, tag: &Tag) -> Result<PathBuf> {
+    attach(source, tag, true)
+}
+
+/// Makes a device over a file whose driver refuses writes, because the file is open for reading only: no flag makes it
+/// writable.
+pub(in crate::volume) fn attach_view_device(source: &Path, tag: &Tag) -> Result<PathBuf> {
+    attach(source, tag, false)
+}
+
+fn attach(source: &Path, tag: &Tag, write: bool) -> Result<PathBuf> {
     let backing = OpenOptions::new()
         .read(true)
-        .write(true)
+        .write(write)
         .open(source)
         .map_err(|e| io_error(&format!("opening {}", source.display()), &e))?;
     let control =
@@ -260,6 +270,19 @@ fn configure(device: &File, backing: RawFd, tag: &Tag) -> std::io::Result<()> {
     // SAFETY: the kernel reads one `loop_config`, whose layout `LoopConfig` has; the descriptors are open.
     let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) };
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Sectors that were written to a device's number since the machine started.
+pub(in crate::volume) fn sectors_written(device: &Path) -> Result<u64> {
+    // The seventh field: the kernel's Documentation/block/stat.rst.
+    const SECTORS_WRITTEN: usize = 6;
+    let name = device.file_name().unwrap_or_default();
+    let path = Path::new("/sys/block").join(name).join("stat");
+    let text = fs::read_to_string(&path).map_err(|e| io_error(&format!("reading {}", path.display()), &e))?;
+    text.split_ascii_whitespace()
+        .nth(SECTORS_WRITTEN)
+        .and_then(|field| field.parse().ok())
+        .ok_or_else(|| Error::io(format!("{}: another format than expected", path.display())))
 }
 
 /// Frees a device. Only after its last unmount.
