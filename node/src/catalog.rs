@@ -33,15 +33,19 @@ use crate::shard::{Room, Shard, ShardManager};
 mod barrier;
 mod change;
 mod damage;
+mod publish;
 mod resume;
 mod roles;
 mod serving;
 mod shard_room;
+mod views;
 
 pub use damage::DamageList;
 use roles::Roles;
 pub use serving::Served;
 use serving::Serving;
+pub use views::BackupRead;
+use views::Views;
 
 /// How long a listing waits for this node's copy of the records to be up to date.
 const REFRESH_WAIT_MAX: Duration = Duration::from_secs(1);
@@ -64,6 +68,8 @@ pub struct CatalogParts {
     pub limit_bytes_default: Option<u64>,
     /// Bytes of a chunk of new shards.
     pub chunk_bytes: u32,
+    /// Pause between two views of a shard that is read on backups; zero: none are published.
+    pub publish_every: Duration,
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
     /// The copy of its records; somebody runs it.
@@ -89,6 +95,7 @@ pub struct Catalog {
     fenced: Mutex<HashSet<ShardId>>,
     changes: Arc<tokio::sync::Semaphore>,
     damage: Arc<DamageList>,
+    views: Views,
     stop: CancellationToken,
 }
 
@@ -100,8 +107,10 @@ pub struct LocalShard {
     pub dir: PathBuf,
     /// Its volume's room.
     pub room: Arc<dyn Room>,
-    /// What is known of it, without usage.
-    pub info: ShardInfo,
+    /// Its state, by its record.
+    pub state: ShardState,
+    /// Under which its volume is served.
+    pub epoch: Epoch,
     served: Arc<Served>,
 }
 
@@ -117,6 +126,7 @@ impl Catalog {
             fenced: Mutex::default(),
             changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
             damage: Arc::default(),
+            views: Views::default(),
             stop: CancellationToken::new(),
         })
     }
@@ -150,7 +160,8 @@ impl Catalog {
             id,
             dir: served.shard_dir(id),
             room: served.room(),
-            info: self.parts.view.shard_info(&record),
+            state: record.state.into(),
+            epoch: served.epoch,
             served,
         })
     }
@@ -168,7 +179,7 @@ impl Catalog {
         // A deletion that began meanwhile has closed what was open before, not what was opened since.
         self.local_shard(client, &Selector::Id(local.id), None)?;
         // A crash between sealing a shard and its record: every use shows it.
-        if local.info.state == ShardState::Active && shard.usage().state == ShardState::ReadOnly {
+        if local.state == ShardState::Active && shard.usage().state == ShardState::ReadOnly {
             self.note_sealed(local.id);
         }
         Ok(shard)
@@ -232,6 +243,7 @@ impl Catalog {
             damaged_shards: self.damage.list(|id| {
                 self.parts.view.shard(id).is_some_and(|kept| kept.record.state != StateWord::Deleted)
             }),
+            views: self.view_figures(),
         }
     }
 
@@ -314,25 +326,24 @@ impl Catalog {
 
     /// The volume of a shard, if this node serves it.
     fn served(&self, record: &ShardRecord, epoch: Option<Epoch>) -> Result<Arc<Served>> {
-        let location = self.parts.view.location(&record.volume);
         let id = record.id;
-        if location.node.as_ref() != Some(&self.parts.node_id) {
+        let (mine, now) = self.parts.view.is_primary(&record.volume, &self.parts.node_id);
+        let location = || self.parts.view.location(&record.volume);
+        if !mine {
+            let location = location();
             let where_now = match &location.node {
                 Some(node) => format!("shard {id} is served by {node}"),
                 None => format!("shard {id} is served by no node at the moment"),
             };
             return Err(Error::new(Reason::NotPrimary, where_now).with_shard(id).with_location(location));
         }
-        if epoch.is_some_and(|epoch| epoch != location.epoch) {
-            return Err(Error::new(
-                Reason::StaleEpoch,
-                format!("shard {id} is served under epoch {}", location.epoch),
-            )
-            .with_shard(id)
-            .with_location(location));
+        if epoch.is_some_and(|epoch| epoch != now) {
+            return Err(Error::new(Reason::StaleEpoch, format!("shard {id} is served under epoch {now}"))
+                .with_shard(id)
+                .with_location(location()));
         }
         // One that is being given up, or taken again, is not served under the record's epoch.
-        self.serving.get(&record.volume).filter(|served| served.epoch == location.epoch).ok_or_else(|| {
+        self.serving.get(&record.volume).filter(|served| served.epoch == now).ok_or_else(|| {
             let trouble =
                 self.serving.trouble(&record.volume).unwrap_or_else(|| "it is being taken over".into());
             Error::unavailable(format!("volume {} of shard {id} is not usable: {trouble}", record.volume))

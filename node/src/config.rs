@@ -18,6 +18,10 @@ use shardfs_proto::types::{NodeId, VolumeId};
 use crate::cluster::connect::MetaSettings;
 use crate::shard::chunk::CHUNK_BYTES;
 
+/// Half of what a read from a backup takes unless it says otherwise.
+const PUBLISH_EVERY_DEFAULT: f64 = 5.0;
+/// Views that are older are of no use to most.
+const PUBLISH_EVERY_MAX: f64 = 3600.0;
 /// Calls that a shutdown waits for.
 const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(10);
 /// A block cache below this holds not even the indexes of a few shards.
@@ -109,6 +113,10 @@ pub struct Args {
     /// Bytes of a chunk of the files of new shards, a power of two from 16KiB to 1MiB [default: 64KiB]
     #[arg(long, value_name = "BYTES", env = "SHARDFS_CHUNK_SIZE")]
     pub chunk_size: Option<String>,
+    /// Seconds between two views of a shard that is read on backups and changes; 0: no views, so nothing can be read on backups
+    /// [default: 5]
+    #[arg(long, value_name = "SECONDS", env = "SHARDFS_PUBLISH_EVERY")]
+    pub publish_every: Option<f64>,
     /// Seconds that a shutdown waits for calls under way [default: 10]
     #[arg(long, value_name = "SECONDS", env = "SHARDFS_SHUTDOWN_SECONDS")]
     pub shutdown_seconds: Option<u64>,
@@ -154,6 +162,7 @@ pub struct File {
     open_shards: Option<usize>,
     default_limit: Option<String>,
     chunk_size: Option<String>,
+    publish_every: Option<f64>,
     shutdown_seconds: Option<u64>,
     log_format: Option<LogFormat>,
     log_level: Option<String>,
@@ -192,6 +201,8 @@ pub struct NodeConfig {
     pub default_limit_bytes: Option<u64>,
     /// Bytes of a chunk of new shards.
     pub chunk_bytes: u32,
+    /// Pause between two views of a shard that is read on backups; zero: none.
+    pub publish_every: Duration,
     /// Patience of a shutdown.
     pub shutdown: Duration,
     /// How log lines look.
@@ -263,6 +274,11 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         Ok(bytes) if bytes.is_power_of_two() && CHUNK_SIZE_RANGE.contains(&bytes) => bytes,
         _ => bail!("--chunk-size: {chunk_bytes} bytes are not a power of two from 16KiB to 1MiB"),
     };
+    let publish_every = args.publish_every.or(file.publish_every).unwrap_or(PUBLISH_EVERY_DEFAULT);
+    if !(0.0..=PUBLISH_EVERY_MAX).contains(&publish_every) {
+        bail!("--publish-every: {publish_every} is not in 0..={PUBLISH_EVERY_MAX} seconds");
+    }
+    let publish_every = Duration::from_secs_f64(publish_every);
     let open_shards_max = args.open_shards.or(file.open_shards).unwrap_or(512);
     if open_shards_max == 0 {
         bail!("--open-shards: at least 1 shard must be allowed to be open");
@@ -291,6 +307,7 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         open_shards_max,
         default_limit_bytes: (default_limit != 0).then_some(default_limit),
         chunk_bytes,
+        publish_every,
         shutdown: shutdown.unwrap_or(SHUTDOWN_DEFAULT),
         log_format: args.log_format.or(file.log_format).unwrap_or(LogFormat::Text),
         log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),

@@ -4,7 +4,7 @@
 //! blocks a call. Gauges of the shards and volumes are read when somebody asks, not kept up to date.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -14,6 +14,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use shardfs_proto::types::ViewFigures;
 use shardfs_proto::types::cluster::NodeStatus;
 use tonic::Code;
 
@@ -41,6 +42,25 @@ struct TakeoverLabels {
     phase: &'static str,
 }
 
+/// Name, help and value of what is counted of reads from backups.
+type ViewCounter = (&'static str, &'static str, fn(&ViewFigures) -> u64);
+
+const VIEW_COUNTERS: [ViewCounter; 9] = [
+    ("views_published", "Views published as a primary", |f| f.published),
+    ("views_publish_failures", "Views that could not be published", |f| f.publish_failures),
+    ("views_opened", "Views opened as a backup", |f| f.opened),
+    ("view_answers", "Reads answered from views", |f| f.answers),
+    ("view_refusals_stale", "Reads sent to the primary: no view was young enough", |f| f.refused_stale),
+    ("view_refusals_lost", "Reads sent to the primary: the lease or the hold on the view had ended", |f| {
+        f.refused_lost
+    }),
+    ("view_refusals_unreadable", "Reads sent to the primary: checksum or I/O trouble", |f| {
+        f.refused_unreadable
+    }),
+    ("view_devices_retired", "Devices of views that were retired", |f| f.devices_retired),
+    ("view_sectors_written", "Sectors written to devices of views: always 0", |f| f.sectors_written),
+];
+
 /// A node's figures.
 pub struct Metrics {
     registry: Registry,
@@ -52,6 +72,8 @@ pub struct Metrics {
     write_buffer_used: Gauge,
     store_reachable: Gauge,
     damaged_shards: Gauge,
+    views_open: Gauge,
+    views: [Counter; VIEW_COUNTERS.len()],
     volume_total: Family<VolumeLabels, Gauge>,
     volume_free: Family<VolumeLabels, Gauge>,
     volume_shards: Family<VolumeLabels, Gauge>,
@@ -99,6 +121,12 @@ impl Metrics {
             write_buffer_used: gauge(&mut registry, "write_buffer_used_bytes", "Write buffers in use"),
             store_reachable: gauge(&mut registry, "store_reachable", "1 if the metadata store answers"),
             damaged_shards: gauge(&mut registry, "damaged_shards", "Shards of which damage was found"),
+            views_open: gauge(&mut registry, "views_open", "Views open as a backup"),
+            views: VIEW_COUNTERS.map(|(name, help, _)| {
+                let counter: Counter = Counter::default();
+                registry.register(name, help, counter.clone());
+                counter
+            }),
             volume_total: by_volume(&mut registry, "volume_total_bytes", "Bytes of a volume"),
             volume_free: by_volume(&mut registry, "volume_free_bytes", "Bytes free on a volume"),
             volume_shards: by_volume(&mut registry, "volume_shards", "Shards on a volume"),
@@ -118,6 +146,10 @@ impl Metrics {
         self.write_buffer_used.set(signed(status.write_buffer_used_bytes));
         self.store_reachable.set(status.store_reachable.into());
         self.damaged_shards.set(status.damaged_shards.len() as i64);
+        self.views_open.set(status.views.open.into());
+        for (counter, (_, _, value)) in self.views.iter().zip(VIEW_COUNTERS) {
+            counter.inner().store(value(&status.views), Ordering::Relaxed);
+        }
         for volume in &status.volumes {
             let labels = VolumeLabels { volume: volume.id.to_string() };
             self.volume_total.get_or_create(&labels).set(signed(volume.total_bytes));
@@ -192,10 +224,13 @@ mod tests {
             store_reachable: true,
             cluster_id: String::new(),
             damaged_shards: Vec::new(),
+            views: ViewFigures { answers: 8, open: 2, ..ViewFigures::default() },
         };
         let text = metrics.render(&status);
         assert!(text.contains("shardfs_node_calls_total{method=\"Storage/Put\",code=\"ok\"} 1"), "{text}");
         assert!(text.contains("shardfs_node_open_shards 3"), "{text}");
+        assert!(text.contains("shardfs_node_view_answers_total 8"), "{text}");
+        assert!(text.contains("shardfs_node_views_open 2"), "{text}");
         assert!(
             text.contains("shardfs_node_call_duration_seconds_count{method=\"Storage/Put\"} 2"),
             "{text}"

@@ -134,6 +134,7 @@ impl Node {
             cluster_id,
             limit_bytes_default: config.default_limit_bytes,
             chunk_bytes: config.chunk_bytes,
+            publish_every: config.publish_every,
             store,
             view,
             lease,

@@ -538,7 +538,8 @@ async fn files_work_by_inode() {
     let shard = node.new_shard("s").await;
     let session = node.open_session(shard).await;
     let mut files = node.files();
-    let header = Some(wire::CallHeader { shard_id: shard, epoch: 0, session_id: session });
+    let header =
+        Some(wire::CallHeader { shard_id: shard, epoch: 0, session_id: session, ..Default::default() });
     let sequence = std::cell::Cell::new(0);
     let mutation = |kind: operation::Kind| {
         sequence.set(sequence.get() + 1);

@@ -5,6 +5,7 @@
 
 mod cluster;
 mod operation;
+mod reads;
 
 use bytes::Bytes;
 
@@ -18,6 +19,11 @@ pub use operation::{
     put_result_to_wire,
 };
 
+pub use reads::{
+    read_from_from_wire, read_from_to_wire, view_figures_from_wire, view_figures_to_wire,
+    view_label_from_wire, view_label_to_wire,
+};
+
 use crate::types::attr::MODE_BITS;
 use crate::types::cluster::{Selector, ShardInfo};
 use crate::types::limits::{
@@ -26,7 +32,7 @@ use crate::types::limits::{
 };
 use crate::types::op::{Durability, IndexValue, Indexes, ObjectMeta, PutItem, PutOptions, ShardState};
 use crate::types::{
-    Attr, ClientId, Epoch, Error, FileKind, InodeNo, Key, Location, NodeId, Reason, Result, ShardId,
+    Attr, Backup, ClientId, Epoch, Error, FileKind, InodeNo, Key, Location, NodeId, Reason, Result, ShardId,
     ShardName, Timestamp, Version, VolumeId,
 };
 use crate::wire;
@@ -129,7 +135,12 @@ pub fn location_to_wire(l: &Location) -> wire::Location {
         node_id: l.node.as_ref().map(|n| n.as_str().to_owned()).unwrap_or_default(),
         endpoints: l.endpoints.clone(),
         epoch: l.epoch.get(),
+        backups: l.backups.iter().map(backup_to_wire).collect(),
     }
+}
+
+fn backup_to_wire(b: &Backup) -> wire::Backup {
+    wire::Backup { node_id: b.node.as_str().to_owned(), endpoints: b.endpoints.clone() }
 }
 
 /// A location.
@@ -139,6 +150,11 @@ pub fn location_from_wire(l: wire::Location) -> Result<Location> {
         node: if l.node_id.is_empty() { None } else { Some(NodeId::new(l.node_id)?) },
         endpoints: l.endpoints,
         epoch: Epoch::new(l.epoch).ok_or_else(|| missing("the location's epoch"))?,
+        backups: l
+            .backups
+            .into_iter()
+            .map(|b| Ok(Backup { node: NodeId::new(b.node_id)?, endpoints: b.endpoints }))
+            .collect::<Result<_>>()?,
     })
 }
 

@@ -259,6 +259,10 @@ mod tests {
                 node: Some(NodeId::new("node-2").unwrap()),
                 endpoints: vec!["unix:/run/x".into()],
                 epoch: Epoch::FIRST,
+                backups: vec![crate::types::Backup {
+                    node: NodeId::new("node-3").unwrap(),
+                    endpoints: vec!["unix:/run/y".into()],
+                }],
             })
             .with_retry_after_ms(20);
         let status = to_status(&error);

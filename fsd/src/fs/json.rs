@@ -142,6 +142,7 @@ mod tests {
                 node: Some(NodeId::new("node-1").unwrap()),
                 endpoints: vec!["unix:/x".into()],
                 epoch: Epoch::FIRST,
+                backups: Vec::new(),
             },
             used_bytes: None,
             inodes: None,

@@ -60,7 +60,10 @@ impl Catalog {
             shard.set_read_only().await?;
             fail::fail_point!("catalog-close-sealed", |_| Err(Error::unavailable("failpoint")));
             let kept = this.find(&client, &Selector::Id(id))?;
-            this.set_state(&kept, StateWord::ReadOnly).await
+            drop(shard);
+            let info = this.set_state(&kept, StateWord::ReadOnly).await?;
+            this.publish_last(id).await;
+            Ok(info)
         })
         .await
     }
@@ -317,6 +320,9 @@ impl Catalog {
     pub(super) async fn purge(&self, kept: Kept<ShardRecord>) {
         let record = &kept.record;
         let Some(served) = self.serving.get(&record.volume) else { return };
+        if !self.release_views(&served, record.id).await {
+            return;
+        }
         if let Err(error) = self.parts.manager.delete(record.id, &served.shard_dir(record.id)).await {
             tracing::error!(shard = %record.id, %error, "a deleted shard's bytes cannot be removed; it is tried again");
             return;

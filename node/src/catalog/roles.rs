@@ -28,6 +28,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(50);
 const TEND_INTERVAL: Duration = Duration::from_secs(1);
 /// How often what was left half-done is looked for.
 const RESUME_INTERVAL: Duration = Duration::from_secs(30);
+/// How often is looked for views that are due.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(250);
 /// How long a change that this node made takes to show at most.
 const SHOWN_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long actions under way are waited for at a shutdown.
@@ -65,8 +67,9 @@ impl Catalog {
     /// Takes the volumes that are this node's to serve, looks after them, and gives up the rest; until
     /// [`Catalog::shutdown`]. The view has been read once.
     pub async fn run(self: Arc<Self>) {
+        tokio::spawn(self.clone().keep_views());
         let mut changes = self.parts.view.subscribe();
-        let (mut tended, mut resumed): (Option<Instant>, Option<Instant>) = (None, None);
+        let (mut tended, mut resumed, mut published) = (None, None, None);
         let due = |last: &mut Option<Instant>, interval: Duration| {
             let due = last.is_none_or(|last| last.elapsed() >= interval);
             if due {
@@ -84,8 +87,14 @@ impl Catalog {
             if due(&mut resumed, RESUME_INTERVAL) {
                 for served in self.serving.all() {
                     let this = self.clone();
-                    tokio::spawn(async move { this.resume(&served.id).await });
+                    tokio::spawn(async move {
+                        this.resume(&served.id).await;
+                        this.publish_missing(&served.id).await;
+                    });
                 }
+            }
+            if due(&mut published, PUBLISH_INTERVAL) {
+                self.publish_due();
             }
             if due(&mut tended, TEND_INTERVAL) {
                 let this = self.clone();
@@ -219,6 +228,8 @@ impl Catalog {
             Action::HandOver(id, to) => {
                 let begun = clock::monotonic();
                 if let Some(served) = self.serving.get(id) {
+                    // While calls are still answered: neither is part of the pause.
+                    served.publisher.stop().await;
                     self.flush_volume(&served).await;
                     let paused = clock::monotonic();
                     self.let_go(&served, false).await?;

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::Catalog;
 use super::barrier::Barrier;
 use super::shard_room::ShardRoom;
+use super::publish::Publisher;
 use crate::cluster::lease::Lease;
 use crate::cluster::records::{self, VolumeRecord};
 use crate::cluster::store::{Demand, Txn};
@@ -42,13 +43,14 @@ pub struct Served {
     pub id: VolumeId,
     /// Under which it is served.
     pub epoch: Epoch,
-    root: PathBuf,
+    pub(super) root: PathBuf,
     device: String,
     spec: VolumeSpec,
-    provider: String,
+    pub(super) provider: String,
     /// The volume's fence keeps a deposed node from writing: so a write proves that this one is not deposed.
     refuses_deposed: bool,
-    room: Arc<VolumeRoom>,
+    pub(super) room: Arc<VolumeRoom>,
+    pub(super) publisher: Publisher,
     barrier: Arc<Barrier>,
     lease: Arc<Lease>,
     view: Arc<View>,
@@ -101,6 +103,18 @@ impl Served {
             (Ok(()), _) => error,
             (Err(lost), Some(shard)) => lost.with_shard(shard).with_retry_after_ms(20),
             (Err(lost), None) => lost.with_retry_after_ms(20),
+        }
+    }
+
+    /// Fails unless what was written and synced before is on a volume that was this node's.
+    pub(super) async fn prove(&self) -> Result<()> {
+        if self.provider != "dir" {
+            return self.barrier.pass().await;
+        }
+        // Nothing keeps a deposed node from writing to a folder; the record that is written next tells.
+        match self.lease.is_held() {
+            true => Ok(()),
+            false => Err(Error::unavailable("this node does not reach the metadata store")),
         }
     }
 
@@ -180,7 +194,7 @@ impl Serving {
 }
 
 impl Catalog {
-    fn spec_of(&self, record: &VolumeRecord) -> VolumeSpec {
+    pub(super) fn spec_of(&self, record: &VolumeRecord) -> VolumeSpec {
         VolumeSpec {
             id: record.id.clone(),
             cluster_id: self.parts.cluster_id.clone(),
@@ -269,6 +283,7 @@ impl Catalog {
             provider: record.provider.clone(),
             refuses_deposed: matches!(kind, FenceKind::Reservation | FenceKind::Shutdown),
             room: Arc::new(VolumeRoom::new(attached.root.clone())),
+            publisher: Publisher::default(),
             barrier: Barrier::new(attached.witness()?),
             lease: self.parts.lease.clone(),
             view: self.parts.view.clone(),
@@ -382,6 +397,8 @@ impl Catalog {
             failed();
         }
         self.serving.served.lock().remove(&served.id);
+        // One that is under way holds a shard open.
+        served.publisher.stop().await;
         let closing = self.parts.view.shards(|record| record.volume == served.id).into_iter().map(|kept| {
             let id = kept.record.id;
             async move {
@@ -430,6 +447,10 @@ impl Catalog {
             tracing::warn!("stopping while shards are being changed; the next start finishes it");
         }
         self.roles.idle().await;
+        self.drop_views().await;
+        for served in self.serving.all() {
+            served.publisher.stop().await;
+        }
         let closed = self.parts.manager.close_all().await;
         for served in self.serving.all() {
             self.serving.served.lock().remove(&served.id);
@@ -528,7 +549,9 @@ async fn demote(served: &Arc<Served>) -> Result<Option<Standby>> {
     .await
 }
 
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+pub(super) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
     tokio::task::spawn_blocking(work)
         .await
         .unwrap_or_else(|e| Err(Error::internal(format!("attaching or detaching a volume: {e}"))))

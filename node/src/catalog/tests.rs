@@ -37,6 +37,15 @@ pub(super) struct TestNode {
 
 impl Bench {
     pub(super) async fn new(volumes: &[(&str, &str)]) -> Bench {
+        Self::make(volumes, &[]).await
+    }
+
+    /// With one volume that others stand by for.
+    pub(super) async fn with_backups(volume: &str, node: &str, backups: &[&str]) -> Bench {
+        Self::make(&[(volume, node)], backups).await
+    }
+
+    async fn make(volumes: &[(&str, &str)], backups: &[&str]) -> Bench {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("meta.sock");
         let server = serve(dir.path().join("meta.redb"), ListenAddr::Unix(socket)).await.unwrap();
@@ -50,7 +59,7 @@ impl Bench {
                 source: dir.path().join("backing").join(volume).to_str().unwrap().to_owned(),
                 size_bytes: 0,
                 primary: NodeId::new(*node).unwrap(),
-                backups: Vec::new(),
+                backups: backups.iter().map(|id| NodeId::new(*id).unwrap()).collect(),
                 allow_unfenced: false,
             };
             bootstrap::ensure_volume(&store, &spec).await.unwrap();
@@ -100,6 +109,7 @@ impl Bench {
             cluster_id: self.cluster_id.clone(),
             limit_bytes_default: Some(1 << 30),
             chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
+            publish_every: Duration::from_secs(1),
             store,
             view,
             lease,

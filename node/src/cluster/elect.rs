@@ -30,17 +30,9 @@ pub async fn elect(
     let old = &volume.record;
     let mut txn = Txn::new();
     if let Some(from) = old.primary.as_ref().filter(|from| **from != me.id) {
-        txn = match view.health(from) {
-            Health::Dead(_) => match view.death_revision(from) {
-                Some(seen) => txn.when(records::death_key(from), Demand::Modified(seen)),
-                None => return Ok(Outcome::Overtaken),
-            },
-            Health::Silent(_) => match view.heartbeat_revision(from) {
-                Some(seen) => txn.when(records::heartbeat_key(from), Demand::Modified(seen)),
-                None => return Ok(Outcome::Overtaken),
-            },
-            Health::Absent => txn.when(records::heartbeat_key(from), Demand::Absent),
-            Health::Alive | Health::Unknown => return Ok(Outcome::Overtaken),
+        txn = match lease_is_over(view, from, txn) {
+            Some(txn) => txn,
+            None => return Ok(Outcome::Overtaken),
         };
         let epoch = next(old.epoch)?;
         txn = txn.put(records::deposition_key(from), format!("{} {epoch}", old.id));
@@ -66,6 +58,21 @@ pub async fn elect(
         return Ok(Outcome::Overtaken);
     };
     change(store, txn.when(records::node_key(&me.id), Demand::Modified(mine.modified)), volume, fresh).await
+}
+
+/// Adds what a transaction has to demand that is right only while a node's lease is over; `None`: it is not, for all that
+/// is known. Who makes it also changes the node's depositions.
+pub(super) fn lease_is_over(view: &View, node: &NodeId, txn: Txn) -> Option<Txn> {
+    match view.health(node) {
+        Health::Dead(_) => {
+            view.death_revision(node).map(|seen| txn.when(records::death_key(node), Demand::Modified(seen)))
+        }
+        Health::Silent(_) => view
+            .heartbeat_revision(node)
+            .map(|seen| txn.when(records::heartbeat_key(node), Demand::Modified(seen))),
+        Health::Absent => Some(txn.when(records::heartbeat_key(node), Demand::Absent)),
+        Health::Alive | Health::Unknown => None,
+    }
 }
 
 /// Gives a volume, which this process no longer serves, to a node that is alive.
@@ -162,4 +169,4 @@ pub async fn set_target(
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

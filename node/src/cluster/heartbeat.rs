@@ -115,6 +115,7 @@ impl Heart {
                     if !self.lease.succeeded() {
                         tracing::info!("the metadata store takes heartbeats");
                     }
+                    self.lease.note_beat(answer.revision, begun);
                     self.lease.renew(begun, counter);
                 }
                 Ok(Ok(answer)) => {

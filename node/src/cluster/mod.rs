@@ -14,6 +14,7 @@ pub mod embedded_server;
 pub mod etcd;
 pub mod heartbeat;
 pub mod lease;
+pub mod pins;
 pub mod plan;
 pub mod records;
 mod retry;

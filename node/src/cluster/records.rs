@@ -14,6 +14,8 @@
 //! | `names/{owner}/{name}` | the shard's id in decimal |
 //! | `requests/{owner}/{request id}` | the id of the shard that the request made, in decimal |
 //! | `next-shard-id` | the next shard id in decimal |
+//! | `views/{volume}/{shard, 10 digits}` | [`views::ViewRecord`] |
+//! | `pins/{volume}/{node}` | [`views::PinRecord`] |
 //!
 //! Every record has a format version `v`. Fields that a program does not know are kept out of its sight and are
 //! no error, so that a newer version may add some; a greater `v` is refused. A shard's record, name and request
@@ -25,7 +27,9 @@ use serde::{Deserialize, Serialize};
 use shardfs_proto::types::op::ShardState;
 use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Result, ShardId, ShardName, Timestamp, VolumeId};
 
-use super::store::VOLATILE_PREFIX;
+use super::store::{Revision, VOLATILE_PREFIX};
+
+pub mod views;
 
 /// Before every key, so that a cluster may share an etcd with others.
 pub const PREFIX: &str = "shardfs/";

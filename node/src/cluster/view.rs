@@ -13,7 +13,6 @@ use futures::StreamExt;
 use parking_lot::RwLock;
 use shardfs_proto::types::clock::{self, BootTime};
 use shardfs_proto::types::cluster::{NodeInfo, ShardInfo, VolumeInfo};
-use shardfs_proto::types::error::Location;
 use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Result, ShardId, ShardName, VolumeId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -25,6 +24,9 @@ use super::records::{
     SHARDS, STOPPING, ShardRecord, StateWord, VOLUMES, VolumeRecord,
 };
 use super::store::{Event, KeyRange, KeyValue, MetaStore, Revision, StoreError, get, range_all};
+
+mod places;
+mod published;
 
 /// Silence after which people are told that a node is not alive: longer than a lease, so that a hiccup is no news.
 pub const SILENCE_MAX: Duration = Duration::from_secs(3);
@@ -72,6 +74,7 @@ struct State {
     stopping: bool,
     volumes: BTreeMap<VolumeId, Kept<VolumeRecord>>,
     shards: BTreeMap<ShardId, Kept<ShardRecord>>,
+    published: published::Published,
     /// Shards that are not deleted.
     names: HashMap<ClientId, BTreeMap<ShardName, ShardId>>,
     /// Shards that are not deleted.
@@ -259,20 +262,6 @@ impl View {
         self.state.read().shard_counts.get(volume).copied().unwrap_or(0)
     }
 
-    /// Where a volume is served.
-    pub fn location(&self, volume: &VolumeId) -> Location {
-        let state = self.state.read();
-        let record = state.volumes.get(volume).map(|kept| &kept.record);
-        let node = record.and_then(|r| r.primary.clone());
-        let endpoints = node.as_ref().and_then(|n| state.nodes.get(n)).map(|n| n.record.endpoints.clone());
-        Location {
-            volume: volume.clone(),
-            endpoints: endpoints.unwrap_or_default(),
-            epoch: record.map_or(Epoch::FIRST, |r| r.epoch),
-            node,
-        }
-    }
-
     /// A record as people see it, without usage.
     pub fn shard_info(&self, record: &ShardRecord) -> ShardInfo {
         ShardInfo {
@@ -451,6 +440,8 @@ impl State {
                 *self.shard_counts.entry(record.volume.clone()).or_default() += 1;
             }
             self.shards.insert(record.id, keep(record, kv));
+        } else {
+            self.published.put(key, kv)?;
         }
         // Names, requests and the id counter are read where they are changed, in the store itself.
         Ok(())
@@ -458,6 +449,9 @@ impl State {
 
     fn delete(&mut self, key: &Bytes) {
         let Ok(key) = std::str::from_utf8(key) else { return };
+        if self.published.delete(key) {
+            return;
+        }
         if key == STOPPING {
             self.stopping = false;
         } else if let Some(id) = key.strip_prefix(HEARTBEATS) {

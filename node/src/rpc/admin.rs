@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use shardfs_proto::convert;
 use shardfs_proto::types::cluster::{CheckItem, Selector};
-use shardfs_proto::types::{Error, NodeId, Reason, Result, VolumeId};
+use shardfs_proto::types::limits::PUBLISH_SHARDS_MAX;
+use shardfs_proto::types::{Epoch, Error, NodeId, Reason, Result, ShardId, VolumeId};
 use shardfs_proto::wire::{self, admin_server::Admin};
 use tokio::sync::mpsc;
 use tonic::metadata::MetadataMap;
@@ -119,6 +120,28 @@ impl Admin for AdminService {
             Ok(convert::volume_info_to_wire(&added))
         };
         self.0.unary("Admin/AddVolume", call).await
+    }
+
+    async fn publish_views(
+        &self,
+        request: Request<wire::PublishViewsRequest>,
+    ) -> Result<Response<wire::PublishViewsReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            if r.shard_ids.len() > PUBLISH_SHARDS_MAX {
+                return Err(Error::new(
+                    Reason::TooLarge,
+                    format!("{} shards in one call; the limit is {PUBLISH_SHARDS_MAX}", r.shard_ids.len()),
+                ));
+            }
+            let volume = VolumeId::new(r.volume_id)?;
+            let shards: Vec<ShardId> = r.shard_ids.into_iter().map(ShardId::new).collect::<Result<_>>()?;
+            let max_age = Duration::from_millis(r.max_age_ms.into());
+            let young = self.0.catalog.publish_views(&volume, Epoch::new(r.epoch), &shards, max_age).await?;
+            Ok(wire::PublishViewsReply { shard_ids: young.into_iter().map(ShardId::get).collect() })
+        };
+        self.0.unary("Admin/PublishViews", call).await
     }
 
     async fn drain_node(

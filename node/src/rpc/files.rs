@@ -14,8 +14,9 @@ use shardfs_proto::wire::{self, files_server::Files};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
+use super::source::Source;
 use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, write_id};
-use crate::shard::{Mutation, ReadView, Shard, read};
+use crate::shard::{Mutation, Shard, read};
 
 /// Entries of a directory that are read on an async thread; more go to the blocking pool.
 const INLINE_ENTRIES_MAX: u32 = 128;
@@ -43,16 +44,6 @@ impl Target {
             )
         })
     }
-
-    async fn view(&self) -> Result<ReadView> {
-        about(self.id(), self.shard.read_view(self.session).await)
-    }
-
-    /// A point read.
-    async fn read<T>(&self, read: impl FnOnce(&ReadView) -> Result<T>) -> Result<T> {
-        let view = self.view().await?;
-        about(self.id(), read(&view))
-    }
 }
 
 impl FilesService {
@@ -68,10 +59,20 @@ impl FilesService {
         Ok(Target { shard, session: SessionId::new(header.session_id) })
     }
 
+    /// What a read reads from.
+    async fn source(&self, metadata: &MetadataMap, header: Option<wire::CallHeader>) -> Result<Source> {
+        let client = caller(metadata)?;
+        let header = header.ok_or_else(|| Error::invalid("the call's header is missing"))?;
+        let selector = Selector::Id(ShardId::new(header.shard_id)?);
+        let session = SessionId::new(header.session_id);
+        let wish = (header.read_preference, header.max_staleness_ms);
+        self.0.source(&client, &selector, header.epoch, session, wish).await
+    }
+
     /// The epoch under which the shard is served.
     fn epoch(&self, metadata: &MetadataMap, shard: ShardId) -> Result<u64> {
         let local = self.0.catalog.local_shard(&caller(metadata)?, &Selector::Id(shard), None)?;
-        Ok(local.info.location.epoch.get())
+        Ok(local.epoch.get())
     }
 }
 
@@ -197,9 +198,9 @@ impl Files for FilesService {
         let call = async {
             let (metadata, _, r) = request.into_parts();
             let parent = InodeNo::new(r.parent)?;
-            let target = self.target(&metadata, r.header).await?;
-            let attr = target.read(|view| read::lookup(view, parent, &r.name)).await?;
-            Ok(wire::LookupReply { attr: Some(convert::attr_to_wire(&attr)) })
+            let source = self.source(&metadata, r.header).await?;
+            let attr = source.read(|view| read::lookup(view, parent, &r.name))?;
+            Ok(wire::LookupReply { attr: Some(convert::attr_to_wire(&attr)), view: source.label() })
         };
         self.0.unary("Files/Lookup", call).await
     }
@@ -211,9 +212,9 @@ impl Files for FilesService {
         let call = async {
             let (metadata, _, r) = request.into_parts();
             let inode = InodeNo::new(r.inode)?;
-            let target = self.target(&metadata, r.header).await?;
-            let attr = target.read(|view| read::get_attr(view, inode)).await?;
-            Ok(wire::GetAttrReply { attr: Some(convert::attr_to_wire(&attr)) })
+            let source = self.source(&metadata, r.header).await?;
+            let attr = source.read(|view| read::get_attr(view, inode))?;
+            Ok(wire::GetAttrReply { attr: Some(convert::attr_to_wire(&attr)), view: source.label() })
         };
         self.0.unary("Files/GetAttr", call).await
     }
@@ -253,14 +254,18 @@ impl Files for FilesService {
                     format!("a read of {} bytes; one answer carries at most {VALUE_BYTES_MAX}", r.length),
                 ));
             }
-            let target = self.target(&metadata, r.header).await?;
-            let view = target.view().await?;
-            let record = about(target.id(), read::regular(&view, inode))?;
-            let length = u64::from(r.length).min(record.size.saturating_sub(r.offset));
-            let content = on_view("Files/Read", view, length > INLINE_READ_BYTES_MAX, move |view| {
-                read::content(view, &record, r.offset, length)
-            });
-            Ok(wire::ReadReply { data: about(target.id(), content.await)? })
+            let source = self.source(&metadata, r.header).await?;
+            let content = async {
+                let record = read::regular(&source.view, inode)?;
+                let length = u64::from(r.length).min(record.size.saturating_sub(r.offset));
+                let heavy = length > INLINE_READ_BYTES_MAX;
+                on_view("Files/Read", source.view.clone(), heavy, move |view| {
+                    read::content(view, &record, r.offset, length)
+                })
+                .await
+            };
+            let content = content.await;
+            Ok(wire::ReadReply { data: source.finish(content)?, view: source.label() })
         };
         self.0.unary("Files/Read", call).await
     }
@@ -272,8 +277,9 @@ impl Files for FilesService {
         let call = async {
             let (metadata, _, r) = request.into_parts();
             let inode = InodeNo::new(r.inode)?;
-            let target = self.target(&metadata, r.header).await?;
-            Ok(wire::ReadLinkReply { target: target.read(|view| read::read_link(view, inode)).await? })
+            let source = self.source(&metadata, r.header).await?;
+            let target = source.read(|view| read::read_link(view, inode))?;
+            Ok(wire::ReadLinkReply { target, view: source.label() })
         };
         self.0.unary("Files/ReadLink", call).await
     }
@@ -291,12 +297,13 @@ impl Files for FilesService {
                     r.limit
                 )));
             }
-            let target = self.target(&metadata, r.header).await?;
-            let view = target.view().await?;
-            let page = on_view("Files/ReadDirectory", view, r.limit > INLINE_ENTRIES_MAX, move |view| {
+            let source = self.source(&metadata, r.header).await?;
+            let (view, heavy) = (source.view.clone(), r.limit > INLINE_ENTRIES_MAX);
+            let page = on_view("Files/ReadDirectory", view, heavy, move |view| {
                 read::read_directory(view, inode, Cookie::new(r.after_cookie), r.limit, r.attributes)
             });
-            let page = about(target.id(), page.await)?;
+            let page = page.await;
+            let page = source.finish(page)?;
             let entries = page.entries.into_iter().map(|entry| wire::DirectoryEntry {
                 name: entry.name,
                 inode: entry.inode.get(),
@@ -308,6 +315,7 @@ impl Files for FilesService {
                 entries: entries.collect(),
                 end: page.end,
                 parent: page.parent.get(),
+                view: source.label(),
             })
         };
         self.0.unary("Files/ReadDirectory", call).await
@@ -321,10 +329,9 @@ impl Files for FilesService {
             let (metadata, _, r) = request.into_parts();
             let inode = InodeNo::new(r.inode)?;
             check_xattr_name(&r.name)?;
-            let target = self.target(&metadata, r.header).await?;
-            Ok(wire::GetXattrReply {
-                value: target.read(|view| read::get_xattr(view, inode, &r.name)).await?,
-            })
+            let source = self.source(&metadata, r.header).await?;
+            let value = source.read(|view| read::get_xattr(view, inode, &r.name))?;
+            Ok(wire::GetXattrReply { value, view: source.label() })
         };
         self.0.unary("Files/GetXattr", call).await
     }
@@ -336,8 +343,9 @@ impl Files for FilesService {
         let call = async {
             let (metadata, _, r) = request.into_parts();
             let inode = InodeNo::new(r.inode)?;
-            let target = self.target(&metadata, r.header).await?;
-            Ok(wire::ListXattrsReply { names: target.read(|view| read::list_xattrs(view, inode)).await? })
+            let source = self.source(&metadata, r.header).await?;
+            let names = source.read(|view| read::list_xattrs(view, inode))?;
+            Ok(wire::ListXattrsReply { names, view: source.label() })
         };
         self.0.unary("Files/ListXattrs", call).await
     }

@@ -16,6 +16,7 @@
 mod admin;
 mod budget;
 mod files;
+mod source;
 mod storage;
 mod stream;
 

@@ -16,6 +16,7 @@ use shardfs_proto::types::{Error, InodeNo, Key, Reason, Result, ShardName};
 use shardfs_proto::wire::{self, list_entry, put_stream_request, storage_server::Storage};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::source::Source;
 use super::stream::{self, Answer, Producer, Turn};
 use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, storage_mutation, storage_write_id};
 use crate::shard::list::{ListQuery, Listed, Listing, Step, WalkKey};
@@ -54,6 +55,17 @@ impl StorageService {
     ) -> Result<Arc<Shard>> {
         let client = caller(metadata)?;
         self.0.shard(&client, &convert::selector_from_wire(shard)?, epoch).await
+    }
+
+    async fn source(
+        &self,
+        metadata: &tonic::metadata::MetadataMap,
+        shard: Option<wire::ShardSelector>,
+        epoch: u64,
+        wish: (i32, u32),
+    ) -> Result<Source> {
+        let client = caller(metadata)?;
+        self.0.source(&client, &convert::selector_from_wire(shard)?, epoch, None, wish).await
     }
 
     async fn put_stream_inner(
@@ -128,8 +140,8 @@ fn meta_of(result: &OpResult) -> Result<wire::ObjectMeta> {
         .ok_or_else(|| Error::internal("the operation answered no metadata"))
 }
 
-fn get_reply(meta: ObjectMeta, value: Bytes) -> wire::GetReply {
-    wire::GetReply { meta: Some(convert::meta_to_wire(&meta)), value }
+fn get_reply(meta: ObjectMeta, value: Bytes, view: Option<wire::ViewLabel>) -> wire::GetReply {
+    wire::GetReply { meta: Some(convert::meta_to_wire(&meta)), value, view }
 }
 
 #[tonic::async_trait]
@@ -204,22 +216,26 @@ impl Storage for StorageService {
                     ),
                 ));
             }
-            let shard = self.open(&metadata, r.shard, r.epoch).await?;
-            let id = shard.id();
-            let view = about(id, shard.read_view(None).await)?;
+            let wish = (r.read_preference, r.max_staleness_ms);
+            let source = self.source(&metadata, r.shard, r.epoch, wish).await?;
+            let view = source.view.clone();
             let deep = key.components().count() > INLINE_COMPONENTS_MAX;
-            let found = on_view("Storage/Get", view.clone(), deep, move |view| {
-                let value = read::find_value(view, &key)?;
-                value.check_version(&key, convert::version_condition(r.if_version))?;
-                let bytes = if r.meta_only { 0 } else { value.answer_bytes(&key, r.offset, r.length)? };
-                Ok((value, bytes))
-            });
-            let (value, bytes) = about(id, found.await)?;
-            let meta = value.record.meta(value.inode, view.chunk_bytes());
-            let content = on_view("Storage/Get", view, bytes > INLINE_READ_BYTES_MAX, move |view| {
-                read::content(view, &value.record, r.offset, bytes)
-            });
-            Ok(get_reply(meta, about(id, content.await)?))
+            let found = async {
+                let found = on_view("Storage/Get", view.clone(), deep, move |view| {
+                    let value = read::find_value(view, &key)?;
+                    value.check_version(&key, convert::version_condition(r.if_version))?;
+                    let bytes = if r.meta_only { 0 } else { value.answer_bytes(&key, r.offset, r.length)? };
+                    Ok((value, bytes))
+                });
+                let (value, bytes) = found.await?;
+                let meta = value.record.meta(value.inode, view.chunk_bytes());
+                let content = on_view("Storage/Get", view, bytes > INLINE_READ_BYTES_MAX, move |view| {
+                    read::content(view, &value.record, r.offset, bytes)
+                });
+                Ok(get_reply(meta, content.await?, source.label()))
+            };
+            let found = found.await;
+            source.finish(found)
         };
         self.0.unary("Storage/Get", call).await
     }
@@ -234,10 +250,10 @@ impl Storage for StorageService {
             .streaming("Storage/BatchGet", async |observation| {
                 let (metadata, _, r) = request.into_parts();
                 check_items(r.keys.len(), "keys")?;
-                let shard = self.open(&metadata, r.shard, r.epoch).await?;
-                let view = about(shard.id(), shard.read_view(None).await)?;
+                let wish = (r.read_preference, r.max_staleness_ms);
+                let source = self.source(&metadata, r.shard, r.epoch, wish).await?;
                 let gets = Gets {
-                    view,
+                    source,
                     keys: r.keys,
                     next: 0,
                     meta_only: r.meta_only,
@@ -296,9 +312,9 @@ impl Storage for StorageService {
                     limit: (r.limit != 0).then_some(r.limit),
                     include_directories: r.include_directories,
                 };
-                let shard = self.open(&metadata, r.shard, r.epoch).await?;
-                let view = about(shard.id(), shard.read_view(None).await)?;
-                let lines = Lines { view, query: Some(query), listing: None, keys_only: r.keys_only };
+                let wish = (r.read_preference, r.max_staleness_ms);
+                let source = self.source(&metadata, r.shard, r.epoch, wish).await?;
+                let lines = Lines { source, query: Some(query), listing: None, keys_only: r.keys_only };
                 Ok(stream::answer("Storage/List", lines, observation))
             })
             .await
@@ -462,7 +478,7 @@ fn new_shard_from_wire(r: wire::NewShardRequest) -> Result<NewShard> {
 
 /// The answers to a BatchGet, in request order.
 struct Gets {
-    view: ReadView,
+    source: Source,
     keys: Vec<Bytes>,
     next: usize,
     meta_only: bool,
@@ -477,7 +493,7 @@ impl Gets {
             (self.next..end).map(|at| (at, Key::new(std::mem::take(&mut self.keys[at])))).collect();
         self.next = end;
         let good: Vec<Key> = checked.iter().filter_map(|(_, key)| key.as_ref().ok().cloned()).collect();
-        let mut values = read::find_values(&self.view, &good)?.into_iter();
+        let mut values = read::find_values(&self.source.view, &good)?.into_iter();
         let found: Vec<_> = checked
             .into_iter()
             .map(|(at, key)| match key {
@@ -503,10 +519,17 @@ impl Producer for Gets {
     type Message = wire::BatchGetReply;
 
     fn wanted_back(&self) -> bool {
-        self.view.is_wanted_back()
+        self.source.view.is_wanted_back()
     }
 
     fn turn(&mut self, out: &mut Vec<wire::BatchGetReply>) -> Result<Turn> {
+        let turn = self.turn_inner(out);
+        self.source.finish_some(turn, out)
+    }
+}
+
+impl Gets {
+    fn turn_inner(&mut self, out: &mut Vec<wire::BatchGetReply>) -> Result<Turn> {
         let mut bytes = 0;
         while bytes < GET_TURN_BYTES_MAX && out.len() < GET_GROUP_KEYS {
             let Some((at, key, value)) = self.found.next() else {
@@ -518,18 +541,21 @@ impl Producer for Gets {
             };
             let outcome = value.and_then(|value| {
                 let length = if self.meta_only { 0 } else { value.answer_bytes(&key, 0, None)? };
-                let content = read::content(&self.view, &value.record, 0, length)?;
-                Ok(get_reply(value.record.meta(value.inode, self.view.chunk_bytes()), content))
+                let view = &self.source.view;
+                let content = read::content(view, &value.record, 0, length)?;
+                let meta = value.record.meta(value.inode, view.chunk_bytes());
+                Ok(get_reply(meta, content, self.source.label()))
             });
             let outcome = match outcome {
                 // Not of this key alone: the device fails, or is another node's.
-                Err(error) if error.reason() == Reason::Io => return about(self.view.shard_id(), Err(error)),
+                Err(error) if error.reason() == Reason::Io => return Err(error),
                 Ok(reply) => {
                     bytes += reply.value.len();
                     wire::batch_get_reply::Outcome::Found(reply)
                 }
+                Err(error) if self.source.may_be_elsewhere(error.reason()) => return Err(error),
                 Err(error) => wire::batch_get_reply::Outcome::Error(detail_to_wire(
-                    &about::<()>(self.view.shard_id(), Err(error)).expect_err("it is an error"),
+                    &about::<()>(self.source.shard_id(), Err(error)).expect_err("it is an error"),
                 )),
             };
             let index = u32::try_from(at).expect("a batch has a bounded number of keys");
@@ -541,7 +567,7 @@ impl Producer for Gets {
 
 /// The messages of a List.
 struct Lines {
-    view: ReadView,
+    source: Source,
     /// Taken at the first turn, which begins the listing where it may block.
     query: Option<ListQuery>,
     listing: Option<Listing<ReadView>>,
@@ -560,7 +586,7 @@ impl Lines {
                 })
                 .collect(),
         };
-        let mut metas = read::metas(&self.view, &inodes)?.into_iter();
+        let mut metas = read::metas(&self.source.view, &inodes)?.into_iter();
         let entries = batch.into_iter().map(|line| {
             Ok(match line {
                 Listed::Key(WalkKey { key, kind, .. }) => wire::ListEntry {
@@ -575,15 +601,17 @@ impl Lines {
                 },
             })
         });
-        Ok(wire::ListReply { entries: entries.collect::<Result<_>>()? })
+        Ok(wire::ListReply { entries: entries.collect::<Result<_>>()?, view: self.source.label() })
     }
 
     fn turn_inner(&mut self, out: &mut Vec<wire::ListReply>) -> Result<Turn> {
         let listing = match (&mut self.listing, self.query.take()) {
             (Some(listing), _) => listing,
-            (none, query) => {
-                none.insert(Listing::new(self.view.clone(), InodeNo::ROOT, &query.unwrap_or_default())?)
-            }
+            (none, query) => none.insert(Listing::new(
+                self.source.view.clone(),
+                InodeNo::ROOT,
+                &query.unwrap_or_default(),
+            )?),
         };
         let mut batch = Vec::new();
         let mut bytes = 0;
@@ -618,12 +646,12 @@ fn split(message: wire::ListReply, out: &mut Vec<wire::ListReply>) {
         bytes += entry.encoded_len();
         entries.push(entry);
         if bytes >= LIST_BATCH_BYTES_MAX {
-            out.push(wire::ListReply { entries: std::mem::take(&mut entries) });
+            out.push(wire::ListReply { entries: std::mem::take(&mut entries), view: message.view.clone() });
             bytes = 0;
         }
     }
     if !entries.is_empty() {
-        out.push(wire::ListReply { entries });
+        out.push(wire::ListReply { entries, view: message.view });
     }
 }
 
@@ -631,12 +659,12 @@ impl Producer for Lines {
     type Message = wire::ListReply;
 
     fn wanted_back(&self) -> bool {
-        self.view.is_wanted_back()
+        self.source.view.is_wanted_back()
     }
 
     fn turn(&mut self, out: &mut Vec<wire::ListReply>) -> Result<Turn> {
-        let shard = self.view.shard_id();
-        about(shard, self.turn_inner(out))
+        let turn = self.turn_inner(out);
+        self.source.finish_some(turn, out)
     }
 }
 

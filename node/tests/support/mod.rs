@@ -127,7 +127,8 @@ impl Node {
 
     /// Opens a session with a shard.
     pub async fn open_session(&self, shard: u64) -> u64 {
-        let header = Some(wire::CallHeader { shard_id: shard, epoch: 0, session_id: 0 });
+        let header =
+            Some(wire::CallHeader { shard_id: shard, epoch: 0, session_id: 0, ..Default::default() });
         let request = wire::OpenSessionRequest { header, label: "a test".into() };
         self.files().open_session(request).await.unwrap().into_inner().session_id
     }

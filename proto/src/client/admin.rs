@@ -16,6 +16,8 @@ use crate::wire;
 const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(30);
 /// Asking one certain node is not repeated for long: the answer to "is it there" may be no.
 const NODE_ATTEMPT_MAX: Duration = Duration::from_secs(3);
+/// Publishing flushes shards: on a busy device that takes seconds.
+const PUBLISH_ATTEMPT_MAX: Duration = Duration::from_secs(30);
 
 impl Client {
     /// The nodes of the cluster.
@@ -102,6 +104,33 @@ impl Client {
         let call = admin.get_status(node.request(wire::GetStatusRequest {}));
         match tokio::time::timeout(NODE_ATTEMPT_MAX, call).await {
             Ok(Ok(reply)) => convert::node_status_from_wire(reply.into_inner()),
+            Ok(Err(status)) => Err(crate::status::from_status(&status)),
+            Err(_) => Err(Error::unavailable(format!("{endpoint} did not answer"))),
+        }
+    }
+
+    /// Asks the primary of a volume, at one of these endpoints, to publish views of shards. Asked once; answers the shards of which
+    /// there is a young view now.
+    pub async fn publish_views(
+        &self,
+        endpoints: &[String],
+        volume: &VolumeId,
+        shards: &[ShardId],
+        max_age: Duration,
+    ) -> Result<Vec<ShardId>> {
+        let endpoint = self.inner.channels.usable(endpoints).ok_or_else(|| Error::invalid("no endpoint"))?;
+        let node = self.inner.channels.node(endpoint)?;
+        let request = wire::PublishViewsRequest {
+            volume_id: volume.as_str().to_owned(),
+            epoch: 0,
+            shard_ids: shards.iter().map(|shard| shard.get()).collect(),
+            // 0 would mean that they do not mind.
+            max_age_ms: u32::try_from(max_age.as_millis()).unwrap_or(u32::MAX).max(1),
+        };
+        let mut admin = node.admin();
+        let call = admin.publish_views(node.request(request));
+        match tokio::time::timeout(PUBLISH_ATTEMPT_MAX, call).await {
+            Ok(Ok(reply)) => reply.into_inner().shard_ids.into_iter().map(ShardId::new).collect(),
             Ok(Err(status)) => Err(crate::status::from_status(&status)),
             Err(_) => Err(Error::unavailable(format!("{endpoint} did not answer"))),
         }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 
 use super::Client;
-use super::retry::{Attempt, Target};
+use super::retry::{ATTEMPT_MAX, Attempt, Target};
 use super::session::{Session, header};
 use super::unsynced::Fill;
 use crate::convert;
@@ -322,16 +322,17 @@ impl Client {
 
     /// The shard's space.
     pub async fn stat_shard(&self, shard: ShardId) -> Result<ShardStat> {
+        let session = self.reading_session(shard).await?.map(|session| session.id);
         let reply = self
-            .read_call(shard, async |attempt, header| {
-                let request = wire::StatShardRequest { header };
+            .call(Target::Shard(shard), async |attempt| {
+                let request = wire::StatShardRequest { header: Some(header(shard, attempt.epoch, session)) };
                 attempt.node.files().stat_shard(attempt.node.request(request)).await
             })
             .await?;
-        convert::shard_stat_from_wire(reply)
+        convert::shard_stat_from_wire(reply.into_inner())
     }
 
-    /// A read by the shard's session: it sees its own unsynced operations without a sync.
+    /// A read by the shard's session: it sees its own unsynced operations without a sync. Or one that a backup answers.
     async fn read_call<T, F, Fut>(&self, shard: ShardId, attempt: F) -> Result<T>
     where
         F: Fn(Attempt, Option<wire::CallHeader>) -> Fut,
@@ -339,10 +340,12 @@ impl Client {
     {
         let session = self.reading_session(shard).await?.map(|session| session.id);
         let attempt = &attempt;
+        let bounds = (self.inner.config.deadline, ATTEMPT_MAX);
         let reply = self
-            .call(Target::Shard(shard), |a| {
-                let header = Some(header(shard, a.epoch, session));
-                attempt(a, header)
+            .read_at(shard, bounds, |a, from| {
+                let (read_preference, max_staleness_ms) = convert::read_from_to_wire(from);
+                let header = header(shard, a.epoch, session);
+                attempt(a, Some(wire::CallHeader { read_preference, max_staleness_ms, ..header }))
             })
             .await?;
         Ok(reply.into_inner())

@@ -3,7 +3,7 @@
 //! [`Client`] is a cheap handle; clones share connections, routes and sessions. Every call is routed to
 //! the node that serves the shard (`route`), repeated within one deadline while that may help (`retry`,
 //! the only retry loop), and, if it changes something, numbered in a session (`session`) so that a
-//! repetition gets the first answer. The calls stand in `shards`, `files`, `values` and `admin`.
+//! repetition gets the first answer. Reads may be answered by backups (`reads`). The calls stand in `shards`, `files`, `values` and `admin`.
 //!
 //! Call [`Client::close`] before dropping the last handle: it ends the sessions, so that nodes need not
 //! wait until they expire.
@@ -11,6 +11,7 @@
 mod admin;
 mod channel;
 mod files;
+mod reads;
 mod retry;
 mod route;
 mod session;
@@ -24,9 +25,10 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 pub use files::{DirectoryEntry, DirectoryPage};
-pub use values::{ListItem, ListOptions};
+pub use reads::ReadCounts;
+pub use values::{Labelled, ListItem, ListOptions};
 
-use crate::types::{ClientId, Error, Result};
+use crate::types::{ClientId, Error, ReadFrom, Result};
 use channel::Channels;
 use route::Routes;
 use session::Sessions;
@@ -64,6 +66,8 @@ impl ClientConfig {
 #[derive(Clone)]
 pub struct Client {
     inner: Arc<Inner>,
+    /// Who may answer this handle's reads.
+    reads: ReadFrom,
 }
 
 struct Inner {
@@ -71,6 +75,7 @@ struct Inner {
     channels: Channels,
     routes: Routes,
     sessions: Sessions,
+    read_counters: reads::Counters,
     /// The keep-alive task, once there is a session.
     keeper: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
@@ -95,8 +100,10 @@ impl Client {
                 channels,
                 routes,
                 sessions: Sessions::default(),
+                read_counters: reads::Counters::default(),
                 keeper: Mutex::new(None),
             }),
+            reads: ReadFrom::Primary,
         })
     }
 

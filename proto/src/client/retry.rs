@@ -17,7 +17,7 @@ const BACKOFF_FIRST: Duration = Duration::from_millis(5);
 /// The longest pause: how late after a recovery a waiting call may notice it.
 const BACKOFF_MAX: Duration = Duration::from_millis(200);
 /// An attempt that has no answer for so long is given up and repeated: the node may hang.
-const ATTEMPT_MAX: Duration = Duration::from_secs(10);
+pub(super) const ATTEMPT_MAX: Duration = Duration::from_secs(10);
 
 /// Without an answer for so long, other nodes are asked whether the shard has moved, and then this often again: a node that
 /// is stopped or cut off does not refuse, it is silent.

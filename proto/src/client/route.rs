@@ -2,19 +2,23 @@
 //! when a call fails in a way that another node might not.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
 use super::Client;
 use super::channel::Node;
+use super::reads::Avoided;
 use crate::convert;
 use crate::types::cluster::{Selector, ShardInfo};
-use crate::types::{Error, Location, Result, ShardId};
+use crate::types::op::ShardState;
+use crate::types::{Backup, Error, Location, Result, ShardId, clock};
 use crate::wire;
 
 /// How long one node is waited for when it is asked where a shard lives: it answers from memory.
 const ASK_WAIT_MAX: Duration = Duration::from_secs(1);
+/// Backups come and go without a change of the primary: a client that finds none to ask looks again after so long.
+const BACKUPS_AGE_MAX: Duration = Duration::from_secs(2);
 /// Shards whose routes are kept.
 const ROUTES_MAX: usize = 65_536;
 /// Endpoints of nodes that are kept for calls that any node answers.
@@ -28,17 +32,24 @@ struct State {
     shards: HashMap<ShardId, Route>,
     /// Where any node may be asked; the first is the one that worked last.
     endpoints: Vec<String>,
+    /// Backups that did not answer.
+    avoided: Avoided,
 }
 
 struct Route {
     endpoint: String,
     epoch: u64,
     endpoints: Vec<String>,
+    backups: Vec<Backup>,
+    /// It never changes again, and any node may be asked.
+    closed: bool,
+    learned: Instant,
 }
 
 impl Routes {
     pub(super) fn new(endpoints: Vec<String>) -> Routes {
-        Routes { state: Mutex::new(State { shards: HashMap::new(), endpoints }) }
+        let avoided = Avoided::new(fastrand::u64(..));
+        Routes { state: Mutex::new(State { shards: HashMap::new(), endpoints, avoided }) }
     }
 
     /// Notes where a shard lives now.
@@ -59,8 +70,48 @@ impl Routes {
             endpoint: String::new(),
             epoch: location.epoch.get(),
             endpoints: location.endpoints.clone(),
+            backups: location.backups.clone(),
+            // Once closed, always closed.
+            closed: state.shards.get(&shard).is_some_and(|known| known.closed),
+            learned: clock::monotonic(),
         };
         state.shards.insert(shard, route);
+    }
+
+    /// Notes where a shard lives, and whether it is closed.
+    pub(super) fn learn_info(&self, info: &ShardInfo) {
+        self.learn(info.id, &info.location);
+        if info.state == ShardState::ReadOnly
+            && let Some(route) = self.state.lock().shards.get_mut(&info.id)
+        {
+            route.closed = true;
+        }
+    }
+
+    /// Whether the shard is known to be closed.
+    pub(super) fn is_closed(&self, shard: ShardId) -> bool {
+        self.state.lock().shards.get(&shard).is_some_and(|route| route.closed)
+    }
+
+    /// Whether what is known of a shard's backups may be old.
+    pub(super) fn is_old(&self, shard: ShardId) -> bool {
+        let state = self.state.lock();
+        state.shards.get(&shard).is_some_and(|route| route.learned.elapsed() >= BACKUPS_AGE_MAX)
+    }
+
+    /// Chooses among a shard's backups.
+    pub(super) fn with_backups<T>(
+        &self,
+        shard: ShardId,
+        choose: impl FnOnce(&[Backup], &mut Avoided) -> Option<T>,
+    ) -> Option<T> {
+        let State { shards, avoided, .. } = &mut *self.state.lock();
+        choose(&shards.get(&shard)?.backups, avoided)
+    }
+
+    /// Does not ask a backup for a shard for a while.
+    pub(super) fn avoid(&self, shard: ShardId, endpoint: &str) {
+        self.state.lock().avoided.note(shard, endpoint, clock::monotonic());
     }
 
     /// Forgets a route that led to a failure at `endpoint`.
@@ -160,7 +211,7 @@ impl Client {
             Err(_) => return Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
         };
         let info = convert::shard_info_from_wire(reply.into_inner())?;
-        self.inner.routes.learn(info.id, &info.location);
+        self.inner.routes.learn_info(&info);
         self.inner.routes.add_endpoints(&info.location.endpoints);
         Ok(info)
     }

@@ -18,7 +18,7 @@ use super::Client;
 use super::retry::Target;
 use super::unsynced::Unsynced;
 use crate::types::limits::SESSION_WINDOW;
-use crate::types::{InodeNo, Reason, Result, SessionId, ShardId, clock};
+use crate::types::{InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
 use crate::wire;
 
 /// How often sessions are looked after.
@@ -193,6 +193,10 @@ impl Client {
 
     /// The session to read under; none for a closed shard.
     pub(super) async fn reading_session(&self, shard: ShardId) -> Result<Option<Arc<Session>>> {
+        // What a backup shows, no session has changed or holds open.
+        if self.reads.prefers_backup() {
+            return Ok(None);
+        }
         let slot = self.inner.sessions.slot(shard);
         if slot.closed.load(Ordering::Relaxed) {
             return Ok(None);
@@ -252,7 +256,7 @@ impl Client {
             loop {
                 tokio::time::sleep(KEEPER_PERIOD).await;
                 let Some(inner) = weak.upgrade() else { return };
-                Client { inner }.keep_sessions().await;
+                Client { inner, reads: ReadFrom::Primary }.keep_sessions().await;
             }
         }));
     }
@@ -348,7 +352,12 @@ impl Client {
 
 /// What every call about a shard's inodes begins with.
 pub(super) fn header(shard: ShardId, epoch: u64, session: Option<SessionId>) -> wire::CallHeader {
-    wire::CallHeader { shard_id: shard.get(), epoch, session_id: session.map_or(0, SessionId::get) }
+    wire::CallHeader {
+        shard_id: shard.get(),
+        epoch,
+        session_id: session.map_or(0, SessionId::get),
+        ..Default::default()
+    }
 }
 
 #[cfg(test)]

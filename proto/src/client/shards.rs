@@ -155,7 +155,7 @@ impl Client {
 
     pub(super) fn learned(&self, shard: wire::Shard) -> Result<ShardInfo, Error> {
         let info = convert::shard_info_from_wire(shard)?;
-        self.inner.routes.learn(info.id, &info.location);
+        self.inner.routes.learn_info(&info);
         Ok(info)
     }
 }

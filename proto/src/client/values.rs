@@ -6,13 +6,13 @@ use bytes::Bytes;
 use futures::{Stream, StreamExt};
 
 use super::Client;
-use super::retry::{Backoff, Target};
+use super::retry::{ATTEMPT_MAX, Backoff, Target};
 use super::session::header as call_header;
 use super::shards::selected;
 use crate::convert;
 use crate::types::limits::VALUE_BYTES_MAX;
 use crate::types::op::{Durability, ObjectMeta, PutItem, PutOptions};
-use crate::types::{Error, FileKind, Key, Reason, Result, ShardId, Version};
+use crate::types::{Error, FileKind, Key, Reason, Result, ShardId, Version, ViewLabel};
 use crate::wire;
 
 /// A batch may take longer than a single call.
@@ -38,6 +38,9 @@ pub struct ListOptions {
     /// Also directories, as keys that end with `/`.
     pub include_directories: bool,
 }
+
+/// A value, and of which view it is; `None`: from the primary's present.
+pub type Labelled = (ObjectMeta, Bytes, Option<ViewLabel>);
 
 /// One item of a listing.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -187,6 +190,12 @@ impl Client {
     /// # Errors
     /// `NotFound`; `TooLarge` for a larger one: read it by [`Client::get_range`].
     pub async fn get(&self, shard: ShardId, key: &Key) -> Result<(ObjectMeta, Bytes)> {
+        let (meta, value, _) = self.get_value(shard, key, 0, None, false, None).await?;
+        Ok((meta, value))
+    }
+
+    /// The same, and of which view it is; `None`: from the primary's present.
+    pub async fn get_labelled(&self, shard: ShardId, key: &Key) -> Result<Labelled> {
         self.get_value(shard, key, 0, None, false, None).await
     }
 
@@ -199,6 +208,19 @@ impl Client {
         length: u64,
         if_version: Option<Version>,
     ) -> Result<(ObjectMeta, Bytes)> {
+        let (meta, value, _) = self.get_value(shard, key, offset, Some(length), false, if_version).await?;
+        Ok((meta, value))
+    }
+
+    /// The same, and of which view it is.
+    pub async fn get_range_labelled(
+        &self,
+        shard: ShardId,
+        key: &Key,
+        offset: u64,
+        length: u64,
+        if_version: Option<Version>,
+    ) -> Result<Labelled> {
         self.get_value(shard, key, offset, Some(length), false, if_version).await
     }
 
@@ -215,11 +237,13 @@ impl Client {
         length: Option<u64>,
         meta_only: bool,
         if_version: Option<Version>,
-    ) -> Result<(ObjectMeta, Bytes)> {
+    ) -> Result<Labelled> {
         let key = Bytes::copy_from_slice(key.as_bytes());
         let key = &key;
+        let bounds = (self.inner.config.deadline, ATTEMPT_MAX);
         let reply = self
-            .call(Target::Shard(shard), async |attempt| {
+            .read_at(shard, bounds, async |attempt, from| {
+                let (read_preference, max_staleness_ms) = convert::read_from_to_wire(from);
                 let request = wire::GetRequest {
                     shard: selected(shard),
                     key: key.clone(),
@@ -228,11 +252,13 @@ impl Client {
                     meta_only,
                     if_version: if_version.map_or(0, Version::get),
                     epoch: attempt.epoch,
+                    read_preference,
+                    max_staleness_ms,
                 };
                 attempt.node.storage().get(attempt.node.request(request)).await
             })
             .await?;
-        found(reply.into_inner())
+        labelled(reply.into_inner())
     }
 
     /// Many values of one shard, in request order, each with its position. A node that fails in the
@@ -242,6 +268,19 @@ impl Client {
         shard: ShardId,
         keys: Vec<Key>,
     ) -> impl Stream<Item = Result<(usize, Result<(ObjectMeta, Bytes)>)>> + Send + use<> {
+        let items = self.batch_get_labelled(shard, keys);
+        items.map(|item| {
+            let (at, found) = item?;
+            Ok((at, found.map(|(meta, value, _)| (meta, value))))
+        })
+    }
+
+    /// The same, and of which view each is. All of one view are of one moment.
+    pub fn batch_get_labelled(
+        &self,
+        shard: ShardId,
+        keys: Vec<Key>,
+    ) -> impl Stream<Item = Result<(usize, Result<Labelled>)>> + Send + use<> {
         let client = self.clone();
         let keys: Vec<Bytes> = keys.iter().map(|key| Bytes::copy_from_slice(key.as_bytes())).collect();
         async_stream::try_stream! {
@@ -251,24 +290,29 @@ impl Client {
             while done < keys.len() {
                 let rest = &keys[done..];
                 let base = done;
-                let mut stream = client
-                    .call_within(Target::Shard(shard), client.inner.config.deadline, BATCH_ATTEMPT_MAX, async |attempt| {
+                let bounds = (client.inner.config.deadline, BATCH_ATTEMPT_MAX);
+                let (reply, asked) = client
+                    .read_at(shard, bounds, async |attempt, from| {
+                        let (read_preference, max_staleness_ms) = convert::read_from_to_wire(from);
                         let request = wire::BatchGetRequest {
                             shard: selected(shard),
                             keys: rest.to_vec(),
                             meta_only: false,
                             epoch: attempt.epoch,
+                            read_preference,
+                            max_staleness_ms,
                         };
-                        attempt.node.storage().batch_get(attempt.node.request(request)).await
+                        let reply = attempt.node.storage().batch_get(attempt.node.request(request)).await?;
+                        Ok((reply, attempt.node.endpoint))
                     })
-                    .await?
-                    .into_inner();
+                    .await?;
+                let mut stream = reply.into_inner();
                 loop {
                     match stream.message().await {
                         Ok(Some(reply)) => {
                             use wire::batch_get_reply::Outcome;
                             let outcome = match reply.outcome {
-                                Some(Outcome::Found(value)) => found(value),
+                                Some(Outcome::Found(value)) => labelled(value),
                                 Some(Outcome::Error(detail)) => Err(crate::status::detail_from_wire(detail)),
                                 None => Err(Error::internal("an answer without outcome")),
                             };
@@ -282,6 +326,7 @@ impl Client {
                         Ok(None) if done == keys.len() => break,
                         Ok(None) => Err(Error::internal("the stream ended early"))?,
                         Err(status) => {
+                            client.read_broke_off(shard, &asked);
                             client.resume(shard, &status, &mut resumptions, &mut backoff).await?;
                             break;
                         }
@@ -334,8 +379,10 @@ impl Client {
             let mut backoff = Backoff::new();
             'whole: loop {
                 let wanted = &options;
-                let mut stream = client
-                    .call(Target::Shard(shard), async |attempt| {
+                let bounds = (client.inner.config.deadline, ATTEMPT_MAX);
+                let (reply, asked) = client
+                    .read_at(shard, bounds, async |attempt, from| {
+                        let (read_preference, max_staleness_ms) = convert::read_from_to_wire(from);
                         let request = wire::ListRequest {
                             shard: selected(shard),
                             prefix: wanted.prefix.clone(),
@@ -345,11 +392,14 @@ impl Client {
                             keys_only: wanted.keys_only,
                             include_directories: wanted.include_directories,
                             epoch: attempt.epoch,
+                            read_preference,
+                            max_staleness_ms,
                         };
-                        attempt.node.storage().list(attempt.node.request(request)).await
+                        let reply = attempt.node.storage().list(attempt.node.request(request)).await?;
+                        Ok((reply, attempt.node.endpoint))
                     })
-                    .await?
-                    .into_inner();
+                    .await?;
+                let mut stream = reply.into_inner();
                 loop {
                     match stream.message().await {
                         Ok(Some(reply)) => {
@@ -369,6 +419,7 @@ impl Client {
                         }
                         Ok(None) => break 'whole,
                         Err(status) => {
+                            client.read_broke_off(shard, &asked);
                             client.resume(shard, &status, &mut resumptions, &mut backoff).await?;
                             break;
                         }
@@ -456,8 +507,9 @@ fn meta(meta: Option<wire::ObjectMeta>) -> Result<ObjectMeta> {
     convert::meta_from_wire(meta.ok_or_else(|| Error::new(Reason::Internal, "the answer has no metadata"))?)
 }
 
-fn found(reply: wire::GetReply) -> Result<(ObjectMeta, Bytes)> {
-    Ok((meta(reply.meta)?, reply.value))
+fn labelled(reply: wire::GetReply) -> Result<Labelled> {
+    let label = reply.view.map(convert::view_label_from_wire).transpose()?;
+    Ok((meta(reply.meta)?, reply.value, label))
 }
 
 fn list_item(entry: wire::ListEntry) -> Result<ListItem> {

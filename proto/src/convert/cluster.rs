@@ -156,6 +156,7 @@ pub fn node_status_to_wire(s: &NodeStatus) -> wire::NodeStatus {
             .iter()
             .map(|d| wire::DamagedShard { shard_id: d.id.get(), error: d.error.clone() })
             .collect(),
+        views: Some(super::view_figures_to_wire(&s.views)),
     }
 }
 
@@ -201,6 +202,7 @@ pub fn node_status_from_wire(s: wire::NodeStatus) -> Result<NodeStatus> {
             .into_iter()
             .map(|d| Ok(DamagedShard { id: ShardId::new(d.shard_id)?, error: d.error }))
             .collect::<Result<_>>()?,
+        views: super::view_figures_from_wire(s.views.unwrap_or_default()),
     })
 }
 

@@ -5,6 +5,7 @@ use super::error::Location;
 use super::ids::{ClientId, Epoch, NodeId, ShardId, VolumeId};
 use super::name::ShardName;
 use super::op::ShardState;
+use super::reads::ViewFigures;
 
 /// A shard, by id or, among the caller's, by name.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -202,6 +203,8 @@ pub struct NodeStatus {
     pub cluster_id: String,
     /// Shards of which damage was found since its process started.
     pub damaged_shards: Vec<DamagedShard>,
+    /// Reads from backups.
+    pub views: ViewFigures,
 }
 
 /// A shard of which damage was found.

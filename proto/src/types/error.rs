@@ -142,6 +142,17 @@ pub struct Location {
     pub endpoints: Vec<String>,
     /// The epoch under which that node is primary.
     pub epoch: Epoch,
+    /// Nodes that stand by and live: they may be asked for reads from views.
+    pub backups: Vec<Backup>,
+}
+
+/// A node that stands by for a volume.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Backup {
+    /// The node.
+    pub node: NodeId,
+    /// Its addresses, preferred first.
+    pub endpoints: Vec<String>,
 }
 
 /// What went wrong.

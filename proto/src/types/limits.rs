@@ -53,6 +53,10 @@ pub const SESSION_TTL: Duration = Duration::from_secs(300);
 pub const SESSION_LABEL_BYTES_MAX: usize = 255;
 /// Age that an operation answered as buffered may reach before it is synced.
 pub const UNSYNCED_AGE_MAX: Duration = Duration::from_secs(5);
+/// Age of a view that a read from a backup takes unless it says otherwise: twice the pause between two views.
+pub const STALENESS_DEFAULT: Duration = Duration::from_secs(10);
+/// Shards of one PublishViews.
+pub const PUBLISH_SHARDS_MAX: usize = 256;
 /// Bits of a shard id: with [`INODE_BITS`] they fill a positive 64-bit st_ino.
 pub const SHARD_ID_BITS: u32 = 22;
 /// Bits of an inode number within its shard.

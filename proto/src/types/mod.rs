@@ -8,10 +8,12 @@ pub mod ids;
 pub mod limits;
 pub mod name;
 pub mod op;
+pub mod reads;
 
 pub use attr::{Attr, FileKind, Timestamp};
-pub use error::{Error, Location, Reason, Result};
+pub use error::{Backup, Error, Location, Reason, Result};
 pub use ids::{
     ClientId, Cookie, Epoch, GlobalInode, InodeNo, NodeId, Sequence, SessionId, ShardId, Version, VolumeId,
 };
 pub use name::{FileName, Key, ShardName};
+pub use reads::{ReadFrom, ViewFigures, ViewLabel};

@@ -15,18 +15,18 @@ use crate::cluster::lease::{self, Lease};
 use crate::cluster::records::{DeathRecord, FORMAT};
 use crate::net::ListenAddr;
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(in crate::cluster) const PATIENCE: Duration = Duration::from_secs(20);
 
-struct World {
+pub(in crate::cluster) struct World {
     dir: tempfile::TempDir,
     server: Handle,
 }
 
-struct Member {
-    store: Arc<dyn MetaStore>,
-    view: Arc<View>,
-    record: NodeRecord,
-    lease: Arc<Lease>,
+pub(in crate::cluster) struct Member {
+    pub(in crate::cluster) store: Arc<dyn MetaStore>,
+    pub(in crate::cluster) view: Arc<View>,
+    pub(in crate::cluster) record: NodeRecord,
+    pub(in crate::cluster) lease: Arc<Lease>,
     heart: tokio::task::JoinHandle<()>,
     replaced: CancellationToken,
     stop: CancellationToken,
@@ -37,7 +37,7 @@ fn node(id: &str) -> NodeId {
 }
 
 impl World {
-    async fn new() -> World {
+    pub(in crate::cluster) async fn new() -> World {
         let dir = tempfile::tempdir().unwrap();
         let server = serve(dir.path().join("meta.redb"), ListenAddr::Unix(dir.path().join("meta.sock")))
             .await
@@ -62,7 +62,7 @@ impl World {
         Arc::new(EmbeddedStore::new(&self.server.address().to_string()).unwrap())
     }
 
-    async fn member(&self, id: &str) -> Member {
+    pub(in crate::cluster) async fn member(&self, id: &str) -> Member {
         let store = self.store();
         let record = NodeRecord {
             v: FORMAT,
@@ -75,27 +75,36 @@ impl World {
             instance_id: String::new(),
             region: String::new(),
         };
-        let registered = heartbeat::register(&*store, &record).await.unwrap();
         let (view, lease) = (View::new(), Arc::new(Lease::default()));
         let (stop, replaced) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(view.clone().run(store.clone(), stop.clone()));
-        view.wait_for(registered.revision, PATIENCE).await.unwrap();
-        let heart = Heart {
-            store: store.clone(),
-            id: record.id.clone(),
-            registered,
-            view: view.clone(),
-            lease: lease.clone(),
-            replaced: replaced.clone(),
-        };
-        let heart = tokio::spawn(heart.run(stop.clone()));
-        let member = Member { store, view, record, lease, heart, replaced, stop };
+        let heart = tokio::spawn(async {});
+        let mut member = Member { store, view, record, lease, heart, replaced, stop };
+        member.beat().await;
+        tokio::spawn(member.view.clone().run(member.store.clone(), member.stop.clone()));
         until("it holds its lease", || member.lease.is_held()).await;
         member
     }
 }
 
 impl Member {
+    /// Its heart beats, again if it was stopped; it is the same process.
+    pub(in crate::cluster) async fn beat(&mut self) {
+        let heart = Heart {
+            store: self.store.clone(),
+            id: self.record.id.clone(),
+            registered: heartbeat::register(&*self.store, &self.record).await.unwrap(),
+            view: self.view.clone(),
+            lease: self.lease.clone(),
+            replaced: self.replaced.clone(),
+        };
+        self.heart = tokio::spawn(heart.run(self.stop.clone()));
+    }
+
+    /// It hangs: no heartbeats, nothing else of it ends.
+    pub(in crate::cluster) fn hang(&self) {
+        self.heart.abort();
+    }
+
     fn volume(&self) -> Kept<VolumeRecord> {
         self.view.volume(&VolumeId::new("vol-1").unwrap()).unwrap()
     }
@@ -109,7 +118,7 @@ impl Member {
     }
 }
 
-async fn until(what: &str, is: impl Fn() -> bool) {
+pub(in crate::cluster) async fn until(what: &str, is: impl Fn() -> bool) {
     let reached = async {
         while !is() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -138,7 +147,7 @@ async fn a_silent_primary_loses_its_volume_only_after_its_lease() {
     b.sees("a", "alive", |h| h == Health::Alive).await;
     assert_eq!(b.elect().await, Outcome::Overtaken, "from one that lives nothing is taken");
     // It hangs: no heartbeats, nothing else of it ends.
-    a.heart.abort();
+    a.hang();
     b.sees("a", "silent", |h| matches!(h, Health::Silent(_))).await;
     assert!(!a.lease.is_held(), "who is taken for silent has no lease");
     let (revision, epoch) = won(b.elect().await);
@@ -155,7 +164,7 @@ async fn a_silent_primary_loses_its_volume_only_after_its_lease() {
 async fn a_heartbeat_that_was_not_seen_makes_an_election_fail() {
     let world = World::new().await;
     let (a, b) = (world.member("a").await, world.member("b").await);
-    a.heart.abort();
+    a.hang();
     b.sees("a", "silent", |h| matches!(h, Health::Silent(_))).await;
     // Its heart beats again, and b has not heard of it: its copy stands still.
     let known = b.volume();
@@ -193,7 +202,7 @@ async fn a_death_that_was_seen_ends_a_lease_at_once() {
     let world = World::new().await;
     let (a, b) = (world.member("a").await, world.member("b").await);
     b.sees("a", "alive", |h| h == Health::Alive).await;
-    a.heart.abort();
+    a.hang();
     let killed = clock::monotonic();
     let record = DeathRecord { v: FORMAT, incarnation: a.record.incarnation.clone(), how: "killed".into() };
     a.store.txn(Txn::new().put(records::death_key(&node("a")), records::encode(&record))).await.unwrap();
