@@ -132,6 +132,8 @@ mod tests {
             "put - s/k --mode 600 --if-absent",
             "get s/k -",
             "get -rp s/dir out",
+            "get s/k - --read-from backup --max-staleness 500ms",
+            "ls s --read-from backup",
             "ls",
             "ls s -l -R --json",
             "ls -0 s/dir",
@@ -167,6 +169,7 @@ mod tests {
         for line in [
             "put a",
             "get",
+            "get s/k --read-from nobody",
             "rm",
             "dev kill",
             "dev kill node-1 --signal HUP",

@@ -14,12 +14,14 @@ use std::time::{Duration, UNIX_EPOCH};
 use bytes::Bytes;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
+use parking_lot::Mutex;
 use shardfs_proto::client::{Client, ListItem, ListOptions};
 use shardfs_proto::types::limits::VALUE_BYTES_MAX;
 use shardfs_proto::types::op::ObjectMeta;
-use shardfs_proto::types::{Attr, FileKind, Key, Reason, ShardId, Timestamp};
+use shardfs_proto::types::{Attr, FileKind, Key, Reason, ShardId, Timestamp, ViewLabel};
 
 use super::progress::Progress;
+use super::reads::{self, ReadArgs};
 use super::remote::{ends_everything, find_shard, resolve};
 use crate::context::Context;
 use crate::failure::{Failure, OrFail, Result};
@@ -47,6 +49,7 @@ Examples:
   shardfs get photos/cat.jpg - | display     to standard output
   shardfs get -r photos/2026 ./2026          everything below photos/2026
   shardfs get -rp photos ./photos            the whole shard, with modes and times
+  shardfs get --read-from backup photos/a .  from a backup, as it was a few seconds ago
 
 A file is there as a whole or not at all; a value that changes while it is read is read again from its start. With -r an \
 error with one file does not stop the others (the exit code is then 1)."
@@ -70,6 +73,8 @@ pub struct Args {
     /// Say what was fetched
     #[arg(long, short)]
     verbose: bool,
+    #[command(flatten)]
+    reads: ReadArgs,
 }
 
 /// What all transfers share.
@@ -79,6 +84,8 @@ struct Download {
     preserve: bool,
     /// It is one value: its size is the total. Put on the device before it gets its name.
     single: bool,
+    /// Whence the first piece of the last value was.
+    whence: Mutex<Option<ViewLabel>>,
 }
 
 /// Runs.
@@ -88,9 +95,15 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     if to_stdout && args.recursive {
         return Err(Failure::usage("-r needs a directory as DEST, not standard output"));
     }
-    let client = context.client()?;
+    let client = context.client()?.with_reads(args.reads.read_from()?);
     let shard = find_shard(&client, &source.shard).await?.id;
-    let download = Download { client, shard, preserve: args.preserve, single: !args.recursive };
+    let download = Download {
+        client,
+        shard,
+        preserve: args.preserve,
+        single: !args.recursive,
+        whence: Mutex::default(),
+    };
     if args.recursive {
         let attr = resolve(&download.client, shard, source.rest()).await.context(&source)?;
         if attr.kind == FileKind::Directory {
@@ -110,7 +123,8 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let dest = file_destination(&source, args.dest.as_deref());
     let bytes = download.to_file(&key, &dest, &progress).await.with_context(|| format!("get {source}"))?;
     if args.verbose {
-        progress.note(&format!("{}: {}", dest.display(), size::human(bytes)));
+        let whence = reads::described(download.whence.lock().as_ref());
+        progress.note(&format!("{}: {}, {whence}", dest.display(), size::human(bytes)));
     }
     Ok(())
 }
@@ -281,7 +295,9 @@ impl Download {
     }
 
     async fn one_version(&self, key: &Key, sink: &mut dyn Sink, progress: &Progress) -> Result<ObjectMeta> {
-        let (meta, first) = self.client.get_range(self.shard, key, 0, RANGE_BYTES, None).await?;
+        let (meta, first, whence) =
+            self.client.get_range_labelled(self.shard, key, 0, RANGE_BYTES, None).await?;
+        *self.whence.lock() = whence;
         let (size, version) = (meta.attr.size, meta.attr.version);
         if self.single {
             progress.restart(size);

@@ -10,6 +10,7 @@ use shardfs_proto::client::{Client, ListItem, ListOptions};
 use shardfs_proto::types::cluster::ShardInfo;
 use shardfs_proto::types::{Attr, FileKind, ShardId};
 
+use super::reads::ReadArgs;
 use super::remote::{find_shard, resolve};
 use crate::context::Context;
 use crate::failure::{OrFail, Result};
@@ -60,11 +61,13 @@ pub struct Args {
     /// Names as they are, each ended by NUL
     #[arg(long, short = '0', conflicts_with = "long")]
     null: bool,
+    #[command(flatten)]
+    reads: ReadArgs,
 }
 
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
-    let client = context.client()?;
+    let client = context.client()?.with_reads(args.reads.read_from()?);
     let Some(path) = &args.path else { return shards(&client, &args).await };
     let path = RemotePath::parse(path)?;
     let shard = find_shard(&client, &path.shard).await?.id;

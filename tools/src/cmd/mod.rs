@@ -15,6 +15,7 @@ pub mod mount;
 pub mod node;
 pub mod progress;
 pub mod put;
+pub mod reads;
 pub mod remote;
 pub mod rm;
 pub mod shard;

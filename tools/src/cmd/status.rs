@@ -39,6 +39,22 @@ fn damaged(status: &NodeStatus) -> Vec<serde_json::Value> {
     status.damaged_shards.iter().map(|d| json!({ "id": d.id.get(), "error": d.error })).collect()
 }
 
+/// Reads from backups.
+fn views(figures: &types::ViewFigures) -> serde_json::Value {
+    json!({
+        "published": figures.published,
+        "publish_failures": figures.publish_failures,
+        "opened": figures.opened,
+        "open": figures.open,
+        "answers": figures.answers,
+        "refused_stale": figures.refused_stale,
+        "refused_lost": figures.refused_lost,
+        "refused_unreadable": figures.refused_unreadable,
+        "devices_retired": figures.devices_retired,
+        "sectors_written": figures.sectors_written,
+    })
+}
+
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
     let cluster = context.cluster()?;
@@ -88,6 +104,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
                     "write_buffer_used_bytes": s.write_buffer_used_bytes,
                     "store_reachable": s.store_reachable,
                     "damaged_shards": damaged(s),
+                    "views": views(&s.views),
                 }),
                 Err(e) => json!({ "error": e.message() }),
             };
