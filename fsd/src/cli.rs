@@ -33,6 +33,16 @@ pub enum Readdirplus {
     Off,
 }
 
+/// Who may answer the mount's reads.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Who {
+    /// The primary; of a closed shard every node that has its volume.
+    Primary,
+    /// A backup, from a view that may be some seconds old. The mount is read-only.
+    Backup,
+}
+
 /// Mounts a ShardFS cluster: its shards as directories, their keys as files.
 ///
 /// Goes to the background once the mount is usable, and ends when the mount is unmounted (`umount`,
@@ -82,6 +92,13 @@ pub struct Args {
     /// The same for names [default: 0]
     #[arg(long, value_name = "SECONDS", env = "SHARDFS_ENTRY_TTL")]
     pub entry_ttl: Option<f64>,
+    /// Who may answer reads; with `backup` the mount is read-only, and shows shards as they were up to --max-staleness ago
+    /// [default: primary]
+    #[arg(long, value_name = "WHO", env = "SHARDFS_READ_FROM")]
+    pub read_from: Option<Who>,
+    /// With --read-from backup: seconds by which what is shown may be old [default: 10]
+    #[arg(long, value_name = "SECONDS", env = "SHARDFS_MAX_STALENESS")]
+    pub max_staleness: Option<f64>,
     /// Read directories together with attributes [default: auto]
     #[arg(long, value_name = "WHEN", env = "SHARDFS_READDIRPLUS")]
     pub readdirplus: Option<Readdirplus>,

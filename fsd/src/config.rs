@@ -14,9 +14,10 @@ use clap::ValueEnum;
 use rustix::mount::MountFlags;
 use serde::Deserialize;
 use shardfs_proto::client::DEADLINE_DEFAULT;
-use shardfs_proto::types::ClientId;
+use shardfs_proto::types::limits::STALENESS_DEFAULT;
+use shardfs_proto::types::{ClientId, ReadFrom};
 
-use crate::cli::{Args, LogFormat, Readdirplus};
+use crate::cli::{Args, LogFormat, Readdirplus, Who};
 use crate::options;
 
 /// Time for a node to answer before mounting.
@@ -40,6 +41,8 @@ pub struct File {
     connect_timeout: Option<f64>,
     attr_ttl: Option<f64>,
     entry_ttl: Option<f64>,
+    read_from: Option<Who>,
+    max_staleness: Option<f64>,
     readdirplus: Option<Readdirplus>,
     threads: Option<usize>,
     read_ahead_kib: Option<u32>,
@@ -75,6 +78,8 @@ pub struct Settings {
     pub attr_ttl: Duration,
     /// How long the kernel may keep names.
     pub entry_ttl: Duration,
+    /// Who may answer reads.
+    pub reads: ReadFrom,
     /// Read directories with attributes.
     pub readdirplus: bool,
     /// Threads that take requests.
@@ -125,6 +130,8 @@ fn apply(args: &mut Args, name: &str, value: &str) -> Result<()> {
         "connect_timeout" => args.connect_timeout = Some(seconds()?),
         "attr_ttl" => args.attr_ttl = Some(seconds()?),
         "entry_ttl" => args.entry_ttl = Some(seconds()?),
+        "read_from" => args.read_from = Some(choice(value)?),
+        "max_staleness" => args.max_staleness = Some(seconds()?),
         "readdirplus" => args.readdirplus = Some(choice(value)?),
         "threads" => args.threads = Some(number()? as usize),
         "read_ahead_kib" => args.read_ahead_kib = Some(number()?),
@@ -156,7 +163,7 @@ fn parse(text: &str) -> Result<File> {
     Ok(file.unwrap_or_default())
 }
 
-fn resolve(args: Args, file: File, options: options::MountOptions) -> Result<Settings> {
+fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result<Settings> {
     let (source, mount_point) = match args.paths.as_slice() {
         [mount_point] => (None, mount_point),
         [source, mount_point] => (Some(source), mount_point),
@@ -196,6 +203,19 @@ fn resolve(args: Args, file: File, options: options::MountOptions) -> Result<Set
     if deadline.is_zero() {
         bail!("--deadline 0: requests need some time");
     }
+    let staleness = args.max_staleness.or(file.max_staleness);
+    let reads = match args.read_from.or(file.read_from) {
+        Some(Who::Backup) => {
+            // What a mount writes, it would not see for a while: that is no file system.
+            options.flags.insert(MountFlags::RDONLY);
+            let max_staleness = seconds("max-staleness", staleness, None, STALENESS_DEFAULT)?;
+            ReadFrom::Backup { max_staleness }
+        }
+        Some(Who::Primary) | None if staleness.is_some() => {
+            bail!("--max-staleness is for --read-from backup: the primary's answers are not stale")
+        }
+        Some(Who::Primary) | None => ReadFrom::Primary,
+    };
     let http = args.http.or(file.http);
     let http = http.map(|http| {
         http.parse().with_context(|| format!("--http {http:?}: expected IP:PORT, such as 127.0.0.1:7480"))
@@ -222,6 +242,7 @@ fn resolve(args: Args, file: File, options: options::MountOptions) -> Result<Set
         )?,
         attr_ttl,
         entry_ttl: seconds("entry-ttl", args.entry_ttl, file.entry_ttl, Duration::ZERO)?,
+        reads,
         readdirplus: match args.readdirplus.or(file.readdirplus).unwrap_or(Readdirplus::Auto) {
             Readdirplus::Auto => !attr_ttl.is_zero(),
             Readdirplus::On => true,

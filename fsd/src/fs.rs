@@ -34,7 +34,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use shardfs_proto::client::Client;
+use shardfs_proto::client::{Client, ReadCounts};
 use shardfs_proto::types::op::{Durability, OpResult, Operation};
 use shardfs_proto::types::{
     Attr, ClientId, Error, FileKind, GlobalInode, InodeNo, ShardId, Timestamp, clock,
@@ -125,6 +125,11 @@ impl Fs {
     /// Whether a node answers.
     pub async fn reachable(&self, within: Duration) -> bool {
         self.client.reachable(within).await
+    }
+
+    /// Who answered the reads so far.
+    pub fn read_counts(&self) -> ReadCounts {
+        self.client.read_counts()
     }
 
     /// A thread asks something: what it looked up before was for something else.

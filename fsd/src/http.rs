@@ -28,14 +28,15 @@ pub async fn listen(address: SocketAddr) -> Result<TcpListener> {
 /// Serves until the runtime ends.
 pub async fn serve(listener: TcpListener, metrics: Arc<Metrics>, fs: Arc<Fs>) {
     let app = Router::new()
-        .route("/metrics", get(show_metrics).with_state(metrics))
+        .route("/metrics", get(show_metrics).with_state((metrics, fs.clone())))
         .route("/healthz", get(health).with_state(fs));
     if let Err(error) = axum::serve(listener, app).await {
         tracing::warn!(%error, "HTTP has ended");
     }
 }
 
-async fn show_metrics(State(metrics): State<Arc<Metrics>>) -> Response {
+async fn show_metrics(State((metrics, fs)): State<(Arc<Metrics>, Arc<Fs>)>) -> Response {
+    metrics.set_reads(fs.read_counts());
     ([(header::CONTENT_TYPE, OPEN_METRICS)], metrics.text()).into_response()
 }
 

@@ -86,7 +86,8 @@ async fn serve_on(settings: &Settings, waiting: &mut Waiting) -> Result<()> {
         client_id: settings.client_id.clone(),
         deadline: settings.deadline,
         label: label(settings),
-    })?;
+    })?
+    .with_reads(settings.reads);
     if !client.reachable(settings.connect_timeout).await {
         bail!(
             "no node answers at {} within {:?}: is the cluster up, and are these its addresses?",

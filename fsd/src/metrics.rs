@@ -1,7 +1,7 @@
 //! What the daemon counts: requests of the kernel by kind and outcome, how long they take, bytes, and what
 //! is open. Everything that a request touches is reached by index, without a lookup.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -12,6 +12,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Registry, Unit};
+use shardfs_proto::client::ReadCounts;
 
 macro_rules! requests {
     ($($name:ident $label:literal,)*) => {
@@ -89,6 +90,8 @@ pub struct Metrics {
     pub written_bytes: Counter<u64, AtomicU64>,
     /// Files and directories that are open.
     pub open_handles: Gauge,
+    backup_reads: Counter<u64, AtomicU64>,
+    primary_instead: Counter<u64, AtomicU64>,
 }
 
 impl Default for Metrics {
@@ -116,7 +119,19 @@ impl Default for Metrics {
             read_bytes: Counter::default(),
             written_bytes: Counter::default(),
             open_handles: Gauge::default(),
+            backup_reads: Counter::default(),
+            primary_instead: Counter::default(),
         };
+        registry.register(
+            "reads_from_backups",
+            "Reads that a backup answered (--read-from backup, and closed shards)",
+            metrics.backup_reads.clone(),
+        );
+        registry.register(
+            "reads_from_primary_instead",
+            "Reads that the primary answered because no backup could (--read-from backup)",
+            metrics.primary_instead.clone(),
+        );
         registry.register("requests", "Requests of the kernel by kind and outcome", by_outcome);
         registry.register_with_unit("request_duration", "Time until the answer", Unit::Seconds, by_op);
         registry.register("requests_in_flight", "Requests not answered yet", metrics.in_flight.clone());
@@ -139,6 +154,12 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Takes over what the client has counted.
+    pub fn set_reads(&self, counts: ReadCounts) {
+        self.backup_reads.inner().store(counts.backup, Ordering::Relaxed);
+        self.primary_instead.inner().store(counts.primary_instead, Ordering::Relaxed);
+    }
+
     /// Counts an answered request. `errno`: the number it failed with.
     pub fn answered(&self, op: Op, took: Duration, errno: Option<i32>) {
         self.seconds[op as usize].observe(took.as_secs_f64());

@@ -20,7 +20,7 @@ pub struct MountOptions {
 }
 
 /// The daemon's settings that can be given as options. Names are those of the flags, with `_` for `-`.
-pub const SETTINGS: [&str; 15] = [
+pub const SETTINGS: [&str; 17] = [
     "endpoints",
     "client_id",
     "config",
@@ -28,6 +28,8 @@ pub const SETTINGS: [&str; 15] = [
     "connect_timeout",
     "attr_ttl",
     "entry_ttl",
+    "read_from",
+    "max_staleness",
     "readdirplus",
     "threads",
     "read_ahead_kib",

@@ -49,6 +49,7 @@ fn every_setting_of_the_file_is_a_flag_a_variable_and_a_mount_option() {
     for name in options::SETTINGS {
         let value = match name {
             "readdirplus" => "on",
+            "read_from" => "backup",
             "log_format" => "json",
             _ => "1",
         };
@@ -118,4 +119,19 @@ fn mistakes_are_explained() {
 fn unknown_fields_are_named() {
     let error = format!("{:#}", parse("endpoint: [a:1]\n").unwrap_err());
     assert!(error.contains("endpoint") && error.contains("endpoints"), "{error}");
+}
+
+#[test]
+fn reads_from_backups_make_the_mount_read_only() {
+    let plain = with_file(args(&["--endpoints", "h:1"]), "").unwrap();
+    assert_eq!(plain.reads, ReadFrom::Primary);
+    assert!(!plain.flags.contains(MountFlags::RDONLY));
+    let stale = with_file(args(&["--endpoints", "h:1", "--read-from", "backup", "-o", "rw"]), "").unwrap();
+    assert_eq!(stale.reads, ReadFrom::Backup { max_staleness: STALENESS_DEFAULT });
+    assert!(stale.flags.contains(MountFlags::RDONLY));
+    let option =
+        with_file(args(&["--endpoints", "h:1", "-o", "read_from=backup,max_staleness=2"]), "").unwrap();
+    assert_eq!(option.reads, ReadFrom::Backup { max_staleness: Duration::from_secs(2) });
+    let error = with_file(args(&["--endpoints", "h:1", "--max-staleness", "2"]), "").unwrap_err();
+    assert!(error.to_string().contains("--read-from backup"), "{error}");
 }
