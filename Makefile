@@ -51,7 +51,7 @@ down: ## unmount ./mnt and stop the nodes; keeps the data
 test: deps-test ## run all tests, those on real mounts included (as root)
 	@tests/scripts/test.sh
 
-test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 20 kills under load, 60 power cuts, 1,000,000 keys, pjdfstest, failpoints (as root)
+test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 110 faults, 20 kills, 60 power cuts, 1,000,000 keys, five minutes of reads from backups, pjdfstest (as root)
 	@PJDFSTEST="$(TOOLS)/bin/pjdfstest" tests/scripts/test.sh --include-ignored
 
 test-vm: build ## reservations and a fenced failover on a kernel of its own with a SCSI target, in qemu (says so if skipped)
