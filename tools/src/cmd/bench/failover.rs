@@ -180,12 +180,17 @@ async fn make_shards(
     made.push(first.id);
     let volume = first.location.volume.clone();
     let mut there = 1;
-    let mut making = futures::stream::iter(1usize..).map(new).buffer_unordered(MAKING_MAX);
     while there < count {
         stop.check()?;
-        let shard = making.next().await.context("numbers do not end")?.context("cannot make a shard")?;
-        made.push(shard.id);
-        if shard.location.volume == volume {
+        // All of them are waited for, so that all are known and go again.
+        let numbers = made.len()..made.len() + MAKING_MAX;
+        let making = futures::future::join_all(numbers.map(new)).await;
+        let shards: Vec<ShardInfo> = making.into_iter().filter_map(|shard| shard.ok()).collect();
+        made.extend(shards.iter().map(|shard| shard.id));
+        if shards.len() < MAKING_MAX {
+            bail!("not all shards could be made: see `shardfs status`");
+        }
+        for shard in shards.iter().filter(|shard| shard.location.volume == volume) {
             there += 1;
             put(client, shard.id, 0).await?;
         }
