@@ -17,8 +17,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::Catalog;
 use super::barrier::Barrier;
-use super::shard_room::ShardRoom;
 use super::publish::Publisher;
+use super::shard_room::ShardRoom;
 use crate::cluster::lease::Lease;
 use crate::cluster::records::{self, VolumeRecord};
 use crate::cluster::store::{Demand, Txn};
@@ -108,10 +108,10 @@ impl Served {
 
     /// Fails unless what was written and synced before is on a volume that was this node's.
     pub(super) async fn prove(&self) -> Result<()> {
-        if self.provider != "dir" {
+        if self.refuses_deposed {
             return self.barrier.pass().await;
         }
-        // Nothing keeps a deposed node from writing to a folder; the record that is written next tells.
+        // Nothing keeps a deposed node from writing to it; the record that is written next tells.
         match self.lease.is_held() {
             true => Ok(()),
             false => Err(Error::unavailable("this node does not reach the metadata store")),

@@ -23,7 +23,8 @@ use shardfs_proto::types::{Error, Reason, Result};
 use super::ext4::{self, Content, Target, check_label, make_filesystem, wait_until_unclaimed};
 use super::fence::reservation::{Bounds, ReservationFence};
 use super::fence::{Fence, FenceKind, Fenced};
-use super::loopdev::sys;
+use super::loopdev::{self, sys};
+use super::views::ViewMount;
 use super::{
     Attached, Description, LOOP_BYTES_MIN, Standby, VolumeProvider, VolumeSpec, io_error, make_mount_point,
     mounts, verify_identity, wait_for_lock,
@@ -122,6 +123,20 @@ impl VolumeProvider for DeviceProvider {
         clean_up(spec, Path::new(&attached.device))?;
         drop(attached);
         Ok(())
+    }
+
+    fn settle(&self, root: &Path) -> Result<()> {
+        loopdev::views::settle(root)
+    }
+
+    /// By a loop device over the device: one block device has one superblock.
+    fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
+        whole_device(spec)?;
+        loopdev::views::open(spec, at)
+    }
+
+    fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()> {
+        loopdev::views::clean_up(spec, folder)
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {

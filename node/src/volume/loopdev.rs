@@ -28,7 +28,7 @@ use super::{
 use sys::{BLOCK_BYTES, LO_NAME_BYTES, Tag, detach_device, devices_with_tag};
 
 pub(super) mod sys;
-mod views;
+pub(in crate::volume) mod views;
 
 /// The provider `loop`.
 pub struct LoopProvider;

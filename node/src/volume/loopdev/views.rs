@@ -24,7 +24,7 @@ use crate::volume::{VolumeSpec, io_error, make_mount_point, mounts, verify_ident
 const CHECKPOINT: libc::c_ulong = 0x4004_662B;
 
 /// Writes everything, and puts what the journal holds in its place.
-pub(super) fn settle(root: &Path) -> Result<()> {
+pub(in crate::volume) fn settle(root: &Path) -> Result<()> {
     let failed = |e: std::io::Error| io_error(&format!("putting {} in place", root.display()), &e);
     let folder = File::open(root).map_err(failed)?;
     rustix::fs::syncfs(&folder).map_err(|e| failed(e.into()))?;
@@ -45,7 +45,7 @@ pub(super) fn settle(root: &Path) -> Result<()> {
 }
 
 /// Mounts the volume as it is now.
-pub(super) fn open(spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
+pub(in crate::volume) fn open(spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
     let tag = views_tag(spec, at)?;
     make_mount_point(at)?;
     let device = sys::attach_view_device(&spec.source, &tag)?;
@@ -80,7 +80,7 @@ fn take_away(spec: &VolumeSpec, at: &Path, device: &Path, written_before: u64) -
 }
 
 /// Takes away what a killed process of this node has left below `folder`.
-pub(super) fn clean_up(spec: &VolumeSpec, folder: &Path) -> Result<()> {
+pub(in crate::volume) fn clean_up(spec: &VolumeSpec, folder: &Path) -> Result<()> {
     let folder = fs::canonicalize(folder).unwrap_or_else(|_| folder.to_owned());
     let below: Vec<PathBuf> =
         mounts::list()?.into_iter().map(|mount| mount.at).filter(|at| at.parent() == Some(&folder)).collect();
