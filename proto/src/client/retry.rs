@@ -155,9 +155,8 @@ impl Client {
                 Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
             }
             Err(why) => {
-                if let Target::Any = target {
-                    self.inner.routes.rotate(&endpoint);
-                }
+                // The others are asked first from now on, whatever is asked next.
+                self.inner.routes.rotate(&endpoint);
                 return Err(Error::unavailable(format!("{endpoint} {why}")));
             }
         };

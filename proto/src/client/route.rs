@@ -32,8 +32,29 @@ struct State {
     shards: HashMap<ShardId, Route>,
     /// Where any node may be asked; the first is the one that worked last.
     endpoints: Vec<String>,
+    /// By endpoint: all those of its node, as far as that is known.
+    siblings: HashMap<String, Vec<String>>,
     /// Backups that did not answer.
     avoided: Avoided,
+}
+
+impl State {
+    /// Notes that these are addresses of one node.
+    fn note_siblings(&mut self, node: &[String]) {
+        for endpoint in node {
+            if self.siblings.len() < ENDPOINTS_MAX || self.siblings.contains_key(endpoint) {
+                self.siblings.insert(endpoint.clone(), node.to_vec());
+            }
+        }
+    }
+
+    /// Puts a node behind the others, by all its addresses.
+    fn put_back(&mut self, endpoint: &str) {
+        let own = [endpoint.to_owned()];
+        let node = self.siblings.get(endpoint).map_or(&own[..], Vec::as_slice);
+        // Stable: the others keep their order.
+        self.endpoints.sort_by_key(|endpoint| node.contains(endpoint));
+    }
 }
 
 struct Route {
@@ -49,7 +70,8 @@ struct Route {
 impl Routes {
     pub(super) fn new(endpoints: Vec<String>) -> Routes {
         let avoided = Avoided::new(fastrand::u64(..));
-        Routes { state: Mutex::new(State { shards: HashMap::new(), endpoints, avoided }) }
+        let (shards, siblings) = (HashMap::new(), HashMap::new());
+        Routes { state: Mutex::new(State { shards, endpoints, siblings, avoided }) }
     }
 
     /// Notes where a shard lives now.
@@ -81,6 +103,9 @@ impl Routes {
     /// Notes where a shard lives, and whether it is closed.
     pub(super) fn learn_info(&self, info: &ShardInfo) {
         self.learn(info.id, &info.location);
+        for backup in &info.location.backups {
+            self.state.lock().note_siblings(&backup.endpoints);
+        }
         if info.state == ShardState::ReadOnly
             && let Some(route) = self.state.lock().shards.get_mut(&info.id)
         {
@@ -124,16 +149,14 @@ impl Routes {
         self.rotate(endpoint);
     }
 
-    /// Puts an endpoint that failed behind the others.
+    /// Puts a node that failed behind the others, by whichever of its addresses it was asked.
     pub(super) fn rotate(&self, endpoint: &str) {
-        let mut state = self.state.lock();
-        if state.endpoints.first().is_some_and(|first| first == endpoint) {
-            state.endpoints.rotate_left(1);
-        }
+        self.state.lock().put_back(endpoint);
     }
 
     fn add_endpoints(&self, more: &[String]) {
         let mut state = self.state.lock();
+        state.note_siblings(more);
         for endpoint in more {
             if state.endpoints.len() < ENDPOINTS_MAX && !state.endpoints.contains(endpoint) {
                 state.endpoints.push(endpoint.clone());
@@ -160,10 +183,7 @@ impl Client {
             let others: Vec<String> =
                 state.endpoints.iter().filter(|endpoint| !its.contains(endpoint)).cloned().collect();
             let Some(first) = self.inner.channels.usable(&others).map(str::to_owned) else { return Ok(None) };
-            if let Some(at) = state.endpoints.iter().position(|endpoint| *endpoint == first) {
-                let asked = state.endpoints.remove(at);
-                state.endpoints.push(asked);
-            }
+            state.put_back(&first);
             first
         };
         self.inner.channels.node(&endpoint).map(Some)
@@ -206,13 +226,41 @@ impl Client {
         let request = wire::GetShardRequest { shard: Some(convert::selector_to_wire(selector)) };
         let mut storage = node.storage();
         let call = storage.get_shard(node.request(request));
-        let reply = match tokio::time::timeout(ASK_WAIT_MAX, call).await {
-            Ok(reply) => reply.map_err(|status| crate::status::from_status(&status))?,
-            Err(_) => return Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
+        let silent = || Error::unavailable(format!("{} did not answer", node.endpoint));
+        let reply = tokio::select! {
+            reply = tokio::time::timeout(ASK_WAIT_MAX, call) => match reply {
+                Ok(reply) => reply.map_err(|status| crate::status::from_status(&status))?,
+                Err(_) => return Err(silent()),
+            },
+            // Sooner, if it shows no sign of life.
+            () = node.silent() => return Err(silent()),
         };
         let info = convert::shard_info_from_wire(reply.into_inner())?;
         self.inner.routes.learn_info(&info);
         self.inner.routes.add_endpoints(&info.location.endpoints);
         Ok(info)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_that_failed_is_asked_last_at_all_its_addresses() {
+        let strings = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        let routes = Routes::new(strings(&["a1", "b1", "c1"]));
+        let order = || routes.state.lock().endpoints.clone();
+        routes.add_endpoints(&strings(&["a1", "a2"]));
+        routes.add_endpoints(&strings(&["b1", "b2"]));
+        assert_eq!(order(), ["a1", "b1", "c1", "a2", "b2"]);
+        routes.rotate("a1");
+        assert_eq!(order(), ["b1", "c1", "b2", "a1", "a2"]);
+        routes.rotate("b2");
+        assert_eq!(order(), ["c1", "a1", "a2", "b1", "b2"]);
+        // One of which nothing else is known goes alone, and one that is not known changes nothing.
+        routes.rotate("c1");
+        routes.rotate("d");
+        assert_eq!(order(), ["a1", "a2", "b1", "b2", "c1"]);
     }
 }
