@@ -17,7 +17,7 @@ use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Status};
 
 use super::embedded_server::MESSAGE_BYTES_MAX;
-use super::retry::{Backoff, RETRY_MAX, chain};
+use super::retry::{self, Backoff, RETRY_MAX, chain};
 use super::store::{
     KeyRange, LeaseId, MetaStore, RangeAnswer, Revision, StoreError, StoreResult, Txn, TxnAnswer,
     WatchStream, check_range,
@@ -161,31 +161,7 @@ impl EmbeddedStore {
         F: Fn(MetaClient<Channel>) -> Fut,
         Fut: Future<Output = Result<tonic::Response<T>, Status>>,
     {
-        let end = clock::monotonic() + self.shared.retry_max;
-        let mut backoff = Backoff::new();
-        loop {
-            let error = match self.attempt(&call).await {
-                Ok(reply) => return Ok(reply),
-                Err(error) => error,
-            };
-            let again = match &error {
-                StoreError::Unavailable(_) => true,
-                StoreError::OutcomeUnknown(_) => repeatable,
-                StoreError::Compacted
-                | StoreError::LeaseUnknown
-                | StoreError::Invalid(_)
-                | StoreError::Failed(_) => false,
-            };
-            let pause = backoff.next();
-            if !again || clock::monotonic() + pause >= end {
-                return Err(match error {
-                    // Of a read nothing is unknown: it did not happen.
-                    StoreError::OutcomeUnknown(why) if repeatable => StoreError::Unavailable(why),
-                    error => error,
-                });
-            }
-            tokio::time::sleep(pause).await;
-        }
+        retry::repeat(repeatable, self.shared.retry_max, || self.attempt(&call)).await
     }
 }
 

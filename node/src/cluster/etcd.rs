@@ -20,9 +20,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::BoxFuture;
-use shardfs_proto::types::clock;
 
-use super::retry::{Backoff, RETRY_MAX};
+use super::retry::{self, RETRY_MAX};
 use super::store::{
     KeyRange, KeyValue, LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseId, MetaStore, RANGE_BYTES_MAX, RangeAnswer,
     Revision, StoreError, StoreResult, Txn, TxnAnswer, WatchStream,
@@ -101,31 +100,7 @@ impl EtcdStore {
         F: Fn(Arc<Connection>) -> Fut,
         Fut: Future<Output = StoreResult<T>>,
     {
-        let end = clock::monotonic() + self.retry_max;
-        let mut backoff = Backoff::new();
-        loop {
-            let error = match self.attempt(timeout, &call).await {
-                Ok(reply) => return Ok(reply),
-                Err(error) => error,
-            };
-            let again = match &error {
-                StoreError::Unavailable(_) => true,
-                StoreError::OutcomeUnknown(_) => repeatable,
-                StoreError::Compacted
-                | StoreError::LeaseUnknown
-                | StoreError::Invalid(_)
-                | StoreError::Failed(_) => false,
-            };
-            let pause = backoff.next();
-            if !again || clock::monotonic() + pause >= end {
-                return Err(match error {
-                    // Of a read nothing is unknown: it did not happen.
-                    StoreError::OutcomeUnknown(why) if repeatable => StoreError::Unavailable(why),
-                    error => error,
-                });
-            }
-            tokio::time::sleep(pause).await;
-        }
+        retry::repeat(repeatable, self.retry_max, || self.attempt(timeout, &call)).await
     }
 }
 

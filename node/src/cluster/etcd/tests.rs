@@ -5,6 +5,8 @@ use std::time::Instant;
 use etcd_client::{Permission, RoleRevokePermissionOptions};
 use futures::StreamExt;
 
+use shardfs_proto::types::clock;
+
 use super::settings::User;
 use super::testing::{Certificates, Etcd};
 use super::*;
