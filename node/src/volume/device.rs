@@ -26,8 +26,8 @@ use super::fence::{Fence, FenceKind, Fenced};
 use super::loopdev::{self, sys};
 use super::views::ViewMount;
 use super::{
-    Attached, Description, LOOP_BYTES_MIN, Standby, VolumeProvider, VolumeSpec, io_error, make_mount_point,
-    mounts, verify_identity, wait_for_lock,
+    Attached, Description, LOOP_BYTES_MIN, Standby, VolumeProvider, VolumeSpec, in_the_way, io_error,
+    make_mount_point, mounts, verify_identity, wait_for_lock,
 };
 
 /// The provider `device`.
@@ -264,15 +264,7 @@ fn own(spec: &VolumeSpec, device: &Path) -> Result<OwnedFd> {
 fn clean_up(spec: &VolumeSpec, device: &Path) -> Result<()> {
     for mount in mounts::at(&spec.mount_point)? {
         if fs::canonicalize(&mount.source).unwrap_or_else(|_| mount.source.clone()) != device {
-            return Err(Error::new(
-                Reason::AlreadyExists,
-                format!(
-                    "volume {}: {} is mounted at {}; unmount it first",
-                    spec.id,
-                    mount.source.display(),
-                    spec.mount_point.display()
-                ),
-            ));
+            return Err(in_the_way(spec, &mount.source));
         }
     }
     mounts::unmount_all(&spec.mount_point)?;

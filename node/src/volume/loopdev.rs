@@ -16,14 +16,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-use shardfs_proto::types::{Error, Reason, Result, VolumeId};
+use shardfs_proto::types::{Error, Result, VolumeId};
 
 use super::ext4::{Content, Target, check_label, make_filesystem, mount, probe, wait_until_unclaimed};
 use super::fence::{Fence, Fenced, shutdown};
 use super::views::ViewMount;
 use super::{
-    Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, make_mount_point, mounts,
-    verify_identity, wait_for_lock,
+    Attached, Description, Standby, VolumeProvider, VolumeSpec, in_the_way, io_error, lock, make_mount_point,
+    mounts, verify_identity, wait_for_lock,
 };
 use sys::{BLOCK_BYTES, LO_NAME_BYTES, Tag, detach_device, devices_with_tag};
 
@@ -222,15 +222,7 @@ fn clean_up(spec: &VolumeSpec, tag: &Tag) -> Result<()> {
     let devices = devices_with_tag(tag)?;
     for mount in mounts::at(&spec.mount_point)? {
         if !devices.contains(&mount.source) && !is_over(&mount.source, &spec.source) {
-            return Err(Error::new(
-                Reason::AlreadyExists,
-                format!(
-                    "volume {}: {} is mounted at {}; unmount it first",
-                    spec.id,
-                    mount.source.display(),
-                    spec.mount_point.display()
-                ),
-            ));
+            return Err(in_the_way(spec, &mount.source));
         }
     }
     shutdown::check_unmount(&spec.mount_point)?;

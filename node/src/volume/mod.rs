@@ -152,6 +152,15 @@ impl Witness {
     }
 }
 
+/// Something else is mounted where the volume belongs.
+fn in_the_way(spec: &VolumeSpec, source: &Path) -> Error {
+    let (source, at) = (source.display(), spec.mount_point.display());
+    Error::new(
+        Reason::AlreadyExists,
+        format!("volume {}: {source} is mounted at {at}; unmount it first", spec.id),
+    )
+}
+
 fn taken(error: &std::io::Error) -> Error {
     io_error("the volume was taken away: what was synced last may be lost", error)
 }

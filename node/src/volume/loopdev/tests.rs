@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::Command;
 
+use shardfs_proto::types::Reason;
+
 use super::super::ext4::{PROBE_BYTES, classify, label};
 use super::sys::attach_device;
 use super::*;
