@@ -14,6 +14,7 @@ pub mod context;
 pub mod devcluster;
 pub mod doctor;
 pub mod failure;
+pub mod meta_flags;
 pub mod output;
 pub mod paths;
 pub mod size;

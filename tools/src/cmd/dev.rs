@@ -18,6 +18,7 @@ use crate::devcluster::launch::{self, Outcome, Wanted, WantedMeta};
 use crate::devcluster::member::MOUNT;
 use crate::devcluster::state::{Layout, Settings, VolumeKind};
 use crate::failure::{Failure, Result};
+use crate::meta_flags::MetaFlags;
 use crate::output::{self, Align, Out, Table, duration_text};
 use crate::size;
 use crate::system;
@@ -115,21 +116,8 @@ struct UpArgs {
     /// with TLS; one etcd holds one cluster [default: as before; a new cluster: embedded]
     #[arg(long, value_name = "STORE")]
     meta: Option<String>,
-    /// Who signed the certificates of etcds://, in PEM [default: whom this machine trusts]
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_ca_file: Option<PathBuf>,
-    /// Certificate to show to etcds://, in PEM; needs --meta-key-file
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_cert_file: Option<PathBuf>,
-    /// Key of --meta-cert-file, in PEM
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_key_file: Option<PathBuf>,
-    /// User of etcd; its password is in --meta-password-file or in SHARDFS_META_PASSWORD
-    #[arg(long, value_name = "NAME", requires = "meta")]
-    meta_user: Option<String>,
-    /// File with the password of --meta-user
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_password_file: Option<PathBuf>,
+    #[command(flatten)]
+    meta_flags: MetaFlags,
     /// Size of each loop volume, sparse [default: 4GiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     volume_size: Option<u64>,
@@ -255,16 +243,8 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
 
 /// The metadata store that is asked for, with absolute paths: the processes that use them start elsewhere.
 fn wanted_meta(args: &UpArgs) -> Result<Option<WantedMeta>> {
-    let absolute = |path: &Option<PathBuf>| path.as_deref().map(std::path::absolute).transpose();
     let Some(address) = &args.meta else { return Ok(None) };
-    let settings = MetaSettings {
-        address: address.clone(),
-        ca_file: absolute(&args.meta_ca_file)?,
-        cert_file: absolute(&args.meta_cert_file)?,
-        key_file: absolute(&args.meta_key_file)?,
-        user: args.meta_user.clone(),
-        password_file: absolute(&args.meta_password_file)?,
-    };
+    let settings = args.meta_flags.settings(address)?;
     if address == "embedded" {
         if settings != MetaSettings::of("embedded") {
             return Err(Failure::usage(

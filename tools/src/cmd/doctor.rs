@@ -11,6 +11,7 @@ use crate::doctor::{
     Check, Outcome, clocks, device, disk, etcd, ext4, fuse, kernel, limits, loops, programs,
 };
 use crate::failure::{EXIT_FAILURE, Failure, Result};
+use crate::meta_flags::MetaFlags;
 use crate::output::{Align, Out, Table, printable};
 
 /// `shardfs doctor`.
@@ -44,21 +45,8 @@ pub struct Args {
     /// The metadata store, as shardfs-node has it: etcd://HOST:PORT[,HOST:PORT...], http://HOST:PORT or unix:/PATH
     #[arg(long, visible_alias = "etcd", value_name = "ADDRESS")]
     meta: Option<String>,
-    /// Who signed the certificates of etcds://, in PEM
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_ca_file: Option<PathBuf>,
-    /// Certificate to show to etcds://, in PEM; needs --meta-key-file
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_cert_file: Option<PathBuf>,
-    /// Key of --meta-cert-file, in PEM
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_key_file: Option<PathBuf>,
-    /// User of etcd; its password is in --meta-password-file or in SHARDFS_META_PASSWORD
-    #[arg(long, value_name = "NAME", requires = "meta")]
-    meta_user: Option<String>,
-    /// File with the password of --meta-user
-    #[arg(long, value_name = "FILE", requires = "meta")]
-    meta_password_file: Option<PathBuf>,
+    #[command(flatten)]
+    meta_flags: MetaFlags,
     /// Config file of a node: its metadata store, folder and devices are looked at
     #[arg(long, value_name = "FILE", conflicts_with = "meta")]
     node_config: Option<PathBuf>,
@@ -101,14 +89,7 @@ fn wanted(args: &mut Args) -> Result<Option<MetaSettings>> {
         args.folder = node.data_dir;
         return Ok(Some(node.meta));
     }
-    Ok(args.meta.take().map(|address| MetaSettings {
-        address,
-        ca_file: args.meta_ca_file.take(),
-        cert_file: args.meta_cert_file.take(),
-        key_file: args.meta_key_file.take(),
-        user: args.meta_user.take(),
-        password_file: args.meta_password_file.take(),
-    }))
+    Ok(args.meta.as_deref().map(|address| args.meta_flags.settings(address)).transpose()?)
 }
 
 async fn machine(folder: PathBuf) -> Result<Vec<Check>> {
