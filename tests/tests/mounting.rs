@@ -88,7 +88,8 @@ fn a_signal_unmounts_cleanly() {
 
 #[test]
 fn a_frozen_node_is_waited_for() {
-    let cluster = Cluster::shared();
+    // Alone: a backup would take its volumes over while the test looks.
+    let cluster = Cluster::start(&Options { nodes: 1, ..Options::default() });
     let shard = cluster.shard("frozen");
     let node = cluster.primary_of("frozen");
     cluster.cli_run(&["dev", "kill", &node, "--signal", "STOP"]);
