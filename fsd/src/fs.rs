@@ -25,6 +25,7 @@ pub mod names;
 mod newborn;
 mod pages;
 mod root;
+mod second_look;
 mod shards;
 pub mod types;
 pub mod virtual_dir;
@@ -46,6 +47,7 @@ use memo::Memo;
 use newborn::Newborn;
 use pages::Pages;
 use root::RootState;
+use second_look::SecondLook;
 use shards::Shards;
 use types::{Entry, FileStat, Node, Ttl};
 use virtual_dir::{VirtualNode, VirtualState};
@@ -88,6 +90,7 @@ pub struct Fs {
     releaser: Releaser,
     shards: Shards,
     memo: Memo,
+    second_look: SecondLook,
     pages: Pages,
     newborn: Newborn,
     root: RootState,
@@ -108,6 +111,7 @@ impl Fs {
             releaser,
             shards: Shards::default(),
             memo: Memo::default(),
+            second_look: SecondLook::default(),
             pages: Pages::default(),
             newborn: Newborn::default(),
             root: RootState::default(),

@@ -35,7 +35,7 @@ use shardfs_proto::types::op::SetAttr;
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use answer::{Asked, GENERATION, Refuse, Unwanted, asked, conclude, reply_bytes, reply_entry};
+use answer::{Asked, GENERATION, Refuse, Unwanted, asked, conclude, note_walk, reply_bytes, reply_entry};
 use convert::{attr_of_name, attr_out, bytes_of, kind_in, kind_out, open_flags, open_mode, set_time};
 
 use crate::failure::{Outcome, Posix};
@@ -112,7 +112,10 @@ impl Fuse {
             let started = clock::monotonic();
             let mut work = pin!(work);
             let failed = match patience::until_dying(asked.thread, work.as_mut()).await {
-                Some(outcome) => conclude(asked, reply, outcome, ok),
+                Some(outcome) => {
+                    note_walk(&fs, asked, &outcome);
+                    conclude(asked, reply, outcome, ok)
+                }
                 None => {
                     reply.refuse(Errno::EINTR);
                     if let Ok(value) = work.await {

@@ -175,8 +175,6 @@ fn mount_client(load: &Load<'_>, number: u32) {
             }
             _ => match fs::read(&path) {
                 Ok(data) => Call::Get(Some(value(&data))),
-                // Replaced between lookup and open, and once more when the kernel looked again (SEMANTICS.md).
-                Err(e) if e.raw_os_error() == Some(libc::ESTALE) => continue,
                 Err(e) if e.kind() == ErrorKind::NotFound => Call::Get(None),
                 Err(e) => panic!("read {name}: {e}"),
             },

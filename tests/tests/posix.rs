@@ -9,6 +9,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use shardfs_tests::{Cluster, sh, sh_fails, tree};
 
@@ -313,4 +314,43 @@ if os.fork() == 0:
 assert os.wait()[1] == 0
 P"#,
     );
+}
+
+/// The kernel walks a path again if what it found was replaced meanwhile, but only once.
+#[test]
+fn a_name_that_is_replaced_all_the_time_is_always_there() {
+    const REPLACERS: usize = 4;
+    const LOOKS: usize = 700;
+    let root = shard("replaced");
+    fs::write(root.join("f"), "first").unwrap();
+    symlink("f", root.join("l")).unwrap();
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for number in 0..REPLACERS {
+            let (root, over) = (&root, &over);
+            scope.spawn(move || {
+                let (file, link) = (root.join(format!("f{number}")), root.join(format!("l{number}")));
+                while !over.load(Ordering::Relaxed) {
+                    fs::write(&file, "again").unwrap();
+                    fs::rename(&file, root.join("f")).unwrap();
+                    symlink("f", &link).unwrap();
+                    fs::rename(&link, root.join("l")).unwrap();
+                }
+            });
+        }
+        let looks = scope.spawn(|| {
+            for look in 0..LOOKS {
+                let told = |what: &str, e: std::io::Error| format!("{what}, look {look}: {e}");
+                fs::read(root.join("f")).map_err(|e| told("read", e))?;
+                fs::read(root.join("l")).map_err(|e| told("read through the link", e))?;
+                fs::read_link(root.join("l")).map_err(|e| told("readlink", e))?;
+                fs::metadata(root.join("f")).map_err(|e| told("stat", e))?;
+                OpenOptions::new().append(true).open(root.join("f")).map_err(|e| told("append", e))?;
+            }
+            Ok::<(), String>(())
+        });
+        let looks = looks.join();
+        over.store(true, Ordering::Relaxed);
+        looks.unwrap().unwrap();
+    });
 }

@@ -29,7 +29,7 @@ impl Fs {
             Node::InShard(shard, parent) => {
                 check_length(&name)?;
                 let closed = self.shards.is_closed(shard);
-                let attr = self.client.lookup(shard, parent, &name).await?;
+                let attr = self.look_up(caller.thread, shard, parent, &name).await?;
                 let entry = self.entry(shard, closed, &attr);
                 if entry.ttl.attr.is_zero() {
                     self.memo.put(caller.thread, entry.stat);

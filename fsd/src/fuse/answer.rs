@@ -62,6 +62,15 @@ impl Unwanted for (Entry, Opened) {
     }
 }
 
+/// Whether the kernel will walk the path again, or has come to its end (`fs::second_look`).
+pub(super) fn note_walk<T>(fs: &Fs, asked: Asked, outcome: &Outcome<T>) {
+    match outcome {
+        Err(failure) if errno(failure) == Errno::ESTALE => fs.found_stale(asked.thread),
+        _ if matches!(asked.op, Op::Lookup | Op::GetAttr | Op::ReadLink) => {}
+        _ => fs.found_well(asked.thread),
+    }
+}
+
 /// Replies; gives the number of a failure.
 pub(super) fn conclude<R: Refuse, T>(
     asked: Asked,
