@@ -132,7 +132,7 @@ impl VolumeProvider for DeviceProvider {
     /// By a loop device over the device: one block device has one superblock.
     fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
         whole_device(spec)?;
-        loopdev::views::open(spec, at)
+        loopdev::views::open(spec, at, loopdev::views::Below::Device)
     }
 
     fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()> {

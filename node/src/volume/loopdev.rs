@@ -121,7 +121,7 @@ impl VolumeProvider for LoopProvider {
     }
 
     fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
-        views::open(spec, at)
+        views::open(spec, at, views::Below::File)
     }
 
     fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()> {

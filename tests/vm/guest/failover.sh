@@ -81,6 +81,22 @@ for i in $(seq 8); do
 done
 refused_raw /dev/sdb
 
+# --- reads from the backup, by its own path ---
+# from_backup NODE FILE KEY: NODE answers from a view, and with what is in the file.
+from_backup() {
+    fs get -v --read-from backup --max-staleness 30s "$3" - >/tmp/out 2>/tmp/said || return
+    grep -q "from $1, a view" /tmp/said && cmp "$2" /tmp/out
+}
+until_true "node-2 answers from a view" from_backup node-2 /tmp/in/8 data/before/8
+for i in $(seq 8); do until_true "data/before/$i is right in the view" from_backup node-2 "/tmp/in/$i" "data/before/$i"; done
+say "$(cat /tmp/said)"
+# What was in this path's cache is not what the device holds after a while.
+for round in 1 2 3; do
+    put "/tmp/in/$round" data/changing
+    until_true "round $round is seen on the backup" from_backup node-2 "/tmp/in/$round" data/changing
+done
+say "three changes were seen on the backup"
+
 # --- the primary is stopped ---
 for i in $(seq 3); do put --buffered "/tmp/in/$i" "data/unsynced/$i"; done
 old=$(child_of "${parent[1]}")
@@ -137,4 +153,5 @@ for node in 1 2; do
     wait "${parent[$node]}" || broken "node-$node did not stop in order"
 done
 ! grep -q '^/dev/sd' /proc/mounts || broken "something is still mounted: $(grep '^/dev/sd' /proc/mounts)"
+! grep -h "a view's device was written to" "$logs"/node-* || broken "a view wrote to the device"
 say "done"

@@ -272,6 +272,13 @@ fn configure(device: &File, backing: RawFd, tag: &Tag) -> std::io::Result<()> {
     if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
 }
 
+/// Whether a device reads and writes what is below it directly, past the page cache.
+pub(in crate::volume) fn is_direct(path: &Path) -> Result<bool> {
+    let device =
+        open_device(path, false).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
+    Ok(status(&device).is_some_and(|info| info.lo_flags & LO_FLAGS_DIRECT_IO != 0))
+}
+
 /// Sectors that were written to a device's number since the machine started.
 pub(in crate::volume) fn sectors_written(device: &Path) -> Result<u64> {
     // The seventh field: the kernel's Documentation/block/stat.rst.

@@ -44,13 +44,22 @@ pub(in crate::volume) fn settle(root: &Path) -> Result<()> {
     Err(failed(e))
 }
 
+/// What the loop device of a view lies on.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::volume) enum Below {
+    /// A file, whose page cache shows what every node of this machine has written.
+    File,
+    /// A device, whose cache holds what was read by this path earlier, whatever was written by others.
+    Device,
+}
+
 /// Mounts the volume as it is now.
-pub(in crate::volume) fn open(spec: &VolumeSpec, at: &Path) -> Result<ViewMount> {
+pub(in crate::volume) fn open(spec: &VolumeSpec, at: &Path, below: Below) -> Result<ViewMount> {
     let tag = views_tag(spec, at)?;
     make_mount_point(at)?;
     let device = sys::attach_view_device(&spec.source, &tag)?;
     let written_before = sys::sectors_written(&device)?;
-    let mounted = mount(&device, spec, at).and_then(|()| {
+    let mounted = check_cache(spec, &device, below).and_then(|()| mount(&device, spec, at)).and_then(|()| {
         // It is never made here.
         let verified = verify_identity(at, &VolumeSpec { formatted: true, ..spec.clone() });
         if verified.is_err() {
@@ -66,6 +75,21 @@ pub(in crate::volume) fn open(spec: &VolumeSpec, at: &Path) -> Result<ViewMount>
     }
     let (spec, place) = (spec.clone(), at.to_owned());
     Ok(ViewMount::new(at.to_owned(), move || take_away(&spec, &place, &device, written_before)))
+}
+
+/// A device that others write to is read past this node's own cache of it.
+fn check_cache(spec: &VolumeSpec, device: &Path, below: Below) -> Result<()> {
+    if below == Below::File || sys::is_direct(device)? {
+        return Ok(());
+    }
+    Err(Error::new(
+        Reason::Unsupported,
+        format!(
+            "volume {}: {} allows no direct I/O by a loop device: its views would be read from this node's own cache",
+            spec.id,
+            spec.source.display()
+        ),
+    ))
 }
 
 fn take_away(spec: &VolumeSpec, at: &Path, device: &Path, written_before: u64) -> Result<Retired> {
