@@ -224,7 +224,16 @@ pub fn from_status(status: &tonic::Status) -> Error {
             let reason = reason_from_wire(detail.reason()).unwrap_or_else(|| reason_from_code(status.code()));
             with_detail(reason, detail)
         }
-        None => Error::new(reason_from_code(status.code()), transport_message(status)),
+        None => {
+            let reason = match status.code() {
+                // The connection's end, not the node's answer: one that is closed in order shows as Internal.
+                Code::Internal | Code::ResourceExhausted if std::error::Error::source(status).is_some() => {
+                    Reason::Unavailable
+                }
+                code => reason_from_code(code),
+            };
+            Error::new(reason, transport_message(status))
+        }
     }
 }
 
@@ -284,6 +293,16 @@ mod tests {
                 assert_eq!(reason_to_wire(reason), wire);
             }
         }
+    }
+
+    #[test]
+    fn a_connection_that_ends_is_no_answer() {
+        let mut ended = tonic::Status::internal("h2 protocol error: http2 error");
+        assert_eq!(from_status(&ended).reason(), Reason::Internal, "from a peer");
+        ended.set_source(std::sync::Arc::new(std::io::Error::other("connection error received")));
+        let error = from_status(&ended);
+        assert_eq!(error.reason(), Reason::Unavailable);
+        assert!(error.is_retryable() && error.message().contains("connection error received"), "{error}");
     }
 
     #[test]
