@@ -4,14 +4,17 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
+use shardfs_proto::types::{Key, ShardName};
 use shardfs_tests::Cluster;
-use shardfs_tests::cluster::{Options, eventually};
+use shardfs_tests::cluster::{Options, block_on, eventually};
 
 /// A volume is served elsewhere within this, on a busy machine.
 const MOVED_MAX: Duration = Duration::from_secs(30);
@@ -194,4 +197,52 @@ fn a_stop_in_order_hands_over_first() {
     assert!(output.status.success(), "{output:?}");
     assert_eq!(primaries(), before);
     cluster.assert_clean("stopped");
+}
+
+/// What is put, replaced or deleted as `buffered` is not made again by its session: on a volume that may move, it is durable
+/// when it is answered. Each kill takes what the primary's kernel has not written.
+#[test]
+fn buffered_values_are_there_after_a_failover() {
+    const KILLS: u32 = 3;
+    let cluster = Cluster::start(&Options::default());
+    cluster.shard("buffered");
+    let key = |name: String| Key::new(name).unwrap();
+    for kill in 0..KILLS {
+        let primary = cluster.primary_of("buffered");
+        block_on(async {
+            let client = cluster.client();
+            let shard = client.shard_by_name(&ShardName::new("buffered").unwrap()).await.unwrap().id;
+            let put = async |name: String, value: &'static str, durability| {
+                let options = PutOptions::default();
+                client.put(shard, key(name), Bytes::from_static(value.as_bytes()), options, durability).await
+            };
+            for name in ["replaced", "deleted"] {
+                put(format!("{kill}/{name}"), "old", Durability::Sync).await.unwrap();
+            }
+            put(format!("{kill}/replaced"), "new", Durability::Buffered).await.unwrap();
+            client.delete(shard, &key(format!("{kill}/deleted")), Durability::Buffered).await.unwrap();
+            let item = |n: u32| PutItem {
+                key: key(format!("{kill}/batch-{n}")),
+                value: Bytes::from_static(b"of a batch"),
+                options: PutOptions::default(),
+            };
+            client.batch_put(shard, (0..3).map(item).collect(), true, Durability::Buffered).await.unwrap();
+            let pieces =
+                futures::stream::iter([Ok(Bytes::from_static(b"a")), Ok(Bytes::from_static(b" stream"))]);
+            let name = key(format!("{kill}/stream"));
+            let options = PutOptions::default();
+            client.put_stream(shard, name, options, Durability::Buffered, None, pieces).await.unwrap();
+            put(format!("{kill}/made"), "made", Durability::Buffered).await.unwrap();
+        });
+        cluster.cli_run(&["dev", "kill", &primary]);
+        let folder = cluster.mount().join("buffered").join(kill.to_string());
+        let read = |name: &str| fs::read_to_string(folder.join(name)).map_err(|e| e.kind());
+        assert_eq!(read("made").as_deref(), Ok("made"));
+        assert_eq!(read("replaced").as_deref(), Ok("new"));
+        assert_eq!(read("deleted"), Err(ErrorKind::NotFound));
+        assert_eq!(read("batch-2").as_deref(), Ok("of a batch"));
+        assert_eq!(read("stream").as_deref(), Ok("a stream"));
+        cluster.cli_run(&["dev", "start", &primary]);
+    }
+    cluster.assert_clean("buffered");
 }

@@ -165,14 +165,9 @@ impl Files for FilesService {
             if matches!(operation, Operation::Create { open: true, .. }) {
                 target.session()?;
             }
-            // What its session cannot make again must not be lost when the volume moves.
-            let durability = match durability {
-                Durability::Buffered
-                    if !operation.is_replayable() && self.0.catalog.may_move(target.id()) =>
-                {
-                    Durability::Sync
-                }
-                durability => durability,
+            let durability = match operation.is_replayable() {
+                true => durability,
+                false => self.0.lasting(target.id(), durability),
             };
             let mutation = Mutation { session, sequence, durability, operation };
             let result = about(target.id(), target.shard.mutate(mutation).await)?;

@@ -149,6 +149,11 @@ impl Services {
         Ok((routes, reporter))
     }
 
+    /// The durability of a change that its session cannot make again: it must not be lost when the volume moves.
+    fn lasting(&self, shard: ShardId, asked: Durability) -> Durability {
+        if self.catalog.may_move(shard) { Durability::Sync } else { asked }
+    }
+
     /// Serves on all listeners until `shutdown` ends, then lets the calls under way finish (the caller
     /// bounds how long). Says NOT_SERVING as soon as the shutdown begins.
     pub async fn serve(

@@ -20,7 +20,7 @@ use super::source::Source;
 use super::stream::{self, Answer, Producer, Turn};
 use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, storage_mutation, storage_write_id};
 use crate::shard::list::{ListQuery, Listed, Listing, Step, WalkKey};
-use crate::shard::{PutStreamStart, ReadView, Shard, read};
+use crate::shard::{Mutation, PutStreamStart, ReadView, Shard, read};
 
 /// Lines of one message of a List.
 const LIST_BATCH_ENTRIES_MAX: usize = 512;
@@ -68,6 +68,12 @@ impl StorageService {
         self.0.source(&client, &convert::selector_from_wire(shard)?, epoch, None, wish).await
     }
 
+    /// Nothing of this service is made again by its session.
+    async fn mutate(&self, shard: &Shard, mut mutation: Mutation) -> Result<OpResult> {
+        mutation.durability = self.0.lasting(shard.id(), mutation.durability);
+        about(shard.id(), shard.mutate(mutation).await)
+    }
+
     async fn put_stream_inner(
         &self,
         request: Request<Streaming<wire::PutStreamRequest>>,
@@ -85,7 +91,7 @@ impl StorageService {
             }
         };
         let (session, sequence) = storage_write_id(header.write_id)?;
-        let start = PutStreamStart {
+        let mut start = PutStreamStart {
             key: Key::new(header.key)?,
             options: convert::put_options_from_wire(header.options)?,
             durability: convert::durability_from_wire(header.durability, Durability::Sync)?,
@@ -95,6 +101,7 @@ impl StorageService {
         };
         let shard = self.open(&metadata, header.shard, header.epoch).await?;
         let id = shard.id();
+        start.durability = self.0.lasting(id, start.durability);
         // Dropped anywhere before its commit, the writer leaves nothing behind.
         let mut writer = about(id, shard.put_content(start).await)?;
         while let Some(part) = next_part(&mut parts).await? {
@@ -156,7 +163,7 @@ impl Storage for StorageService {
             };
             let mutation = storage_mutation(r.write_id, r.durability, Operation::PutValue { item })?;
             let shard = self.open(&metadata, r.shard, r.epoch).await?;
-            let result = about(shard.id(), shard.mutate(mutation).await)?;
+            let result = self.mutate(&shard, mutation).await?;
             Ok(wire::PutReply { meta: Some(meta_of(&result)?) })
         };
         self.0.unary("Storage/Put", call).await
@@ -195,7 +202,7 @@ impl Storage for StorageService {
             let operation = Operation::PutValues { items, atomic: r.atomic };
             let mutation = storage_mutation(r.write_id, r.durability, operation)?;
             let shard = self.open(&metadata, r.shard, r.epoch).await?;
-            let results = about(shard.id(), shard.mutate(mutation).await)?.results;
+            let results = self.mutate(&shard, mutation).await?.results;
             let results: Vec<_> =
                 merge(results, malformed).into_iter().map(|result| about(shard.id(), result)).collect();
             Ok(wire::BatchPutReply { results: results.iter().map(convert::put_result_to_wire).collect() })
@@ -276,7 +283,7 @@ impl Storage for StorageService {
             };
             let mutation = storage_mutation(r.write_id, r.durability, operation)?;
             let shard = self.open(&metadata, r.shard, r.epoch).await?;
-            let result = about(shard.id(), shard.mutate(mutation).await)?;
+            let result = self.mutate(&shard, mutation).await?;
             Ok(wire::DeleteReply {
                 meta: Some(meta_of(&result)?),
                 pruned_directories: result.pruned_directories,
