@@ -82,13 +82,28 @@ impl Barrier {
             Some(witness) => witness.glance()?,
             None => Err(Error::unavailable("the volume is being given up")),
         };
-        Some(seen.map_err(|e| {
-            let error = lost(&e);
-            self.ended.send_modify(|ended| {
-                ended.1.get_or_insert_with(|| error.clone());
-            });
-            error
-        }))
+        Some(seen.map_err(|e| self.fail(&e)))
+    }
+
+    /// A sync has succeeded. If it may not count, everything fails from now on: what waits for it asks for proof before it is
+    /// answered.
+    pub fn synced(&self) {
+        let checked = match &*self.witness.lock() {
+            Some(witness) => witness.check_journal(),
+            // Nothing is confirmed any more.
+            None => return,
+        };
+        if let Err(e) = checked {
+            self.fail(&e);
+        }
+    }
+
+    fn fail(&self, error: &Error) -> Error {
+        let error = lost(error);
+        self.ended.send_modify(|ended| {
+            ended.1.get_or_insert_with(|| error.clone());
+        });
+        error
     }
 
     fn spawn(self: &Arc<Self>) {

@@ -50,6 +50,12 @@ impl Room for ShardRoom {
         self.room.free_bytes()
     }
 
+    fn synced(&self) {
+        if let Some(barrier) = &self.barrier {
+            barrier.synced();
+        }
+    }
+
     fn confirm(&self) -> Option<BoxFuture<'_, Result<()>>> {
         // Held after the fact: nobody else can have had the volume then, unless the lease was lost and won back in
         // between. That is done only when the copy of the records shows what was lost: so it is looked at second.

@@ -251,8 +251,8 @@ impl Executor {
     }
 
     /// The volume.
-    pub fn room(&self) -> &dyn Room {
-        &*self.room
+    pub fn room(&self) -> &Arc<dyn Room> {
+        &self.room
     }
 
     /// The header as it is now.
@@ -471,7 +471,7 @@ impl Executor {
         sync |= changed_by.len() > 1;
         let (txn, undo, closed) = run.finish();
         let written = match txn.finish() {
-            None if sync => self.log.sync_blocking(&*self.store).map(|()| None),
+            None if sync => self.log.sync_blocking(&*self.store, &*self.room).map(|()| None),
             None => Ok(None),
             Some(done) => self.write(&done.batch, changed_by.into_iter(), sync).map(|()| Some(done)),
         };
@@ -529,6 +529,9 @@ impl Executor {
         )));
         let group = self.log.begin(by);
         self.store.write(batch, sync)?;
+        if sync {
+            self.room.synced();
+        }
         self.log.written(group, sync);
         fail::fail_point!("shard::commit::after_write");
         Ok(())

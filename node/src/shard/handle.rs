@@ -149,7 +149,7 @@ impl Shard {
 
     /// Everything answered before the call is on the device when it returns.
     pub async fn sync(&self) -> Result<()> {
-        self.executor.log().sync(self.executor.store()).await?;
+        self.executor.log().sync(self.executor.store(), self.executor.room()).await?;
         self.confirm().await
     }
 
@@ -222,7 +222,7 @@ impl Shard {
         // The snapshot first: what is written after the check is not in it.
         let snapshot = self.executor.store().snapshot()?;
         if let Some(group) = self.executor.log().of_others(session) {
-            self.executor.log().sync_up_to(self.executor.store(), group).await?;
+            self.executor.log().sync_up_to(self.executor.store(), self.executor.room(), group).await?;
         }
         // What was the truth at the snapshot may be told at any later time.
         self.confirm().await?;

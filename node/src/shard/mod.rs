@@ -74,6 +74,9 @@ pub trait Room: Send + Sync {
     fn total_bytes(&self) -> u64;
     /// Bytes free on it.
     fn free_bytes(&self) -> u64;
+    /// A sync of something on the volume has succeeded; whether it counts shows when an answer that waits for it is confirmed.
+    /// Blocks for some microseconds.
+    fn synced(&self) {}
     /// Whether what this process has read or done up to now, and no later than now, is the volume's truth. `None`: it is,
     /// for certain. Else the answer has to wait for proof, or is not to be given.
     fn confirm(&self) -> Option<BoxFuture<'_, Result<()>>> {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shardfs_proto::types::{Error, Result, SessionId, clock};
 
+use super::Room;
 use super::store::Store;
 
 #[derive(Default)]
@@ -78,13 +79,13 @@ impl SyncLog {
     }
 
     /// Makes everything durable that was written before the call.
-    pub async fn sync(&self, store: &Arc<dyn Store>) -> Result<()> {
+    pub async fn sync(&self, store: &Arc<dyn Store>, room: &Arc<dyn Room>) -> Result<()> {
         let need = self.unsynced.lock().written;
-        self.sync_up_to(store, need).await
+        self.sync_up_to(store, room, need).await
     }
 
     /// Makes what a snapshot taken before the call shows of groups up to `need` durable.
-    pub async fn sync_up_to(&self, store: &Arc<dyn Store>, need: u64) -> Result<()> {
+    pub async fn sync_up_to(&self, store: &Arc<dyn Store>, room: &Arc<dyn Room>, need: u64) -> Result<()> {
         if self.unsynced.lock().synced >= need {
             return Ok(());
         }
@@ -96,15 +97,15 @@ impl SyncLog {
             }
             (clock::monotonic(), u.written)
         };
-        let store = Arc::clone(store);
-        let synced = tokio::task::spawn_blocking(move || store.sync_log()).await;
+        let (store, room) = (Arc::clone(store), Arc::clone(room));
+        let synced = tokio::task::spawn_blocking(move || store.sync_log().inspect(|()| room.synced())).await;
         synced.map_err(|e| Error::internal(format!("a sync of the log was lost: {e}")))??;
         self.unsynced.lock().mark_synced(target, began);
         Ok(())
     }
 
     /// The same from a thread that may block, for the executor.
-    pub fn sync_blocking(&self, store: &dyn Store) -> Result<()> {
+    pub fn sync_blocking(&self, store: &dyn Store, room: &dyn Room) -> Result<()> {
         let (began, target) = {
             let u = self.unsynced.lock();
             if u.synced >= u.written {
@@ -113,6 +114,7 @@ impl SyncLog {
             (clock::monotonic(), u.written)
         };
         store.sync_log()?;
+        room.synced();
         self.unsynced.lock().mark_synced(target, began);
         Ok(())
     }

@@ -103,12 +103,15 @@ impl Attached {
     }
 }
 
-/// Tells whether the volume's filesystem was shut down by a fence.
+/// Tells whether the volume's filesystem was shut down by a fence, or has failed by itself.
 ///
 /// An fsync that is under way when ext4 is shut down can return success although the journal dropped its
 /// transaction: it looks at the shutdown when it begins, and finds nothing left to wait for when it ends (seen).
 /// So a sync counts only if [`Witness::check`] succeeds after it: the shutdown is marked before the journal
 /// is aborted, and a read fails from then on.
+///
+/// The same holds for a journal that was aborted after an error, where reads go on: there
+/// [`Witness::check_journal`] tells.
 ///
 /// Keeps a file of the volume open: dropped before the volume is demoted or detached.
 #[derive(Debug)]
@@ -116,10 +119,27 @@ pub struct Witness {
     file: File,
 }
 
+/// An extended attribute of the file, and what it holds, always.
+const JOURNAL_ATTRIBUTE: (&str, &[u8]) = ("trusted.shardfs.journal", b"lives");
+
 impl Witness {
     pub(crate) fn of(path: &Path) -> Result<Witness> {
         let file = File::open(path).map_err(|e| io_error(&format!("opening {}", path.display()), &e))?;
         Ok(Witness { file })
+    }
+
+    /// Fails if the journal was aborted, so that the syncs before it may not count. Some microseconds.
+    ///
+    /// Sets an attribute to what it is: ext4 begins a transaction for that, which fails if the journal was aborted, and
+    /// then finds nothing to change.
+    pub fn check_journal(&self) -> Result<()> {
+        let (name, value) = JOURNAL_ATTRIBUTE;
+        match rustix::fs::fsetxattr(&self.file, name, value, rustix::fs::XattrFlags::empty()) {
+            Ok(()) => Ok(()),
+            // No room for the attribute, the first time: that was for certain not the journal.
+            Err(rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT) => Ok(()),
+            Err(e) => Err(taken(&e.into())),
+        }
     }
 
     /// Fails unless a write that begins now reaches the device. It is the time of a file that is there: a full

@@ -118,6 +118,31 @@ fn a_read_only_flag_that_somebody_left_is_taken_away() {
 }
 
 #[test]
+fn a_journal_that_was_aborted_is_seen_although_reads_go_on() {
+    let Some(bench) = Bench::new() else { return };
+    let spec = bench.spec();
+    LoopProvider.create(&spec).unwrap();
+    let attached = LoopProvider.attach(&spec).unwrap();
+    let witness = attached.witness().unwrap();
+    let written = || sys::sectors_written(Path::new(&attached.device)).unwrap();
+    witness.check_journal().unwrap();
+    witness.prove().unwrap();
+    let before = written();
+    for _ in 0..100 {
+        witness.check_journal().unwrap();
+    }
+    rustix::fs::syncfs(File::open(&attached.root).unwrap()).unwrap();
+    assert_eq!(written(), before, "it changes nothing");
+    let aborted = Command::new("mount").args(["-o", "remount,abort"]).arg(&attached.root).output().unwrap();
+    assert!(aborted.status.success(), "{aborted:?}");
+    witness.check().unwrap();
+    assert!(witness.check_journal().is_err());
+    assert!(witness.prove().is_err());
+    drop(witness);
+    LoopProvider.detach(&spec, attached).unwrap();
+}
+
+#[test]
 fn a_node_leaves_the_devices_of_others_alone() {
     let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
