@@ -256,7 +256,9 @@ impl RocksStore {
 
     /// Opens a database that must be there. Replays its log. An error names the shard and what is wrong.
     pub fn open(shared: &RocksShared, shard: ShardId, path: &Path) -> Result<RocksStore> {
-        super::wal::check_logs(path).map_err(|e| e.context(format!("shard {shard}")).with_shard(shard))?;
+        super::wal::check_logs(path)
+            .and_then(|()| super::wal::cut_manifest(path))
+            .map_err(|e| e.context(format!("shard {shard}")).with_shard(shard))?;
         Self::open_with(shared, shard, path, false)
     }
 

@@ -1,15 +1,20 @@
-//! Looks through a closed database's logs for damage, before RocksDB replays them.
+//! Looks through a closed database's logs for damage, before RocksDB replays them; and takes off its manifest what a crash
+//! left at the end.
 //!
 //! Replay stops at the first record that is not whole and takes the rest for what a crash cut off. That is right
 //! for a torn end, and silently loses what was synced if the record was damaged later. The two can be told
 //! apart: what a crash leaves ends in the file's end or, after a loss of power, in pages that were never
 //! written, which read as zeros. A record that is damaged otherwise, with whole records after it, is damage.
 //!
+//! A manifest has the same format. RocksDB takes an end that reads as zeros for damage there, although it has never counted on an
+//! entry that it did not sync: ext4 may write a file's new size before the bytes that an append put into a block that was
+//! there. So that end is cut off.
+//!
 //! The format is RocksDB's, and LevelDB's before it: blocks of 32 KiB; records of a checksum (CRC-32C, masked, over
 //! type and payload), a length and a type; what does not fit a block goes on in the next.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 
 use shardfs_proto::types::{Error, Result};
@@ -21,6 +26,11 @@ const PAGE_BYTES: usize = 4 << 10;
 /// Types with a log number after the header, for recycled logs.
 const RECYCLABLE: [u8; 6] = [5, 6, 7, 8, 11, 131];
 const PLAIN: [u8; 7] = [1, 2, 3, 4, 9, 10, 130];
+/// Types of records that the next one goes on.
+const FIRST: u8 = 2;
+const MIDDLE: u8 = 3;
+const RECYCLABLE_FIRST: u8 = 6;
+const RECYCLABLE_MIDDLE: u8 = 7;
 const CRC_MASK: u32 = 0xa282_ead8;
 
 /// Fails with CORRUPT if a log of the database is damaged within.
@@ -49,6 +59,63 @@ pub fn check_logs(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Cuts an entry that a crash left half-written off the end of the database's manifest. What is damaged otherwise stays, for
+/// RocksDB to refuse.
+pub fn cut_manifest(dir: &Path) -> Result<()> {
+    let failed = |what: &Path, e: std::io::Error| Error::io(format!("reading {}: {e}", what.display()));
+    let current = dir.join("CURRENT");
+    let name = match std::fs::read_to_string(&current) {
+        Ok(name) => name,
+        // It is RocksDB's to say what that means.
+        Err(e) if matches!(e.kind(), ErrorKind::NotFound | ErrorKind::InvalidData) => return Ok(()),
+        Err(e) => return Err(failed(&current, e)),
+    };
+    let Some(name) =
+        name.strip_suffix('\n').filter(|name| name.starts_with("MANIFEST-") && !name.contains('/'))
+    else {
+        return Ok(());
+    };
+    let path = dir.join(name);
+    let content = match std::fs::read(&path) {
+        Ok(content) => content,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(failed(&path, e)),
+    };
+    let Some(end) = torn_end(&content) else { return Ok(()) };
+    tracing::warn!(manifest = %path.display(), from = end, bytes = content.len() - end,
+        "cutting off what a crash left half-written");
+    File::options()
+        .write(true)
+        .open(&path)
+        .and_then(|file| {
+            file.set_len(end as u64)?;
+            file.sync_all()
+        })
+        .map_err(|e| Error::io(format!("cutting {}: {e}", path.display())))
+}
+
+/// Where the last whole entry ends, if what follows is what a crash leaves, and there are entries.
+fn torn_end(manifest: &[u8]) -> Option<usize> {
+    let (mut at, mut whole) = (0, 0);
+    while at < manifest.len() {
+        let left = BLOCK_BYTES - at % BLOCK_BYTES;
+        if left < HEADER_BYTES {
+            at += left;
+            continue;
+        }
+        let Some(length) = record_at(manifest, at) else { break };
+        let ends =
+            !matches!(manifest[at + HEADER_BYTES - 1], FIRST | MIDDLE | RECYCLABLE_FIRST | RECYCLABLE_MIDDLE);
+        at += length;
+        if ends {
+            whole = at;
+        }
+    }
+    let torn = at < manifest.len() && damage(manifest).is_none();
+    // A bit that flipped in the last entry is damage: what has never been written are pages, or what is left of one.
+    (torn && whole > 0 && has_unwritten_page(manifest, whole, manifest.len())).then_some(whole)
 }
 
 /// Where a log is damaged otherwise than a crash would.
@@ -168,6 +235,41 @@ mod tests {
             holes[page..end].fill(0);
             assert_eq!(damage(&holes), None, "pages of {page}..{end} of {length} were not written");
         }
+    }
+
+    #[test]
+    fn the_torn_end_of_a_manifest_is_found_and_nothing_else() {
+        let records = records();
+        let whole = log(&records);
+        assert_eq!(torn_end(&whole), None);
+        assert_eq!(torn_end(&[]), None);
+        let ends: Vec<usize> = (1..=records.len()).map(|n| log(&records[..n]).len()).collect();
+        let mut rng = fastrand::Rng::with_seed(10);
+        for _ in 0..300 {
+            // The last entry's bytes are not there from a page on, but its size is.
+            let last = rng.usize(1..records.len());
+            let (begin, end) = (ends[last - 1], ends[last]);
+            let mut torn = whole[..end].to_vec();
+            let page = (begin / PAGE_BYTES + rng.usize(0..4)) * PAGE_BYTES;
+            let from = page.clamp(begin, end);
+            torn[from..].fill(0);
+            if torn == whole[..end] {
+                continue;
+            }
+            assert_eq!(torn_end(&torn), Some(begin), "zeros from {from} in {begin}..{end}");
+            // One bit of the last entry.
+            let mut flipped = whole[..end].to_vec();
+            flipped[rng.usize(end - 1 - (end - begin) / 2..end)] ^= 1;
+            assert_eq!(torn_end(&flipped), None);
+            // One bit of an entry before, with whole ones after it.
+            let mut damaged = whole.clone();
+            damaged[rng.usize(..ends[records.len() - 20])] ^= 1;
+            if damage(&damaged).is_some() {
+                assert_eq!(torn_end(&damaged), None);
+            }
+        }
+        // Nothing is left of a manifest whose first entry is torn: that is not for us to judge.
+        assert_eq!(torn_end(&vec![0; 5000]), None);
     }
 
     #[test]
