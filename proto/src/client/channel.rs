@@ -36,8 +36,11 @@ const KEEP_ALIVE: Duration = Duration::from_secs(5);
 const PROBE_AFTER: Duration = Duration::from_millis(300);
 /// See [`PROBE_AFTER`].
 const PROBE_PAUSE: Duration = Duration::from_secs(1);
-/// Without a sign of life for so long, a node is given up for the call.
-const PROBE_WAIT_MAX: Duration = Duration::from_millis(300);
+/// Without a sign of life for so long, a node is given up for the attempt; for each further attempt twice as long, as what is silent
+/// may be a busy machine.
+const PROBE_WAIT_FIRST: Duration = Duration::from_millis(300);
+/// See [`PROBE_WAIT_FIRST`].
+const PROBE_WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// One node's gRPC clients.
 #[derive(Clone)]
@@ -79,10 +82,11 @@ impl Node {
     }
 
     /// Ends when the node shows no sign of life any more. Slow calls of a process that runs are waited for, those of one that
-    /// is stopped or cut off are not.
-    pub(super) async fn silent(&self) {
+    /// is stopped or cut off are not. `attempt`: 0 for the first; later ones are more patient.
+    pub(super) async fn silent(&self, attempt: u32) {
+        let wait = (PROBE_WAIT_FIRST * (1 << attempt.min(16))).min(PROBE_WAIT_MAX);
         tokio::time::sleep(PROBE_AFTER).await;
-        while self.probe(PROBE_WAIT_MAX).await {
+        while self.probe(wait).await {
             tokio::time::sleep(PROBE_PAUSE).await;
         }
     }

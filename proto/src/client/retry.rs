@@ -140,7 +140,7 @@ impl Client {
             match target {
                 Target::Any => tokio::select! {
                     answer = call => Ok(answer),
-                    () = asked.silent() => Err("is silent"),
+                    () = asked.silent(number) => Err("is silent"),
                 },
                 Target::Shard(shard) => tokio::select! {
                     answer = call => Ok(answer),

@@ -17,6 +17,8 @@ use crate::wire;
 
 /// How long one node is waited for when it is asked where a shard lives: it answers from memory.
 const ASK_WAIT_MAX: Duration = Duration::from_secs(1);
+/// It is taken for silent as late as in a second attempt: a busy machine is none that is gone.
+const ASK_PATIENCE: u32 = 1;
 /// Backups come and go without a change of the primary: a client that finds none to ask looks again after so long.
 const BACKUPS_AGE_MAX: Duration = Duration::from_secs(2);
 /// Shards whose routes are kept.
@@ -233,7 +235,7 @@ impl Client {
                 Err(_) => return Err(silent()),
             },
             // Sooner, if it shows no sign of life.
-            () = node.silent() => return Err(silent()),
+            () = node.silent(ASK_PATIENCE) => return Err(silent()),
         };
         let info = convert::shard_info_from_wire(reply.into_inner())?;
         self.inner.routes.learn_info(&info);

@@ -47,7 +47,7 @@ impl Client {
                 // Not the node of the attempt, so it is watched here.
                 tokio::select! {
                     answer = async { node.storage().new_shard(node.request(request.clone())).await } => answer,
-                    () = node.silent() => Err(tonic::Status::unavailable(format!("{} is silent", node.endpoint))),
+                    () = node.silent(attempt.number / nodes.len().max(1) as u32) => Err(tonic::Status::unavailable(format!("{} is silent", node.endpoint))),
                 }
             })
             .await?;
