@@ -32,6 +32,7 @@ pub mod virtual_dir;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -209,14 +210,27 @@ impl Fs {
         Ok(self.client.mutate(shard, operation, durability).await?)
     }
 
-    async fn sync(&self, shard: ShardId) -> Outcome<()> {
-        if self.shards.is_closed(shard) {
+    /// `seen`: losses that the file knows of; without, whoever comes first is told.
+    async fn sync(&self, shard: ShardId, seen: Option<&AtomicU64>) -> Outcome<()> {
+        if self.shards.is_closed(shard) && !self.client.is_sync_due(shard) {
             // Closing has made everything durable.
-            return Ok(());
+            return match seen {
+                Some(seen) => Ok(self.client.check_losses(shard, seen)?),
+                None => Ok(()),
+            };
         }
         // Taken out first: what changes meanwhile puts it back in.
         self.unsynced.lock().remove(&shard);
-        match self.client.sync(shard).await {
+        let synced = match seen {
+            None => self.client.sync(shard).await,
+            Some(_) => self.client.make_durable(shard).await,
+        };
+        if synced.is_ok()
+            && let Some(seen) = seen
+        {
+            self.client.check_losses(shard, seen)?;
+        }
+        match synced {
             Ok(()) => Ok(()),
             Err(error) => {
                 self.unsynced.lock().insert(shard);

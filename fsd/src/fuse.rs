@@ -485,9 +485,9 @@ impl Filesystem for Fuse {
         }
     }
 
-    fn fsync(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsync(&self, request: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         let caller = self.caller(request);
-        let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
+        let work = move |fs: Arc<Fs>| async move { fs.fsync(ino.0, fh.0).await };
         self.run(asked(Op::Fsync, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
@@ -553,9 +553,9 @@ impl Filesystem for Fuse {
         self.at_once(asked(Op::ReleaseDirectory, ino, caller), reply, Ok(()), |reply, ()| reply.ok());
     }
 
-    fn fsyncdir(&self, request: &Request, ino: INodeNo, _fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
+    fn fsyncdir(&self, request: &Request, ino: INodeNo, fh: FileHandle, _datasync: bool, reply: ReplyEmpty) {
         let caller = self.caller(request);
-        let work = |fs: Arc<Fs>| async move { fs.fsync(ino.0).await };
+        let work = move |fs: Arc<Fs>| async move { fs.fsync(ino.0, fh.0).await };
         self.run(asked(Op::FsyncDirectory, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 

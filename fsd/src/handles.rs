@@ -36,12 +36,14 @@ pub struct FileHandle {
     pub inode: InodeNo,
     /// The first failure of a write whose caller could not be told; the next flush tells it.
     untold: Mutex<Option<Failure>>,
+    /// Losses of its shard that were told by this handle, or before it was opened.
+    pub seen_losses: AtomicU64,
 }
 
 impl FileHandle {
     /// For an inode that is registered with its shard.
-    pub fn new(shard: ShardId, inode: InodeNo) -> FileHandle {
-        FileHandle { shard, inode, untold: Mutex::new(None) }
+    pub fn new(shard: ShardId, inode: InodeNo, seen_losses: u64) -> FileHandle {
+        FileHandle { shard, inode, untold: Mutex::new(None), seen_losses: seen_losses.into() }
     }
 
     /// Keeps a failure for the next flush.
@@ -214,7 +216,7 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_told_once() {
-        let file = FileHandle::new(ShardId::new(1).unwrap(), InodeNo::ROOT);
+        let file = FileHandle::new(ShardId::new(1).unwrap(), InodeNo::ROOT, 0);
         assert!(file.take_failure().is_none());
         file.keep_failure(&Error::io("first").into());
         file.keep_failure(&Error::not_found("second").into());

@@ -548,6 +548,7 @@ async fn files_work_by_inode() {
             sequence: sequence.get(),
             operation: Some(wire::Operation { kind: Some(kind) }),
             durability: 0,
+            repetition: None,
         }
     };
     let new_inode = Some(wire::NewInode { mode: 0o640, uid: 5, gid: 6 });
@@ -672,7 +673,7 @@ async fn files_work_by_inode() {
     assert_eq!(reason(&files.get_attr(nobody).await.unwrap_err()), Reason::InvalidArgument);
     let headless = wire::GetAttrRequest { header: None, inode: 1 };
     assert_eq!(reason(&files.get_attr(headless).await.unwrap_err()), Reason::InvalidArgument);
-    let empty = wire::MutateRequest { header, sequence: 0, operation: None, durability: 0 };
+    let empty = wire::MutateRequest { header, sequence: 0, operation: None, durability: 0, repetition: None };
     assert_eq!(reason(&files.mutate(empty).await.unwrap_err()), Reason::InvalidArgument);
     files.close_session(wire::CloseSessionRequest { header }).await.unwrap();
     let open = wire::OpenRequest { header, inode: 1 };

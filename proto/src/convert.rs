@@ -30,7 +30,9 @@ use crate::types::limits::{
     BATCH_BYTES_MAX, BATCH_ITEMS_MAX, INDEX_NAME_BYTES_MAX, INDEX_TEXT_BYTES_MAX, INDEXES_MAX,
     VALUE_BYTES_MAX,
 };
-use crate::types::op::{Durability, IndexValue, Indexes, ObjectMeta, PutItem, PutOptions, ShardState};
+use crate::types::op::{
+    Durability, IndexValue, Indexes, ObjectMeta, PutItem, PutOptions, Repetition, ShardState,
+};
 use crate::types::{
     Attr, Backup, ClientId, Epoch, Error, FileKind, InodeNo, Key, Location, NodeId, Reason, Result, ShardId,
     ShardName, Timestamp, Version, VolumeId,
@@ -98,6 +100,17 @@ pub fn attr_to_wire(a: &Attr) -> wire::Attr {
         btime: Some(time_to_wire(a.btime)),
         version: a.version.get(),
     }
+}
+
+/// To the wire.
+pub fn repetition_to_wire(r: Repetition) -> wire::Repetition {
+    wire::Repetition { answered_version: r.answered.get(), own_version: r.own.map_or(0, Version::get) }
+}
+
+/// From the wire.
+pub fn repetition_from_wire(r: wire::Repetition) -> Repetition {
+    let own = (r.own_version != 0).then(|| Version::new(r.own_version));
+    Repetition { answered: Version::new(r.answered_version), own }
 }
 
 /// Attributes.

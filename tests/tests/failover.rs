@@ -5,14 +5,15 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use shardfs_proto::client::Client;
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
-use shardfs_proto::types::{Key, ShardName};
+use shardfs_proto::types::{Key, ShardId, ShardName};
 use shardfs_tests::Cluster;
 use shardfs_tests::cluster::{Options, block_on, eventually};
 
@@ -245,4 +246,79 @@ fn buffered_values_are_there_after_a_failover() {
         cluster.cli_run(&["dev", "start", &primary]);
     }
     cluster.assert_clean("buffered");
+}
+
+/// A mount whose daemon sleeps through a failover has something to make again: it must not overwrite what others have done since, and
+/// its programs must be told.
+#[test]
+fn what_is_made_again_overwrites_nothing_that_others_did_since() {
+    let cluster = Cluster::start(&Options::default());
+    let folder = cluster.shard("again");
+    // No program is started meanwhile: its exec would close inherited files of the mount, and wait for the daemon.
+    let asleep = |lost: &dyn Fn(), during: &dyn Fn(&Client, ShardId)| {
+        let (daemon, primary) = (cluster.daemon().pid as i32, cluster.primary_of("again"));
+        let node = cluster.node(&primary).pid as i32;
+        block_on(async {
+            let client = cluster.client();
+            let shard = client.shard_by_name(&ShardName::new("again").unwrap()).await.unwrap().id;
+            // The daemon syncs what it keeps every second: mostly not now.
+            lost();
+            // SAFETY: signals to the daemon and to a node of this cluster, by number.
+            unsafe {
+                libc::kill(daemon, libc::SIGSTOP);
+                libc::kill(node, libc::SIGKILL);
+            }
+            during(&client, shard);
+        });
+        // SAFETY: as above.
+        unsafe { libc::kill(daemon, libc::SIGCONT) };
+    };
+    // A sync covers the whole shard, so all of it comes before what is to be lost.
+    let made = |name: &str| {
+        let path = folder.join(name);
+        fs::write(&path, "base").unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        file.sync_all().unwrap();
+        file
+    };
+    let write = |file: &File, text: &str| file.write_all_at(text.as_bytes(), 0).unwrap();
+    let errno = |result: std::io::Result<()>| result.map_err(|e| e.raw_os_error().unwrap());
+
+    // Nobody has changed it since: it is made again.
+    let alone = made("alone");
+    asleep(&|| write(&alone, "lost"), &|_, _| {});
+    alone.sync_all().unwrap();
+    assert_eq!(fs::read(folder.join("alone")).unwrap(), b"lost");
+
+    let (changed, other) = (made("changed"), made("other"));
+    let both = || {
+        write(&changed, "OLD!");
+        write(&other, "ours");
+    };
+    asleep(&both, &|client, shard| {
+        let (key, value) = (Key::new("changed").unwrap(), Bytes::from_static(b"NEW! and longer"));
+        let put = client.put(shard, key, value, PutOptions::default(), Durability::Sync);
+        now(put).unwrap();
+    });
+    assert_eq!(errno(changed.sync_all()), Err(libc::EIO), "the loss is told");
+    assert_eq!(errno(changed.sync_all()), Ok(()), "once");
+    assert_eq!(errno(other.sync_all()), Err(libc::EIO), "and to everybody who had the shard open");
+    assert_eq!(fs::read(folder.join("changed")).unwrap(), b"NEW! and longer");
+    assert_eq!(fs::read(folder.join("other")).unwrap(), b"ours");
+    made("later").sync_all().unwrap();
+
+    let closed = made("closed");
+    asleep(&|| write(&closed, "OLD!"), &|client, shard| {
+        now(client.close_shard(shard)).unwrap();
+    });
+    // The daemon's own upkeep meets the closed shard first, and must not keep it to itself.
+    std::thread::sleep(Duration::from_secs(2));
+    assert_eq!(errno(closed.sync_all()), Err(libc::EIO));
+    assert_eq!(fs::read(folder.join("closed")).unwrap(), b"base");
+    cluster.assert_clean("again");
+}
+
+/// Within a runtime, from code that is not async.
+fn now<F: Future>(future: F) -> F::Output {
+    tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(future))
 }

@@ -53,7 +53,8 @@ impl Fs {
     /// What is opened for appending passes the page cache by: a write through the cache that begins within a
     /// page comes here in two requests, between which somebody else may append.
     pub(super) async fn opened(&self, shard: ShardId, attr: &Attr, mode: OpenMode) -> Outcome<Opened> {
-        match self.handles.insert(Handle::File(Arc::new(FileHandle::new(shard, attr.inode)))) {
+        let file = FileHandle::new(shard, attr.inode, self.client.losses_told(shard));
+        match self.handles.insert(Handle::File(Arc::new(file))) {
             Ok(handle) => {
                 let keep_cache = self.pages.keep(GlobalInode::new(shard, attr.inode), attr.version);
                 Ok(Opened { handle, direct: mode.write && mode.append, keep_cache })
@@ -158,10 +159,13 @@ impl Fs {
     }
 
     /// fsync, fdatasync and fsync of a directory: everything that this mount did in the shard before is
-    /// on the device.
-    pub async fn fsync(&self, ino: u64) -> Outcome<()> {
+    /// on the device. What was lost, every file that was open then is told once.
+    pub async fn fsync(&self, ino: u64, handle: u64) -> Outcome<()> {
         match self.node(ino)? {
-            Node::InShard(shard, _) => self.sync(shard).await,
+            Node::InShard(shard, _) => {
+                let file = self.handles.file(handle);
+                self.sync(shard, file.as_ref().map(|file| &file.seen_losses)).await
+            }
             Node::Root | Node::Virtual(_) => Ok(()),
         }
     }

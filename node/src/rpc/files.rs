@@ -162,6 +162,12 @@ impl Files for FilesService {
             let durability = convert::durability_from_wire(r.durability, Durability::Buffered)?;
             let target = self.target(&metadata, r.header).await?;
             let (session, sequence) = write_id(target.session.map_or(0, SessionId::get), r.sequence)?;
+            let repetition = r.repetition.map(convert::repetition_from_wire);
+            if repetition.is_some() && (sequence.is_none() || !operation.is_replayable()) {
+                return Err(Error::invalid(
+                    "a repetition is of a numbered Write, SetAttr, Allocate or SetXattr that was answered before it was durable",
+                ));
+            }
             if matches!(operation, Operation::Create { open: true, .. }) {
                 target.session()?;
             }
@@ -170,7 +176,7 @@ impl Files for FilesService {
                 false => self.0.lasting(target.id(), durability),
             };
             let mutation = Mutation { session, sequence, durability, operation };
-            let result = about(target.id(), target.shard.mutate(mutation).await)?;
+            let result = about(target.id(), target.shard.mutate_again(mutation, repetition).await)?;
             Ok(wire::MutateReply { result: Some(convert::op_result_to_wire(&result)) })
         };
         self.0.unary("Files/Mutate", call).await

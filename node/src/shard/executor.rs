@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use shardfs_proto::types::op::{Durability, OpResult, Operation};
+use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition};
 use shardfs_proto::types::{Attr, Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -53,6 +53,10 @@ const RESUMES_MAX: u32 = 5;
 /// flushing frees the log.
 const ROOM_SHORT_BYTES: u64 = 64 << 20;
 pub const FLUSH_WORTH_BYTES: u64 = 4 << 20;
+
+/// By how much versions jump when a shard is opened: more than operations can have been answered and lost before. So a
+/// version that was given since is greater than any that was given before, lost or not.
+const VERSION_GAP: u64 = 1 << 24;
 
 /// What is asked of the executor.
 pub enum Command {
@@ -100,6 +104,8 @@ impl Numbered {
 pub enum Work {
     /// This.
     Operation(Operation),
+    /// The same, if it was lost and nobody else has changed its inode since.
+    Repeated(Operation, Repetition),
     /// Name a staged content.
     Staged(StagedPut),
 }
@@ -142,13 +148,15 @@ impl Command {
     fn size_bytes(&self) -> usize {
         const BASE: usize = 512;
         BASE + match self {
-            Command::Mutate { work: Work::Operation(operation), .. } => match operation {
-                Operation::Write { data, .. } => data.len(),
-                Operation::SetXattr { value, .. } => value.len(),
-                Operation::PutValue { item } => item.value.len(),
-                Operation::PutValues { items, .. } => items.iter().map(|i| i.value.len() + BASE).sum(),
-                _ => 0,
-            },
+            Command::Mutate { work: Work::Operation(operation) | Work::Repeated(operation, _), .. } => {
+                match operation {
+                    Operation::Write { data, .. } => data.len(),
+                    Operation::SetXattr { value, .. } => value.len(),
+                    Operation::PutValue { item } => item.value.len(),
+                    Operation::PutValues { items, .. } => items.iter().map(|i| i.value.len() + BASE).sum(),
+                    _ => 0,
+                }
+            }
             Command::StageChunks { chunks, .. } => chunks.iter().map(bytes::Bytes::len).sum(),
             _ => 0,
         }
@@ -222,6 +230,7 @@ impl Executor {
         counters: Counters,
         room: Arc<dyn Room>,
     ) -> Result<Executor> {
+        let counters = Counters { op_seq: counters.op_seq + VERSION_GAP, ..counters };
         let live = Live::load(&*store)?;
         let usage = usage(&header, &counters);
         let executor = Executor {

@@ -19,7 +19,7 @@ impl Fingerprint {
     pub fn of(work: &Work) -> Fingerprint {
         let mut d = Digest(0);
         match work {
-            Work::Operation(operation) => d.operation(operation),
+            Work::Operation(operation) | Work::Repeated(operation, _) => d.operation(operation),
             Work::Staged(put) => {
                 d.number(100);
                 d.bytes(put.key.as_bytes());

@@ -186,6 +186,10 @@ impl<'a> Group<'a> {
         let outcome = self.step(session, |apply| {
             let result = match work {
                 Work::Operation(operation) => apply.run(operation)?,
+                Work::Repeated(operation, repetition) => {
+                    apply.check_repetition(operation, *repetition)?;
+                    apply.run(operation)?
+                }
                 Work::Staged(put) => apply.put_staged(put)?,
             };
             if let Some((session, Numbered { sequence, fingerprint })) = id {

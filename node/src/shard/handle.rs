@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use shardfs_proto::types::op::{Durability, OpResult, Operation, ShardState};
+use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition, ShardState};
 use shardfs_proto::types::{Attr, Error, InodeNo, Result, Sequence, SessionId, ShardId, clock};
 use tokio::runtime::Handle;
 
@@ -137,8 +137,16 @@ impl Shard {
 
     /// Applies a mutation; answered as its durability says.
     pub async fn mutate(&self, mutation: Mutation) -> Result<OpResult> {
+        self.mutate_again(mutation, None).await
+    }
+
+    /// The same; with a repetition, one that may have been lost.
+    pub async fn mutate_again(&self, mutation: Mutation, repetition: Option<Repetition>) -> Result<OpResult> {
         let Mutation { session, sequence, durability, operation } = mutation;
-        let work = Work::Operation(operation);
+        let work = match repetition {
+            None => Work::Operation(operation),
+            Some(repetition) => Work::Repeated(operation, repetition),
+        };
         let numbered = sequence.map(|sequence| Numbered::of(sequence, &work));
         let command = Command::Mutate { session, numbered, work };
         match self.ask(command, durability).await? {

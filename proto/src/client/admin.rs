@@ -1,6 +1,6 @@
 //! What an operator asks.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::Stream;
 
@@ -9,11 +9,15 @@ use super::retry::Target;
 use super::shards::selected;
 use crate::convert;
 use crate::types::cluster::{CheckItem, NewVolume, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
-use crate::types::{Error, NodeId, Reason, Result, ShardId, VolumeId};
+use crate::types::{Error, NodeId, Reason, Result, ShardId, VolumeId, clock};
 use crate::wire;
 
-/// How long a promotion is waited for.
+/// How long a promotion is waited for, unless the client's deadline is shorter.
 const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// How much later than it was told to a node may answer that a promotion was in vain, and have that heard.
+const PROMOTE_ANSWER_GRACE: Duration = Duration::from_secs(1);
+/// Pause between two questions whether a volume is served.
+const SERVED_ASK_PAUSE: Duration = Duration::from_millis(50);
 /// Asking one certain node is not repeated for long: the answer to "is it there" may be no.
 const NODE_ATTEMPT_MAX: Duration = Duration::from_secs(3);
 /// Publishing flushes shards: on a busy device that takes seconds.
@@ -51,20 +55,63 @@ impl Client {
         convert::volume_info_from_wire(reply.into_inner())
     }
 
-    /// Has a volume served by one of its backups; answers when it is, by the record.
+    /// Has a volume served by one of its backups; answers when the node says that it serves it.
     pub async fn promote_volume(&self, volume: &VolumeId, node: &NodeId) -> Result<VolumeInfo> {
-        let request = wire::PromoteVolumeRequest {
-            volume_id: volume.as_str().to_owned(),
-            node_id: node.as_str().to_owned(),
-            timeout_ms: u32::try_from(PROMOTE_WAIT_MAX.as_millis()).unwrap_or(u32::MAX),
-        };
-        let patience = PROMOTE_WAIT_MAX + NODE_ATTEMPT_MAX;
+        let patience = PROMOTE_WAIT_MAX.min(self.inner.config.deadline);
+        let until = clock::monotonic() + patience;
+        let left = || until.saturating_duration_since(clock::monotonic());
         let reply = self
-            .call_within(Target::Any, self.inner.config.deadline.max(patience), patience, async |attempt| {
-                attempt.node.admin().promote_volume(attempt.node.request(request.clone())).await
+            .call_within(Target::Any, patience, patience + PROMOTE_ANSWER_GRACE, async |attempt| {
+                let request = wire::PromoteVolumeRequest {
+                    volume_id: volume.as_str().to_owned(),
+                    node_id: node.as_str().to_owned(),
+                    // 0 would leave it to the node.
+                    timeout_ms: u32::try_from(left().as_millis()).unwrap_or(u32::MAX).max(1),
+                };
+                attempt.node.admin().promote_volume(attempt.node.request(request)).await
             })
             .await?;
-        convert::volume_info_from_wire(reply.into_inner())
+        let moved = convert::volume_info_from_wire(reply.into_inner())?;
+        let served = self.wait_served(volume, node, until);
+        tokio::time::timeout(left() + PROMOTE_ANSWER_GRACE, served).await.unwrap_or_else(|_| {
+            Err(Error::unavailable(format!("volume {volume} was given to {node}, which does not answer")))
+        })?;
+        Ok(moved)
+    }
+
+    /// Waits until a node says itself that it serves a volume: the record says only that it is to. Asks once at least.
+    async fn wait_served(&self, volume: &VolumeId, node: &NodeId, until: Instant) -> Result<()> {
+        let nodes = self.nodes().await?;
+        let endpoints = nodes.into_iter().find(|info| info.id == *node).map(|info| info.endpoints);
+        let endpoints = endpoints.ok_or_else(|| Error::not_found(format!("there is no node {node}")))?;
+        let mut trouble = "it has not answered".to_owned();
+        loop {
+            match self.node_status(&endpoints).await {
+                Ok(status) => match status.volumes.into_iter().find(|status| status.id == *volume) {
+                    Some(status) if status.trouble.is_empty() => return Ok(()),
+                    Some(status) => trouble = status.trouble,
+                    // By its copy of the records it has it not yet, or not any more.
+                    None => {
+                        let volumes = self.volumes().await?;
+                        let primary = volumes.into_iter().find(|v| v.id == *volume).and_then(|v| v.primary);
+                        if primary.as_ref() != Some(node) {
+                            let now = primary
+                                .map_or_else(|| "no node has it".to_owned(), |p| format!("{p} has it"));
+                            return Err(Error::unavailable(format!(
+                                "volume {volume} was given to {node}, which did not keep it ({trouble}); now {now}"
+                            )));
+                        }
+                    }
+                },
+                Err(error) => trouble = error.message().to_owned(),
+            }
+            if clock::monotonic() + SERVED_ASK_PAUSE >= until {
+                return Err(Error::unavailable(format!(
+                    "volume {volume} was given to {node}, which does not serve it: {trouble}"
+                )));
+            }
+            tokio::time::sleep(SERVED_ASK_PAUSE).await;
+        }
     }
 
     /// Says that a node is to serve nothing, or may serve again.

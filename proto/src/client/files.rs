@@ -9,7 +9,7 @@ use parking_lot::Mutex;
 use super::Client;
 use super::retry::{ATTEMPT_MAX, Attempt, Target};
 use super::session::{Session, header};
-use super::unsynced::Fill;
+use super::unsynced::{Answered, Fill};
 use crate::convert;
 use crate::types::cluster::ShardStat;
 use crate::types::op::{Durability, OpResult, Operation};
@@ -72,6 +72,7 @@ impl Client {
                     sequence,
                     operation: Some(operation.clone()),
                     durability: convert::durability_to_wire(durability).into(),
+                    repetition: None,
                 };
                 let reply = attempt.node.files().mutate(attempt.node.request(request)).await?.into_inner();
                 let result =
@@ -81,8 +82,20 @@ impl Client {
                 if opens && let Some(attr) = &result.attr {
                     session.opened(attr.inode);
                 }
-                if let Some(bytes) = kept_bytes {
-                    *fill.lock() = session.unsynced.keep(epoch, sequence, operation.clone(), bytes);
+                match (&result.attr, kept_bytes) {
+                    (Some(attr), Some(data_bytes)) => {
+                        *fill.lock() = session.unsynced.keep(Answered {
+                            epoch,
+                            sequence,
+                            inode: attr.inode.get(),
+                            version: attr.version,
+                            operation: operation.clone(),
+                            data_bytes,
+                        });
+                    }
+                    (Some(attr), None) => session.unsynced.note(epoch, attr.inode.get(), attr.version),
+                    (None, None) => {}
+                    (None, Some(_)) => return Err(tonic::Status::internal("the answer has no attributes")),
                 }
                 Ok(result)
             })
@@ -92,9 +105,9 @@ impl Client {
             Fill::Half => {
                 let client = self.clone();
                 // Its failure shows at the next sync, which somebody waits for.
-                tokio::spawn(async move { drop(client.sync(shard).await) });
+                tokio::spawn(async move { drop(client.make_durable(shard).await) });
             }
-            Fill::Full => self.sync(shard).await?,
+            Fill::Full => self.make_durable(shard).await?,
         }
         Ok(result)
     }
@@ -139,15 +152,29 @@ impl Client {
     }
 
     /// Returns when everything that this client's session with the shard did before is on the device.
+    ///
+    /// # Errors
+    /// Also if something that was answered before it was durable is lost for good, and nobody was told of it yet.
     pub async fn sync(&self, shard: ShardId) -> Result<()> {
+        self.make_durable(shard).await?;
+        self.check_untold_losses(shard)
+    }
+
+    /// The same, without telling what was lost: [`Client::check_losses`] does.
+    pub async fn make_durable(&self, shard: ShardId) -> Result<()> {
         let session = self.inner.sessions.current(shard);
         let mark = session.as_ref().and_then(|session| session.unsynced.mark());
-        self.call(Target::Shard(shard), async |attempt| {
-            let request = wire::SyncRequest { header: Some(header(shard, attempt.epoch, None)) };
-            attempt.node.files().sync(attempt.node.request(request)).await
-        })
-        .await?;
-        session.map_or(Ok(()), |session| session.unsynced.synced(mark))
+        let epoch = self
+            .call(Target::Shard(shard), async |attempt| {
+                let request = wire::SyncRequest { header: Some(header(shard, attempt.epoch, None)) };
+                attempt.node.files().sync(attempt.node.request(request)).await?;
+                Ok(attempt.epoch)
+            })
+            .await?;
+        if let (Some(session), Some(mark)) = (session, mark) {
+            session.unsynced.synced(mark, epoch);
+        }
+        Ok(())
     }
 
     /// Finds a name in a directory; `.` and `..` are names here as well.

@@ -237,8 +237,8 @@ impl Client {
             return Ok(session.clone());
         }
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
-        lost.unsynced.give_up();
         let session = Session::new(self.open_session(shard).await?);
+        lost.unsynced.give_up(&session.unsynced);
         *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
         let session = Arc::new(session);
         slot.set(&mut current, Some(session.clone()));
@@ -272,7 +272,9 @@ impl Client {
             let age = clock::monotonic().duration_since(*session.kept.lock());
             if session.unsynced.mark().is_some() {
                 // A node syncs by itself within some seconds, but only an answer frees what is kept here.
-                drop(self.sync(shard).await);
+                if let Err(error) = self.make_durable(shard).await {
+                    tracing::debug!(%shard, %error, "cannot sync: later");
+                }
             }
             if suspect || age >= KEEP_ALIVE_PERIOD {
                 self.keep_session(shard, &slot, &session, suspect).await;

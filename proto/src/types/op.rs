@@ -228,6 +228,28 @@ impl Operation {
     }
 }
 
+/// An operation is made again under its number, because it may have been lost when its shard moved.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Repetition {
+    /// The version that the inode had after it.
+    pub answered: Version,
+    /// The last version that the session itself gave the inode since the shard moved.
+    pub own: Option<Version>,
+}
+
+impl Operation {
+    /// The inode that a replayable operation changes.
+    pub fn changed_inode(&self) -> Option<InodeNo> {
+        match self {
+            Operation::Write { inode, .. }
+            | Operation::SetAttr { inode, .. }
+            | Operation::Allocate { inode, .. }
+            | Operation::SetXattr { inode, .. } => Some(*inode),
+            _ => None,
+        }
+    }
+}
+
 /// Metadata of a value.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ObjectMeta {

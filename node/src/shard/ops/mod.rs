@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use shardfs_proto::types::limits::DEPTH_MAX;
-use shardfs_proto::types::op::{OpResult, Operation};
+use shardfs_proto::types::op::{OpResult, Operation, Repetition};
 use shardfs_proto::types::{
     Attr, Cookie, Error, FileKind, FileName, InodeNo, Reason, Result, SessionId, Timestamp,
 };
@@ -224,6 +224,25 @@ impl Apply<'_, '_> {
             ));
         }
         Ok(())
+    }
+
+    /// Fails if somebody else has changed the inode of an operation that was lost: versions that were given since
+    /// the shard was opened are greater than any that it had before.
+    pub(super) fn check_repetition(&mut self, operation: &Operation, repetition: Repetition) -> Result<()> {
+        let Some(ino) = operation.changed_inode() else {
+            return Err(Error::internal("an operation that cannot be repeated was"));
+        };
+        // The operation says what a missing inode means.
+        let Some(record) = self.txn.inode(ino)? else { return Ok(()) };
+        if record.version < repetition.answered || Some(record.version) == repetition.own {
+            return Ok(());
+        }
+        Err(Error::new(
+            Reason::VersionMismatch,
+            format!(
+                "inode {ino} was changed by others after the shard had moved: what was not synced before that is lost"
+            ),
+        ))
     }
 
     /// A record of a new inode in a directory, with set-group-id passed on.
