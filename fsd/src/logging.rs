@@ -30,7 +30,12 @@ pub fn start(settings: &Settings, foreground: bool) -> Result<()> {
         None if foreground => (BoxMakeWriter::new(std::io::stderr), std::io::stderr().is_terminal()),
         None => (BoxMakeWriter::new(std::io::sink), false),
     };
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).with_ansi(ansi);
+    // What a full disk keeps from being written is lost; by default it is told on standard error, where a failure panics.
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(ansi)
+        .log_internal_errors(false);
     let started = match settings.log_format {
         LogFormat::Text => lines.try_init(),
         LogFormat::Json => lines.json().flatten_event(true).try_init(),

@@ -306,8 +306,13 @@ pub fn start_logging() {
     let default = if supervisor { "info" } else { "error" };
     let filter = EnvFilter::try_from_env("SHARDFS_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     let ansi = io::stderr().is_terminal();
-    let started =
-        tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).try_init();
+    // What a full disk keeps from being written is lost; by default it is told on standard error, where a failure panics.
+    let started = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(ansi)
+        .log_internal_errors(false)
+        .try_init();
     // Somebody else (a test) has set up logging.
     drop(started);
 }
