@@ -314,7 +314,7 @@ fn look_at(spec: &VolumeSpec, device: &Path) -> Result<Found> {
         return Ok(Found::Empty);
     }
     check_label(device, spec)?;
-    if ext4::uuid(device)? != uuid(spec) {
+    if ext4::uuid(device)? != ext4::volume_uuid(spec) {
         return Err(Error::invalid(format!(
             "volume {}: {} holds a volume of this name of another cluster than {}: it is left alone; give another device",
             spec.id,
@@ -325,21 +325,10 @@ fn look_at(spec: &VolumeSpec, device: &Path) -> Result<Found> {
     Ok(Found::Own)
 }
 
-/// The UUID of the volume's filesystem, which tells it from those of other clusters before it is mounted. Four checksums
-/// over different bytes: it guards against confusion, not against malice.
-fn uuid(spec: &VolumeSpec) -> [u8; ext4::UUID_BYTES] {
-    let part = |n: u8| crc32c::crc32c(format!("{n}/{}/{}", spec.cluster_id, spec.id).as_bytes());
-    let mut uuid = [0; ext4::UUID_BYTES];
-    for (n, bytes) in (0..).zip(uuid.chunks_mut(4)) {
-        bytes.copy_from_slice(&part(n).to_be_bytes());
-    }
-    uuid
-}
-
 fn format(spec: &VolumeSpec, device: &Path) -> Result<()> {
     tracing::info!(volume = %spec.id, device = %device.display(), "making the volume's filesystem");
     write_first_sector(device, &mark(spec))?;
-    make_filesystem(device, &spec.id, Target::Device { uuid: uuid(spec) })?;
+    make_filesystem(device, &spec.id, Target::Device, ext4::volume_uuid(spec))?;
     write_first_sector(device, &[0; MARK_BYTES])
 }
 

@@ -23,6 +23,13 @@ use super::{VolumeSpec, io_error};
 pub(super) const PROBE_BYTES: usize = 1 << 20;
 /// Where the superblock of an ext4 lies.
 const SUPERBLOCK_AT: u64 = 1024;
+/// Bytes at the start that hold the superblock.
+const HEAD_BYTES: usize = 4096;
+/// The byte of a UUID whose upper half is its version, and the one whose upper two bits are 10 in all that have one.
+const VERSION_AT: usize = 6;
+const VARIANT_AT: usize = 8;
+/// The version of UUIDs that are made as their maker likes (RFC 9562).
+const MADE_VERSION: u8 = 8;
 /// Bytes of the UUID in it.
 pub(super) const UUID_BYTES: usize = 16;
 /// Bytes of an ext4 label.
@@ -33,6 +40,9 @@ const CLAIM_WAIT_MAX: Duration = Duration::from_secs(2);
 const CLAIM_PAUSE: Duration = Duration::from_millis(5);
 /// What labels begin with.
 const LABEL_PREFIX: &str = "sfs-";
+/// What may be done about something that is no volume: of one there may be no other copy.
+const IF_OF_NO_USE: &str =
+    "if it is of no use, remove it (of a device: `wipefs --all`, and zeros over its first MiB)";
 /// Bytes of data for every inode: RocksDB's files are large and few, but small shards are many.
 const BYTES_PER_INODE: u32 = 16_384;
 
@@ -102,12 +112,15 @@ pub(super) enum Content {
 }
 
 pub(super) fn probe(path: &Path) -> Result<Content> {
+    Ok(classify(&read_head(path, PROBE_BYTES)?))
+}
+
+fn read_head(path: &Path, bytes_max: usize) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    let doing = || format!("reading {}", path.display());
     File::open(path)
-        .and_then(|file| file.take(PROBE_BYTES as u64).read_to_end(&mut bytes))
-        .map_err(|e| io_error(&doing(), &e))?;
-    Ok(classify(&bytes))
+        .and_then(|file| file.take(bytes_max as u64).read_to_end(&mut bytes))
+        .map_err(|e| io_error(&format!("reading {}", path.display()), &e))?;
+    Ok(bytes)
 }
 
 pub(super) fn classify(bytes: &[u8]) -> Content {
@@ -135,20 +148,33 @@ pub(super) fn is_volume(label: &[u8]) -> bool {
 }
 
 pub(super) fn check_label(path: &Path, spec: &VolumeSpec) -> Result<()> {
-    let refused = |what: &str| {
+    check_head(&read_head(path, PROBE_BYTES)?, spec)
+}
+
+fn check_head(bytes: &[u8], spec: &VolumeSpec) -> Result<()> {
+    let refused = |what: &str, hint: &str| {
         Err(Error::invalid(format!(
-            "volume {}: {} holds {what}, not the volume's own ext4: it is left alone; if it is of no use, remove it (of a device: `wipefs --all`, and \
-             zeros over its first MiB)",
+            "volume {}: {} holds {what}, not the volume's own ext4: it is left alone; {hint}",
             spec.id,
             spec.source.display()
         )))
     };
-    match probe(path)? {
+    match classify(bytes) {
         Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => Ok(()),
-        Content::Ext4 { label: found } => {
-            refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found)))
+        Content::Ext4 { label: found } if is_volume(&found) => {
+            let found = String::from_utf8_lossy(&found).into_owned();
+            let id = &found[LABEL_PREFIX.len()..];
+            // Longer ids are cut off.
+            let whole = if found.len() < LABEL_BYTES_MAX { "" } else { ", or another whose id begins so" };
+            refused(
+                &format!("volume {id} of ShardFS (its ext4 is labelled {found:?}{whole})"),
+                "it may be in use: give this volume another file or device",
+            )
         }
-        Content::Unknown => refused("something unknown"),
+        Content::Ext4 { label: found } => {
+            refused(&format!("an ext4 labelled {:?}", String::from_utf8_lossy(&found)), IF_OF_NO_USE)
+        }
+        Content::Unknown => refused("something unknown", IF_OF_NO_USE),
         Content::Zeros => Err(Error::corrupt(format!(
             "{} is empty, but volume {} has been used before: put its backing file or device back",
             spec.source.display(),
@@ -166,6 +192,46 @@ pub(super) fn uuid(path: &Path) -> Result<[u8; UUID_BYTES]> {
     Ok(uuid)
 }
 
+/// A UUID made of cluster and volume, which tells the volume's filesystem from those of other clusters before it is
+/// mounted. Four checksums over different bytes: it guards against confusion, not against malice.
+pub(super) fn volume_uuid(spec: &VolumeSpec) -> [u8; UUID_BYTES] {
+    let part = |n: u8| crc32c::crc32c(format!("{n}/{}/{}", spec.cluster_id, spec.id).as_bytes());
+    let mut uuid = [0; UUID_BYTES];
+    for (n, bytes) in (0..).zip(uuid.chunks_mut(4)) {
+        bytes.copy_from_slice(&part(n).to_be_bytes());
+    }
+    uuid
+}
+
+/// The same, marked as made and not drawn: UUIDs that mkfs draws are of version 4. Loop volumes have these; older ones have
+/// drawn ones, which say nothing.
+pub(super) fn marked_uuid(spec: &VolumeSpec) -> [u8; UUID_BYTES] {
+    let mut uuid = volume_uuid(spec);
+    uuid[VERSION_AT] = (MADE_VERSION << 4) | (uuid[VERSION_AT] & 0x0F);
+    uuid[VARIANT_AT] = 0x80 | (uuid[VARIANT_AT] & 0x3F);
+    uuid
+}
+
+/// Whether a UUID is the [marked one](marked_uuid) of another cluster or volume.
+pub(super) fn is_anothers(found: [u8; UUID_BYTES], spec: &VolumeSpec) -> bool {
+    let marked = found[VERSION_AT] >> 4 == MADE_VERSION && found[VARIANT_AT] >> 6 == 0b10;
+    marked && found != marked_uuid(spec)
+}
+
+/// Fails unless a loop device, or its file, holds the volume's own filesystem, as far as that can be told before a mount.
+pub(super) fn check_loop(path: &Path, spec: &VolumeSpec) -> Result<()> {
+    check_head(&read_head(path, HEAD_BYTES)?, spec)?;
+    if is_anothers(uuid(path)?, spec) {
+        return Err(Error::invalid(format!(
+            "volume {}: {} holds a volume of this name of another cluster than {}: it is left alone; give another file",
+            spec.id,
+            spec.source.display(),
+            spec.cluster_id
+        )));
+    }
+    Ok(())
+}
+
 /// 32 digits as UUIDs are written.
 fn hyphenated(digits: &str) -> String {
     [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
@@ -180,25 +246,24 @@ pub(super) enum Target {
     File,
     /// A device, which may be large: the kernel writes the inode tables once it is mounted. No discard: it would take
     /// away the mark that says who formats it.
-    Device {
-        /// The filesystem's UUID.
-        uuid: [u8; UUID_BYTES],
-    },
+    Device,
 }
 
 /// Makes the volume's filesystem, whatever is there.
-pub(super) fn make_filesystem(path: &Path, id: &VolumeId, target: Target) -> Result<()> {
-    let mut uuid = None;
+pub(super) fn make_filesystem(
+    path: &Path,
+    id: &VolumeId,
+    target: Target,
+    uuid: [u8; UUID_BYTES],
+) -> Result<()> {
     let extended = match target {
         Target::SparseFile => {
             "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0,nodiscard,assume_storage_prezeroed=1"
         }
         Target::File => "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0",
-        Target::Device { uuid: bytes } => {
-            uuid = Some(hyphenated(&format!("{:032x}", u128::from_be_bytes(bytes))));
-            "lazy_itable_init=1,lazy_journal_init=0,root_owner=0:0,nodiscard"
-        }
+        Target::Device => "lazy_itable_init=1,lazy_journal_init=0,root_owner=0:0,nodiscard",
     };
+    let uuid = hyphenated(&format!("{:032x}", u128::from_be_bytes(uuid)));
     let search = std::env::var("PATH").unwrap_or_default();
     let output = Command::new("mkfs.ext4")
         .env("PATH", format!("{search}:/usr/sbin:/sbin"))
@@ -215,8 +280,9 @@ pub(super) fn make_filesystem(path: &Path, id: &VolumeId, target: Target) -> Res
             &label(id),
             "-E",
             extended,
+            "-U",
+            &uuid,
         ])
-        .args(uuid.iter().flat_map(|uuid| ["-U", uuid.as_str()]))
         .arg(path)
         .output()
         .map_err(|e| match e.kind() {

@@ -18,7 +18,10 @@ use std::path::Path;
 
 use shardfs_proto::types::{Error, Result, VolumeId};
 
-use super::ext4::{Content, Target, check_label, make_filesystem, mount, probe, wait_until_unclaimed};
+use super::ext4::{
+    Content, Target, check_label, check_loop, make_filesystem, marked_uuid, mount, probe,
+    wait_until_unclaimed,
+};
 use super::fence::{Fence, Fenced, shutdown};
 use super::views::ViewMount;
 use super::{
@@ -187,6 +190,14 @@ fn open(device: &Path) -> Result<File> {
     sys::open_device(device, false).map_err(|e| io_error(&format!("opening {}", device.display()), &e))
 }
 
+/// Fails unless a device of this node holds the volume's own filesystem: the file may be one that another cluster uses, which is
+/// not to be fenced from it, nor mounted. Read through the device, never through the file: pages of a file that somebody
+/// writes directly can make his sync fail.
+pub(super) fn check_content(spec: &VolumeSpec, device: &Path) -> Result<()> {
+    sys::drop_cache(device, &open(device)?)?;
+    check_loop(device, spec)
+}
+
 fn set_writable(device: &Path) -> Result<()> {
     sys::set_read_only(device, &open(device)?, false)
 }
@@ -195,7 +206,7 @@ fn set_writable(device: &Path) -> Result<()> {
 fn mount_standby(spec: &VolumeSpec, standby: Standby, lock: Option<OwnedFd>) -> Result<Attached> {
     let Standby { device, owner } = standby;
     // What was read from it before, by us or by whoever looks at new devices, may be older than the fence.
-    sys::drop_cache(&device, &open(&device)?)?;
+    check_content(spec, &device)?;
     mount(&device, spec)?;
     if let Err(error) = verify_identity(&spec.mount_point, spec) {
         mounts::unmount_all(&spec.mount_point)?;
@@ -267,7 +278,7 @@ fn format_if_empty(spec: &VolumeSpec) -> Result<()> {
                 )));
             }
             let _lock = lock(&spec.source, &spec.id)?;
-            make_filesystem(&spec.source, &spec.id, Target::File)
+            make_filesystem(&spec.source, &spec.id, Target::File, marked_uuid(spec))
         }
         Content::Ext4 { .. } | Content::Unknown => check_label(&spec.source, spec),
     }
@@ -296,7 +307,7 @@ fn make_backing(spec: &VolumeSpec) -> Result<()> {
         .map_err(|e| io_error(&doing, &e))?;
     file.set_len(spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES))
         .map_err(|e| io_error(&doing, &e))?;
-    make_filesystem(&fresh, &spec.id, Target::SparseFile)?;
+    make_filesystem(&fresh, &spec.id, Target::SparseFile, marked_uuid(spec))?;
     let publish = || -> std::io::Result<()> {
         file.sync_all()?;
         // No one else makes this name: the volume has one primary. Still, never over anything.

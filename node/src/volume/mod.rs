@@ -249,9 +249,14 @@ pub fn provider(name: &str) -> Result<&'static dyn VolumeProvider> {
 pub fn check_spec(id: &VolumeId, name: &str, size_bytes: u64) -> Result<()> {
     provider(name).map_err(|e| e.context(format!("volume {id}")))?;
     match name {
-        "loop" if !(LOOP_BYTES_MIN..=LOOP_BYTES_MAX).contains(&size_bytes) => Err(Error::invalid(format!(
-            "volume {id}: {size_bytes} bytes; a loop volume has {LOOP_BYTES_MIN} to {LOOP_BYTES_MAX}"
-        ))),
+        "loop" if !(LOOP_BYTES_MIN..=LOOP_BYTES_MAX).contains(&size_bytes) => {
+            let wrong = if size_bytes == 0 { String::new() } else { format!(", not {size_bytes} bytes") };
+            Err(Error::invalid(format!(
+                "volume {id}: a loop volume has {} MiB to {} TiB{wrong}: give --size, such as 100GiB",
+                LOOP_BYTES_MIN >> 20,
+                LOOP_BYTES_MAX >> 40
+            )))
+        }
         DEVICE if size_bytes != 0 => Err(Error::invalid(format!(
             "volume {id}: a device volume is as large as its device; give size 0"
         ))),

@@ -129,12 +129,12 @@ fn what_holds_something_else_is_never_formatted() {
     assert_eq!(inspect(&bench.device).unwrap().holds, Holds::Unknown);
     write(510, &[0, 0]);
     assert_eq!(inspect(&bench.device).unwrap().holds, Holds::Nothing);
-    let foreign = Target::Device { uuid: [7; ext4::UUID_BYTES] };
-    make_filesystem(&bench.device, &VolumeId::new("other").unwrap(), foreign).unwrap();
+    let foreign = [7; ext4::UUID_BYTES];
+    make_filesystem(&bench.device, &VolumeId::new("other").unwrap(), Target::Device, foreign).unwrap();
     let error = bench.win(&spec, DeviceProvider.attach_backup(&spec).unwrap(), 2).unwrap_err();
     assert!(error.message().contains("sfs-other"), "{error}");
     // Its own label, of another cluster: seen before anything is taken from anybody.
-    make_filesystem(&bench.device, &spec.id, foreign).unwrap();
+    make_filesystem(&bench.device, &spec.id, Target::Device, foreign).unwrap();
     assert_eq!(DeviceProvider.create(&spec).unwrap_err().reason(), Reason::InvalidArgument);
     format(&spec, &bench.device).unwrap();
     DeviceProvider.create(&spec).unwrap();

@@ -3,6 +3,7 @@
 //! Every node of the machine has a loop device of its own over the backing file. There is nothing on such a device
 //! that refuses a write, so the fence stops everything that could make one. In this order, for the winner of epoch e:
 //!
+//! 0. Its own device is seen to hold the filesystem of this volume and cluster: nobody else's is fenced.
 //! 1. Its own device, read-only from birth, is made writable.
 //! 2. The epoch is [claimed](claims) at the backing file. A later claim there: the acquisition fails.
 //! 3. Every other device over the backing file:
@@ -90,6 +91,8 @@ impl Fence for ShutdownFence {
         let deadline = Deadline::after(takeover.bound);
         let mut journal = Journal::new();
         let own = own_device(spec)?;
+        // Before anything is taken from anybody.
+        loopdev::check_content(spec, &own.path)?;
         make_writable(&own)?;
         let taken = take(spec, takeover.key, &own, deadline, &mut journal);
         if let Err(error) = taken {

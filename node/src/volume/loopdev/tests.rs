@@ -1,11 +1,13 @@
 //! Real loop devices and mounts; without root they say that they are skipped.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-use shardfs_proto::types::Reason;
+use shardfs_proto::types::{Epoch, NodeId, Reason};
 
-use super::super::ext4::{PROBE_BYTES, classify, label};
+use super::super::ext4::{PROBE_BYTES, classify, is_anothers, label};
+use super::super::fence::{FenceKey, Takeover};
 use super::sys::attach_device;
 use super::*;
 
@@ -124,15 +126,17 @@ fn a_journal_that_was_aborted_is_seen_although_reads_go_on() {
     LoopProvider.create(&spec).unwrap();
     let attached = LoopProvider.attach(&spec).unwrap();
     let witness = attached.witness().unwrap();
-    let written = || sys::sectors_written(Path::new(&attached.device)).unwrap();
     witness.check_journal().unwrap();
     witness.prove().unwrap();
-    let before = written();
+    let changed = || {
+        let meta = fs::metadata(attached.root.join(".shardfs-volume")).unwrap();
+        (meta.ctime(), meta.ctime_nsec())
+    };
+    let before = changed();
     for _ in 0..100 {
         witness.check_journal().unwrap();
     }
-    rustix::fs::syncfs(File::open(&attached.root).unwrap()).unwrap();
-    assert_eq!(written(), before, "it changes nothing");
+    assert_eq!(changed(), before, "it changes nothing");
     let aborted = Command::new("mount").args(["-o", "remount,abort"]).arg(&attached.root).output().unwrap();
     assert!(aborted.status.success(), "{aborted:?}");
     witness.check().unwrap();
@@ -167,9 +171,11 @@ fn refuses_to_format_anything_of_use() {
     // Another volume's filesystem.
     let file = File::create(&spec.source).unwrap();
     file.set_len(spec.size_bytes).unwrap();
-    make_filesystem(&spec.source, &VolumeId::new("other").unwrap(), Target::SparseFile).unwrap();
+    let other = VolumeSpec { id: VolumeId::new("other").unwrap(), ..spec.clone() };
+    make_filesystem(&spec.source, &other.id, Target::SparseFile, marked_uuid(&other)).unwrap();
     let error = LoopProvider.create(&spec).unwrap_err();
-    assert!(error.message().contains("sfs-other"), "{error}");
+    assert!(error.message().contains("volume other"), "{error}");
+    assert!(!error.message().contains("remove"), "{error}");
     fs::remove_file(&spec.source).unwrap();
     // A volume that was in use and whose file is gone, or empty.
     spec.formatted = true;
@@ -178,6 +184,71 @@ fn refuses_to_format_anything_of_use() {
     LoopProvider.create(&spec).unwrap();
     assert_eq!(LoopProvider.attach(&spec).unwrap_err().reason(), Reason::Corrupt);
     assert!(!LoopProvider.describe(&spec).unwrap().mounted);
+}
+
+#[test]
+fn the_volume_of_another_cluster_is_not_fenced() {
+    let Some(bench) = Bench::new() else { return };
+    let spec = bench.spec();
+    let takeover = |epoch| {
+        let key = FenceKey::new(&NodeId::new("node-1").unwrap(), Epoch::new(epoch).unwrap()).unwrap();
+        Takeover::new(key, std::time::Duration::from_secs(5))
+    };
+    LoopProvider.create(&spec).unwrap();
+    let attached = LoopProvider.attach(&spec).unwrap();
+    let mut other = VolumeSpec { cluster_id: "c2".into(), ..spec.clone() };
+    other.mount_point = bench.dir.path().join("other/volumes/vol-test");
+    // Whatever the record of the other cluster says.
+    for formatted in [false, true] {
+        other.formatted = formatted;
+        LoopProvider.create(&other).unwrap();
+        let standby = LoopProvider.attach_backup(&other).unwrap();
+        let error = LoopProvider.fence().acquire(&other, &takeover(9)).unwrap_err();
+        assert_eq!(error.reason(), Reason::InvalidArgument, "{error}");
+        assert!(error.message().contains("another cluster than c2"), "{error}");
+        fs::write(attached.root.join("x"), "it goes on").unwrap();
+        rustix::fs::syncfs(File::open(&attached.root).unwrap()).unwrap();
+        LoopProvider.detach_backup(&other, standby).unwrap();
+    }
+    LoopProvider.detach(&spec, attached).unwrap();
+    // Its own node takes it with an earlier epoch: nothing was claimed.
+    let standby = LoopProvider.attach_backup(&spec).unwrap();
+    match LoopProvider.fence().capability(&spec) {
+        Ok(_) => {
+            let fenced = LoopProvider.fence().acquire(&spec, &takeover(2)).unwrap();
+            let attached = LoopProvider.promote(&spec, standby, fenced).unwrap();
+            LoopProvider.detach(&spec, attached).unwrap();
+        }
+        Err(error) => eprintln!("skipped: {error}"),
+    }
+}
+
+#[test]
+fn uuids_of_other_clusters_are_known() {
+    let of = |cluster: &str, volume: &str| VolumeSpec {
+        id: VolumeId::new(volume).unwrap(),
+        cluster_id: cluster.into(),
+        source: "/x".into(),
+        size_bytes: 0,
+        formatted: true,
+        mount_point: "/y".into(),
+        allow_unfenced: false,
+    };
+    let spec = of("c1", "vol-1");
+    let drawn = |text: &str| u128::from_str_radix(text, 16).unwrap().to_be_bytes();
+    for (found, anothers, what) in [
+        (marked_uuid(&spec), false, "its own"),
+        (marked_uuid(&of("c2", "vol-1")), true, "of another cluster"),
+        (marked_uuid(&of("c1", "vol-2")), true, "of another volume"),
+        (drawn("0f8fad5bd9cb469fa16570867728950e"), false, "drawn by mkfs"),
+        (drawn("0f8fad5bd9cb169fa16570867728950e"), false, "made of the time by mkfs"),
+        (drawn("0f8fad5bd9cb869f216570867728950e"), false, "of another variant"),
+        (drawn("0f8fad5bd9cb869fa16570867728950e"), true, "made by somebody"),
+        ([0; 16], false, "none"),
+    ] {
+        assert_eq!(is_anothers(found, &spec), anothers, "{what}");
+    }
+    assert_eq!((marked_uuid(&spec)[6] >> 4, marked_uuid(&spec)[8] >> 6), (8, 0b10));
 }
 
 #[test]

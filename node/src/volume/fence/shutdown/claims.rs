@@ -5,6 +5,11 @@
 //! lists: of two that do, at least one sees the other, and the older one gives way. Older ones are removed by
 //! the winner; an older one that is set later still meets the later one.
 //!
+//! Nor does a claim overwrite an older one, or come after its removal: two attributes at a time are needed, for which a full
+//! disk has no room. So a third one, the spare, means nothing and keeps that room: it is set while there is room, gives way if
+//! there is none, and is set again in the place of the older claims. Its value is random: ext4 lets files share a block of
+//! attributes that are the same, and needs a new one to change it.
+//!
 //! Not synced: a power cut ends every process and mount that a claim keeps out.
 
 use std::io::ErrorKind;
@@ -18,6 +23,8 @@ use crate::volume::fence::{FenceKey, stale};
 use crate::volume::{VolumeSpec, io_error};
 
 const PREFIX: &str = "trusted.shardfs.fence.";
+/// Its name does not begin as those of claims do.
+const SPARE: &str = "trusted.shardfs.fence-spare";
 /// Bytes of all names: some dozens would be many.
 const NAMES_BYTES_MAX: usize = 64 << 10;
 
@@ -80,11 +87,25 @@ pub(super) fn check_latest(spec: &VolumeSpec, key: FenceKey) -> Result<()> {
 /// Claims; fails if a later epoch has, or the same for another node.
 pub(super) fn take(spec: &VolumeSpec, key: FenceKey) -> Result<()> {
     let source = &spec.source;
-    let set = |flags| rustix::fs::setxattr(source, name(key), key.to_string().as_bytes(), flags);
-    match set(XattrFlags::CREATE) {
+    let claim = || rustix::fs::setxattr(source, name(key), key.to_string().as_bytes(), XattrFlags::CREATE);
+    let mut claimed = claim();
+    if matches!(claimed, Err(Errno::NOSPC | Errno::DQUOT)) && rustix::fs::removexattr(source, SPARE).is_ok() {
+        claimed = claim();
+    }
+    match claimed {
         Ok(()) => {}
         // An earlier attempt of ours, or the same epoch for another node: the list tells.
         Err(Errno::EXIST) => {}
+        Err(Errno::NOSPC | Errno::DQUOT) => {
+            return Err(Error::new(
+                Reason::VolumeFull,
+                format!(
+                    "volume {}: no room for the claim of {}: the filesystem that the file lies on is full: free some KiB there",
+                    spec.id,
+                    source.display()
+                ),
+            ));
+        }
         Err(e) => return Err(error("claiming", source, e)),
     }
     let found = list(source)?;
@@ -94,7 +115,21 @@ pub(super) fn take(spec: &VolumeSpec, key: FenceKey) -> Result<()> {
         }
         return Err(stale(&spec.id, key, *later));
     }
-    found.into_iter().filter(|other| *other != key).try_for_each(|older| remove(source, older))
+    found.into_iter().filter(|other| *other != key).try_for_each(|older| remove(source, older))?;
+    keep_spare(source);
+    Ok(())
+}
+
+/// Keeps room for the next claim, as far as there is any.
+fn keep_spare(source: &Path) {
+    // No smaller than a claim.
+    let value = format!("{:032x}", fastrand::u128(..));
+    match rustix::fs::setxattr(source, SPARE, value.as_bytes(), XattrFlags::CREATE) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(error) => {
+            tracing::debug!(source = %source.display(), %error, "no room is kept for the next claim")
+        }
+    }
 }
 
 fn remove(source: &Path, key: FenceKey) -> Result<()> {
@@ -107,25 +142,70 @@ fn remove(source: &Path, key: FenceKey) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use std::os::unix::fs::FileExt;
+
     use shardfs_proto::types::{Epoch, NodeId, VolumeId};
+
+    use super::*;
+    use crate::volume::VolumeProvider;
+    use crate::volume::loopdev::LoopProvider;
+    use crate::volume::mounts::MountsGuard;
 
     fn key(node: &str, epoch: u64) -> FenceKey {
         FenceKey::new(&NodeId::new(node).unwrap(), Epoch::new(epoch).unwrap()).unwrap()
     }
 
+    fn spec(id: &str, dir: &Path, source: &Path) -> VolumeSpec {
+        VolumeSpec {
+            id: VolumeId::new(id).unwrap(),
+            cluster_id: "c1".into(),
+            source: source.to_owned(),
+            size_bytes: 96 << 20,
+            formatted: false,
+            mount_point: dir.join("volumes").join(id),
+            allow_unfenced: false,
+        }
+    }
+
+    #[test]
+    fn a_full_disk_keeps_nobody_from_claiming() {
+        if !rustix::process::geteuid().is_root() || !Path::new("/dev/loop-control").exists() {
+            eprintln!("skipped: loop devices need root and /dev/loop-control");
+            return;
+        }
+        let _mounts = MountsGuard::shared();
+        let dir = tempfile::tempdir().unwrap();
+        // A volume is the disk that a backing file lies on.
+        let disk = spec("disk", dir.path(), &dir.path().join("disk.img"));
+        LoopProvider.create(&disk).unwrap();
+        let attached = LoopProvider.attach(&disk).unwrap();
+        let claims = || {
+            let file = spec("vol-1", dir.path(), &attached.root.join("vol-1.img"));
+            std::fs::write(&file.source, "x").unwrap();
+            take(&file, key("a", 1)).unwrap();
+            let filler = std::fs::File::create(attached.root.join("filler")).unwrap();
+            let mut at = 0;
+            for bytes in [1 << 20, 4096] {
+                let piece = vec![7u8; bytes];
+                // Synced: what is not on the disk yet has no blocks.
+                while filler.write_all_at(&piece, at).and_then(|()| filler.sync_data()).is_ok() {
+                    at += bytes as u64;
+                }
+            }
+            for epoch in 2..10 {
+                take(&file, key(if epoch % 2 == 0 { "b" } else { "a" }, epoch)).unwrap();
+                assert_eq!(list(&file.source).unwrap().len(), 1);
+            }
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(claims));
+        LoopProvider.detach(&disk, attached).unwrap();
+        outcome.unwrap();
+    }
+
     #[test]
     fn the_latest_epoch_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let spec = VolumeSpec {
-            id: VolumeId::new("vol-1").unwrap(),
-            cluster_id: "c1".into(),
-            source: dir.path().join("backing"),
-            size_bytes: 0,
-            formatted: false,
-            mount_point: dir.path().join("volumes/vol-1"),
-            allow_unfenced: false,
-        };
+        let spec = spec("vol-1", dir.path(), &dir.path().join("backing"));
         std::fs::write(&spec.source, "").unwrap();
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: trusted attributes need root");
