@@ -1,10 +1,13 @@
 //! How a cluster begins: its id, and the records of its volumes; and how it ends. All of it may be repeated, may be
 //! cut off anywhere, and may be done by several processes at once.
 
-use shardfs_proto::types::{Epoch, Error, NodeId, Result, VolumeId};
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use shardfs_proto::types::{Epoch, Error, NodeId, Reason, Result, VolumeId};
 
 use super::records::{self, CLUSTER_KEY, ClusterRecord, FORMAT, PREFIX, VolumeRecord};
-use super::store::{Demand, KeyRange, KeyValue, MetaStore, Op, StoreError, Txn, get};
+use super::store::{Demand, KeyRange, KeyValue, MetaStore, Op, StoreError, Txn, get, range_all};
 
 /// How often a transaction whose outcome is unknown, or that somebody else overtook, is looked at again.
 const ATTEMPTS_MAX: usize = 8;
@@ -106,8 +109,11 @@ pub async fn delete_cluster(store: &dyn MetaStore, id: &str) -> Result<bool> {
     }
 }
 
-/// Writes a volume's record unless there is one; answers the one that is there. One that names another
-/// provider or source is an error: volumes do not move that way.
+/// Writes a volume's record unless there is one; answers the one that is there. One that says something else is an error,
+/// and so is another volume with the same source. Which of its nodes serves it is not looked at: that changes.
+///
+/// Two that are added with one source at the same moment may both come through: their label or identity tells them apart
+/// before anything is served.
 pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<VolumeRecord> {
     if !spec.source.starts_with('/') {
         return Err(Error::invalid(format!(
@@ -133,6 +139,7 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         handed_over: false,
     };
     let key = records::volume_key(&spec.id);
+    refuse_shared_source(store, spec).await?;
     let kept: VolumeRecord =
         records::decode(key.as_bytes(), &put_if_absent(store, &key, records::encode(&record)).await?)?;
     if (&kept.provider, &kept.source) != (&spec.provider, &spec.source) {
@@ -141,7 +148,68 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
             spec.id, kept.provider, kept.source, spec.provider, spec.source
         )));
     }
+    let other = differences(&kept, spec);
+    if !other.is_empty() {
+        return Err(Error::new(
+            Reason::AlreadyExists,
+            format!(
+                "volume {} is there already and stays as it is; it differs in {}: a volume's nodes, size and --allow-unfenced \
+                 cannot be changed yet",
+                spec.id,
+                other.join(", and in ")
+            ),
+        ));
+    }
     Ok(kept)
+}
+
+/// In what a volume differs from what is asked for, beyond its source.
+fn differences(kept: &VolumeRecord, spec: &VolumeSpec) -> Vec<String> {
+    fn names(nodes: &BTreeSet<&NodeId>) -> String {
+        nodes.iter().map(|node| node.as_str()).collect::<Vec<_>>().join(", ")
+    }
+    let mut other = Vec::new();
+    // Elections change their order only.
+    let has: BTreeSet<&NodeId> = kept.primary.iter().chain(&kept.backups).collect();
+    let asked: BTreeSet<&NodeId> = std::iter::once(&spec.primary).chain(&spec.backups).collect();
+    if has != asked {
+        other.push(format!("its nodes (it has {}, not {})", names(&has), names(&asked)));
+    }
+    if kept.size_bytes != spec.size_bytes {
+        other.push(format!("its size (it has {} bytes, not {})", kept.size_bytes, spec.size_bytes));
+    }
+    if kept.allow_unfenced != spec.allow_unfenced {
+        let word = |allowed: bool| if allowed { "allowed" } else { "not allowed" };
+        other.push(format!(
+            "whether it is served without a fence (that is {}, not {})",
+            word(kept.allow_unfenced),
+            word(spec.allow_unfenced)
+        ));
+    }
+    other
+}
+
+/// Two volumes over one file, folder or device of a node would destroy each other.
+async fn refuse_shared_source(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<()> {
+    for kv in range_all(store, KeyRange::prefix(records::VOLUMES)).await?.kvs {
+        // One that cannot be read is nobody's obstacle.
+        let Ok(other) = records::decode::<VolumeRecord>(&kv.key, &kv.value) else { continue };
+        // Paths that are written differently may be the same.
+        let same = other.provider == spec.provider && Path::new(&other.source) == Path::new(&spec.source);
+        // Different machines may call different devices the same.
+        let mut asked = std::iter::once(&spec.primary).chain(&spec.backups);
+        let together = asked.any(|node| other.primary.as_ref() == Some(node) || other.backups.contains(node));
+        if same && together && other.id != spec.id && kv.key == records::volume_key(&other.id) {
+            return Err(Error::new(
+                Reason::AlreadyExists,
+                format!(
+                    "volume {}: {} {} is the source of volume {} already: choose another one",
+                    spec.id, spec.provider, spec.source, other.id
+                ),
+            ));
+        }
+    }
+    Ok(())
 }
 
 async fn put_if_absent(store: &dyn MetaStore, key: &str, value: bytes::Bytes) -> Result<bytes::Bytes> {
@@ -192,6 +260,53 @@ mod tests {
         assert_eq!(cluster_id(&store).await.unwrap(), None);
         assert_eq!(store.range(KeyRange::prefix(PREFIX), 1).await.unwrap().kvs, []);
         assert_eq!(store.range(KeyRange::between("a", "z"), 0).await.unwrap().kvs.len(), 2);
+        server.shutdown().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_volume_is_added_once_and_has_its_source_to_itself() {
+        let dir = tempfile::tempdir().unwrap();
+        let server = serve(dir.path().join("meta.redb"), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let store = EmbeddedStore::new(&server.address().to_string()).unwrap();
+        let node = |id: &str| NodeId::new(id).unwrap();
+        let volume = |id: &str, provider: &str, source: &str| VolumeSpec {
+            id: VolumeId::new(id).unwrap(),
+            provider: provider.into(),
+            source: source.into(),
+            size_bytes: 0,
+            primary: node("a"),
+            backups: vec![node("b"), node("c")],
+            allow_unfenced: false,
+        };
+        let first = volume("vol-1", "device", "/dev/x");
+        let record = ensure_volume(&store, &first).await.unwrap();
+        assert_eq!(ensure_volume(&store, &first).await.unwrap(), record);
+        for source in ["/dev/x", "/dev//x", "/dev/./x"] {
+            let error = ensure_volume(&store, &volume("vol-2", "device", source)).await.unwrap_err();
+            assert_eq!(error.reason(), Reason::AlreadyExists, "{error}");
+            assert!(error.message().contains("volume vol-1 already"), "{error}");
+        }
+        ensure_volume(&store, &volume("vol-2", "dir", "/dev/x")).await.unwrap();
+        let elsewhere =
+            VolumeSpec { primary: node("x"), backups: vec![], ..volume("vol-4", "device", "/dev/x") };
+        ensure_volume(&store, &elsewhere).await.unwrap();
+        ensure_volume(&store, &volume("vol-3", "device", "/dev/y")).await.unwrap();
+        // After an election.
+        let moved =
+            VolumeRecord { primary: Some(node("c")), backups: vec![node("b"), node("a")], ..record.clone() };
+        store.txn(Txn::new().put(records::volume_key(&moved.id), records::encode(&moved))).await.unwrap();
+        assert_eq!(ensure_volume(&store, &first).await.unwrap(), moved);
+        for (other, word) in [
+            (VolumeSpec { backups: vec![node("b")], ..first.clone() }, "a, b, c, not a, b)"),
+            (VolumeSpec { primary: node("d"), ..first.clone() }, "its nodes"),
+            (VolumeSpec { allow_unfenced: true, ..first.clone() }, "without a fence"),
+        ] {
+            let error = ensure_volume(&store, &other).await.unwrap_err();
+            assert_eq!(error.reason(), Reason::AlreadyExists, "{error}");
+            assert!(error.message().contains(word), "{error}");
+        }
+        let error = ensure_volume(&store, &volume("vol-4", "loop", "/srv/x.img")).await.unwrap_err();
+        assert!(error.message().contains("64 MiB to 64 TiB: give --size"), "{error}");
         server.shutdown().await.unwrap();
     }
 }

@@ -1,7 +1,7 @@
 //! A watched copy of the cluster's records in memory, so that no file operation calls the metadata store.
 //!
 //! Invariants: the copy is that of one revision (`revision()`), which never goes back; it is replaced as a
-//! whole after a gap in the watch. A record that cannot be read is logged and left out; it
+//! whole after a gap in the watch. A record that cannot be read, or lies under a key that is not its own, is logged and left out; it
 //! hides no other. Silence of a node is counted only while the watch itself was heard (see `lease`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -428,12 +428,15 @@ impl State {
             self.drains.insert(NodeId::new(id)?);
         } else if key.starts_with(NODES) {
             let record: NodeRecord = records::decode(&kv.key, &kv.value)?;
+            check_key(kv, &records::node_key(&record.id))?;
             self.nodes.insert(record.id.clone(), keep(record, kv));
         } else if key.starts_with(VOLUMES) {
             let record: VolumeRecord = records::decode(&kv.key, &kv.value)?;
+            check_key(kv, &records::volume_key(&record.id))?;
             self.volumes.insert(record.id.clone(), keep(record, kv));
         } else if key.starts_with(SHARDS) {
             let record: ShardRecord = records::decode(&kv.key, &kv.value)?;
+            check_key(kv, &records::shard_key(record.id))?;
             self.forget_shard(record.id);
             if record.state != StateWord::Deleted {
                 self.names.entry(record.owner.clone()).or_default().insert(record.name.clone(), record.id);
@@ -466,6 +469,8 @@ impl State {
             self.volumes.retain(|volume, _| volume.as_str() != id);
         } else if let Some(id) = key.strip_prefix(SHARDS).and_then(|id| id.parse().ok())
             && let Ok(id) = ShardId::new(id)
+            // The number can be written in other ways, which are nobody's key.
+            && key == records::shard_key(id)
         {
             self.forget_shard(id);
         }
@@ -489,6 +494,18 @@ impl State {
             }
         }
     }
+}
+
+/// Fails unless a record lies under its own key: under another one it would take the place of the one that belongs there, and
+/// outlive it.
+fn check_key(kv: &KeyValue, own: &str) -> Result<()> {
+    if kv.key == own {
+        return Ok(());
+    }
+    Err(Error::corrupt(format!(
+        "the metadata store's key {} holds the record that belongs under {own}: delete that key",
+        kv.key.escape_ascii()
+    )))
 }
 
 fn keep<T>(record: T, kv: &KeyValue) -> Kept<T> {

@@ -187,3 +187,48 @@ async fn a_silent_node_is_seen_and_an_absent_store_is_not_blamed_on_nodes() {
     assert!(lease.succeeded());
     stop.cancel();
 }
+
+#[test]
+fn a_record_under_anothers_key_is_left_out() {
+    let mut state = State::default();
+    let kv = |key: &str, value: Bytes| KeyValue {
+        key: Bytes::copy_from_slice(key.as_bytes()),
+        value,
+        created: Revision::new(1),
+        modified: Revision::new(1),
+        version: 1,
+        lease: None,
+    };
+    let (n, v) = (node("node-1"), volume("vol-1", "node-1"));
+    let (s, stray) = (shard(1, "a", StateWord::Active), shard(1, "b", StateWord::Active));
+    let id = s.id;
+    let own = [
+        kv(&node_key(&n.id), encode(&n)),
+        kv(&volume_key(&v.id), encode(&v)),
+        kv(&shard_key(id), encode(&s)),
+    ];
+    own.iter().for_each(|kv| state.put(kv));
+    let mut other = v.clone();
+    other.primary = None;
+    for (key, value) in [
+        ("shardfs/nodes/node-2", encode(&node("node-1"))),
+        ("shardfs/volumes/zzz", encode(&other)),
+        ("shardfs/shards/0000000002", encode(&stray)),
+        // The same number, written otherwise.
+        ("shardfs/shards/1", encode(&stray)),
+    ] {
+        state.put(&kv(key, value));
+        state.delete(&Bytes::copy_from_slice(key.as_bytes()));
+        assert_eq!(state.nodes.keys().map(NodeId::as_str).collect::<Vec<_>>(), ["node-1"], "{key}");
+        assert_eq!(*state.nodes[&n.id].record, n, "{key}");
+        assert_eq!(state.volumes.len(), 1, "{key}");
+        assert_eq!(*state.volumes[&v.id].record, v, "{key}");
+        assert_eq!(state.shards.len(), 1, "{key}");
+        assert_eq!(*state.shards[&id].record, s, "{key}");
+        assert_eq!(state.shard_counts[&v.id], 1, "{key}");
+        assert_eq!(state.names[&s.owner].len(), 1, "{key}");
+    }
+    // Its own key's deletion takes it away.
+    state.delete(&Bytes::from(volume_key(&v.id)));
+    assert!(state.volumes.is_empty());
+}
