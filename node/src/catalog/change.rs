@@ -190,7 +190,10 @@ impl Catalog {
                 return Err(Error::internal("the metadata store answered another number of reads"));
             };
             if let Some(made) = made.first() {
-                return self.made_before(parse_id(made)?).await;
+                match self.made_before(parse_id(made)?).await {
+                    Err(error) if is_anothers_folder(&error) => continue,
+                    made => return made,
+                }
             }
             if !named.is_empty() {
                 return Err(exists(client, &request.name));
@@ -241,7 +244,11 @@ impl Catalog {
                     fail::fail_point!("catalog-new-reserved", |_| Err(Error::unavailable("failpoint")));
                     let kept = Kept { record: Arc::new(record), modified: answer.revision };
                     let _lock = self.locks.lock(id).await;
-                    return self.build(&kept).await;
+                    match self.build(&kept).await {
+                        // The next id may be free; the reservation was taken back.
+                        Err(error) if is_anothers_folder(&error) => continue,
+                        built => return built,
+                    }
                 }
                 // Somebody was faster, or our copy of the volume's record is old.
                 Ok(answer) => self.parts.view.wait_for(answer.revision, SHOWN_WAIT_MAX).await?,
@@ -270,7 +277,8 @@ impl Catalog {
     }
 
     /// Makes the bytes of a shard that is `creating` and activates it. The caller holds its lock and has
-    /// read the record under it, or made it. If the bytes cannot be made, the reservation is taken back.
+    /// read the record under it, or made it. If the bytes cannot be made, the reservation is taken back; the folder
+    /// of another creation is left as it is.
     pub(super) async fn build(self: &Arc<Self>, kept: &Kept<ShardRecord>) -> Result<ShardInfo> {
         let record = &kept.record;
         let served = self.served(record, None)?;
@@ -285,15 +293,21 @@ impl Catalog {
             gid: record.gid,
         };
         let manager = self.parts.manager.clone();
+        let origin = origin(record);
         let made = {
             let dir = dir.clone();
-            tokio::task::spawn_blocking(move || manager.create(&dir, &init))
+            tokio::task::spawn_blocking(move || manager.create_by(&dir, &init, &origin))
                 .await
                 .map_err(|e| Error::internal(format!("making a shard: {e}")))?
         };
         if let Err(error) = made {
-            tracing::error!(shard = %record.id, %error, "a shard cannot be made");
-            self.take_back(kept, &dir).await;
+            tracing::error!(shard = %record.id, volume = %record.volume, %error, "a shard cannot be made");
+            if is_anothers_folder(&error) {
+                // Its bytes are not ours to remove.
+                self.take_back_record(kept).await;
+            } else {
+                self.take_back(kept, &dir).await;
+            }
             return Err(error.with_shard(record.id));
         }
         fail::fail_point!("catalog-new-built", |_| Err(Error::unavailable("failpoint")));
@@ -306,6 +320,11 @@ impl Catalog {
             tracing::error!(shard = %record.id, %error, "what was made of a shard cannot be removed; it is tried again");
             return;
         }
+        self.take_back_record(kept).await;
+    }
+
+    async fn take_back_record(&self, kept: &Kept<ShardRecord>) {
+        let record = &kept.record;
         let txn = Txn::new()
             .when(shard_key(record.id), Demand::Modified(kept.modified))
             .delete(shard_key(record.id))
@@ -411,6 +430,22 @@ impl Catalog {
 
 fn parse_id(kv: &KeyValue) -> Result<ShardId> {
     ShardId::new(records::decode_number(&kv.key, &kv.value)?)
+}
+
+/// What tells a creation from all others, also from those that a metadata store has forgotten which was restored.
+fn origin(record: &ShardRecord) -> String {
+    // In alphabetical order: so it is written by whichever map.
+    serde_json::json!({
+        "created": record.created,
+        "owner": record.owner,
+        "request_id": record.request_id,
+    })
+    .to_string()
+}
+
+/// Whether a shard could not be made because its folder holds another one.
+fn is_anothers_folder(error: &Error) -> bool {
+    error.reason() == Reason::AlreadyExists
 }
 
 fn exists(client: &ClientId, name: &ShardName) -> Error {

@@ -419,6 +419,45 @@ async fn what_a_crash_left_is_finished() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_restored_store_gives_no_shard_away() {
+    let bench = Bench::new(&[("vol-1", "node-1")]).await;
+    let node = bench.node("node-1").await;
+    let mut old = Vec::new();
+    for n in 1..=3 {
+        let info = node.catalog.new_shard(&me(), new(&format!("old-{n}"))).await.unwrap();
+        let shard = node.catalog.open_shard(&me(), &by_id(info.id), None).await.unwrap();
+        put(&shard, "theirs").await.unwrap();
+        old.push(info.id);
+    }
+    node.end().await;
+    // The store is that of before the shards.
+    let store = bench.store();
+    let shards = KeyRange::prefix(records::SHARDS);
+    let mut txn = Txn::new().delete(NEXT_SHARD_ID);
+    for kv in store.range(shards, 0).await.unwrap().kvs {
+        let record: ShardRecord = records::decode(&kv.key, &kv.value).unwrap();
+        txn = txn
+            .delete(shard_key(record.id))
+            .delete(name_key(&me(), &record.name))
+            .delete(request_key(&me(), &record.request_id));
+    }
+    store.txn(txn).await.unwrap();
+    // One whose reservation a crash has left.
+    leave(&store, old[0].get(), "left", StateWord::Creating).await;
+    let node = bench.node("node-1").await;
+    eventually("it is taken back", async || node.catalog.parts.view.shard(old[0]).is_none()).await;
+    let info = node.catalog.new_shard(&me(), new("mine")).await.unwrap();
+    assert!(info.id > old[2], "{}", info.id);
+    let shard = node.catalog.open_shard(&me(), &by_id(info.id), None).await.unwrap();
+    assert_eq!(shard.usage().inodes, 1);
+    drop(shard);
+    for id in old {
+        assert!(bench.shard_dir("vol-1", id).join("CURRENT").is_file(), "{id} is left alone");
+    }
+    node.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn old_tombstones_go() {
     let bench = Bench::new(&[("vol-1", "node-1")]).await;
     let store = bench.store();

@@ -6,13 +6,15 @@
 //! Invariants: a shard's database is open at most once: opening, closing and deleting one hold its
 //! slot's lock. A shard that anyone still holds is not closed for want of places. A folder with the name
 //! `shard-N` is a whole shard: it is built under another name and renamed; one that is deleted is renamed
-//! first, so a crash leaves nothing that looks like a shard.
+//! first, so a crash leaves nothing that looks like a shard. A new shard is never made of another one's folder: ids are
+//! given again after the metadata store was restored to an older state.
 //!
 //! Must not: decide which shards exist or who may use them (`catalog`).
 
 use std::any::Any;
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -133,15 +135,23 @@ impl ShardManager {
         })
     }
 
-    /// Makes a shard in a folder. Blocks; durable when it returns; done already: no error.
+    /// Makes a shard in a folder, of no creation in particular. See [`ShardManager::create_by`].
     pub fn create(&self, dir: &Path, init: &ShardInit) -> Result<()> {
+        self.create_by(dir, init, "")
+    }
+
+    /// Makes a shard in a folder. Blocks; durable when it returns; done already by the same creation, which `origin` tells from
+    /// all others: no error. A shard of another creation is left alone: [`Reason::AlreadyExists`], which means nothing
+    /// else here.
+    pub fn create_by(&self, dir: &Path, init: &ShardInit, origin: &str) -> Result<()> {
         if is_whole(dir) {
-            return Ok(());
+            return check_origin(dir, init.id, origin);
         }
         let building = with_suffix(dir, "creating")?;
         remove_tree(&building)?;
         io("make", &building, std::fs::create_dir_all(&building))?;
         fail::fail_point!("shard::create::made_dir");
+        write_origin(&building, origin)?;
         {
             let store = RocksStore::create(&self.shared, init.id, &building)?;
             fail::fail_point!("shard::create::made_db");
@@ -447,6 +457,38 @@ impl ShardManager {
 /// Whether a folder holds a whole database.
 fn is_whole(dir: &Path) -> bool {
     dir.join("CURRENT").is_file()
+}
+
+/// The file beside the database that tells of which creation it is. Shards of earlier versions have none.
+const ORIGIN_FILE: &str = "origin";
+
+fn write_origin(dir: &Path, origin: &str) -> Result<()> {
+    let path = dir.join(ORIGIN_FILE);
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(&path)?;
+        file.write_all(origin.as_bytes())?;
+        file.sync_all()
+    };
+    io("write", &path, write())
+}
+
+/// Fails unless a whole shard is of this creation. One without a word about it was made by an earlier version, in another call
+/// than this one.
+fn check_origin(dir: &Path, id: ShardId, origin: &str) -> Result<()> {
+    let path = dir.join(ORIGIN_FILE);
+    match std::fs::read(&path) {
+        Ok(found) if found == origin.as_bytes() => Ok(()),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => io("read", &path, Err(e)),
+        Ok(_) | Err(_) => Err(Error::new(
+            Reason::AlreadyExists,
+            format!(
+                "the folder {} of shard {id} holds a shard of another creation and is left alone: was the metadata store restored \
+                 to an older state?",
+                dir.display()
+            ),
+        )
+        .with_shard(id)),
+    }
 }
 
 fn with_suffix(dir: &Path, suffix: &str) -> Result<PathBuf> {

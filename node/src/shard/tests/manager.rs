@@ -182,3 +182,30 @@ async fn buffered_operations_are_synced_in_time() {
     tokio::time::sleep(shardfs_proto::types::limits::UNSYNCED_AGE_MAX).await;
     assert_eq!(shard.executor().log().age(), None);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_of_another_creation_is_left_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    let (path, init) = (dir(root.path(), 1), ShardInit { id: id(1), ..init(None) });
+    m.create_by(&path, &init, "one").unwrap();
+    let shard = m.open(id(1), &path, room()).await.unwrap();
+    put_one(&shard, "k").await;
+    drop(shard);
+    m.create_by(&path, &init, "one").unwrap();
+    // One that an earlier version made says nothing.
+    for origin in [Some("one"), None] {
+        if origin.is_none() {
+            std::fs::remove_file(path.join("origin")).unwrap();
+        }
+        let error = m.create_by(&path, &init, "two").unwrap_err();
+        assert_eq!(error.reason(), Reason::AlreadyExists, "{error}");
+        assert!(error.message().contains("another creation"), "{error}");
+    }
+    let shard = m.open(id(1), &path, room()).await.unwrap();
+    assert_eq!(shard.usage().inodes, 2, "its content is there");
+    drop(shard);
+    // What is not whole is nobody's.
+    m.delete(id(1), &path).await.unwrap();
+    m.create_by(&path, &init, "two").unwrap();
+}
