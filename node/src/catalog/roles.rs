@@ -3,12 +3,12 @@
 //! Invariants: one action a volume at a time; each may be cut off anywhere and is planned anew from what is there
 //! then. What fails is told, and waits longer each time.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use shardfs_proto::types::clock::{self, BootTime};
+use shardfs_proto::types::clock;
 use shardfs_proto::types::cluster::{NewVolume, NodeInfo, VolumeInfo};
 use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
 use tokio::sync::Notify;
@@ -17,7 +17,9 @@ use super::Catalog;
 use super::serving::now_ns;
 use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::elect::{self, Outcome};
-use crate::cluster::plan::{self, Action, Health, Local, Observed, Volume};
+use crate::cluster::plan::{
+    self, ATTEMPTS_MAX, Action, Calm, Doubts, Health, Local, Observed, Promotion, Volume,
+};
 use crate::cluster::records::{self, VolumeRecord};
 use crate::cluster::store::{StoreError, Txn, get};
 use crate::cluster::view::Kept;
@@ -36,16 +38,20 @@ const SHOWN_WAIT_MAX: Duration = Duration::from_secs(2);
 const IDLE_WAIT_MAX: Duration = Duration::from_secs(10);
 /// Nodes of a volume: what devices are attached to at once (16 instances on EBS).
 const VOLUME_NODES_MAX: usize = 16;
-/// Attempts after which a primary that cannot use its volume gives it to a backup.
-const ATTEMPTS_MAX: u32 = 2;
 
 /// What is under way.
 #[derive(Default)]
 pub(super) struct Roles {
     busy: Mutex<HashSet<VolumeId>>,
-    /// Since when nothing was amiss.
-    calm: Mutex<Option<BootTime>>,
+    memory: Mutex<Memory>,
     done: Notify,
+}
+
+/// What is remembered from one look to the next.
+#[derive(Default)]
+struct Memory {
+    calm: Calm,
+    doubts: Doubts,
 }
 
 impl Roles {
@@ -116,7 +122,7 @@ impl Catalog {
         let (nodes, draining) = (view.healths(), view.draining());
         let busy = self.roles.busy.lock().clone();
         let records = view.volumes();
-        let volumes: Vec<Volume> = records
+        let mut volumes: Vec<Volume> = records
             .iter()
             .map(|kept| {
                 let record = &kept.record;
@@ -139,20 +145,25 @@ impl Catalog {
                     epoch: record.epoch,
                     given: record.holder == self.parts.record.incarnation,
                     target: record.target.clone(),
+                    formatted: record.formatted,
+                    handed_over: record.handed_over,
                     local,
+                    attempts: trouble.map_or(0, |(attempts, _)| attempts),
+                    doubts: BTreeMap::new(),
                 }
             })
             .collect();
-        let amiss = nodes.values().any(|health| !matches!(health, Health::Alive | Health::Absent))
-            || volumes
-                .iter()
-                .any(|v| !matches!(v.local, Local::Detached | Local::Backup | Local::Primary(_)));
         let now = clock::boot();
-        let mut calm = self.roles.calm.lock();
-        if amiss {
-            *calm = None;
+        let process = |node: &NodeId| view.node(node).map(|kept| kept.record.incarnation.clone());
+        let mut memory = self.roles.memory.lock();
+        let changed = memory.doubts.look(now, process, &draining, &mut volumes);
+        let calm_since = memory.calm.look(now, &nodes, &draining, &volumes);
+        drop(memory);
+        for volume in volumes.iter().filter(|v| changed.contains(&v.id)) {
+            if volume.primary.as_ref() == Some(&self.parts.node_id) {
+                self.serving.hurry(&volume.id, !volume.formatted);
+            }
         }
-        let calm_since = now.since(*calm.get_or_insert(now));
         Observed {
             me: self.parts.node_id.clone(),
             store_reachable: self.parts.lease.succeeded(),
@@ -212,6 +223,8 @@ impl Catalog {
                     let from = from.as_ref().map_or("nobody", NodeId::as_str);
                     tracing::info!(%volume, %epoch, from, ms = begun.elapsed().as_millis() as u64, "elected");
                     self.serving.note_won(volume, begun_ns);
+                    // What failed before was another thing: to attach it, or an earlier election.
+                    self.serving.remove_trouble(volume);
                     view.wait_for(revision, SHOWN_WAIT_MAX).await?;
                 }
                 Ok(())
@@ -266,7 +279,12 @@ impl Catalog {
             let view = &self.parts.view;
             let draining = view.draining();
             let ready = |node: &&NodeId| view.health(node) == Health::Alive && !draining.contains(node);
-            let Some(to) = kept.record.backups.iter().find(ready).cloned() else { return };
+            // One that failed is better than none: it has to go.
+            let now = clock::boot();
+            let doubt = |node: &&NodeId| self.roles.memory.lock().doubts.doubt(&served.id, node, now);
+            let Some(to) = kept.record.backups.iter().filter(ready).min_by_key(doubt).cloned() else {
+                return;
+            };
             if !self.roles.busy.lock().insert(served.id.clone()) {
                 return;
             }
@@ -279,26 +297,37 @@ impl Catalog {
         futures::future::join_all(giving).await;
     }
 
-    /// Asks for a volume to be served by a node, and waits until the records say so.
+    /// Asks for a volume to be served by a node, and waits until the records say so. Fails as soon as that cannot come:
+    /// somebody asked for another node, or this one is away or to serve nothing.
     pub async fn promote(&self, volume: &VolumeId, to: &NodeId, at_most: Duration) -> Result<VolumeInfo> {
-        let revision = elect::set_target(&*self.parts.store, &self.parts.view, volume, Some(to)).await?;
-        let mut changes = self.parts.view.subscribe();
+        // By an old copy, a node that was just started or drained would be judged wrongly.
+        self.refresh().await?;
         let view = &self.parts.view;
+        let revision = elect::set_target(&*self.parts.store, view, volume, Some(to)).await?;
+        let mut changes = view.subscribe();
         let moved = async {
             loop {
                 changes.borrow_and_update();
-                let there = view.revision() >= revision
-                    && view.volume(volume).is_none_or(|kept| kept.record.primary.as_ref() == Some(to));
-                if there || changes.changed().await.is_err() {
-                    return;
+                if view.revision() >= revision {
+                    let kept = view.volume(volume).ok_or_else(|| Error::not_found("the volume has gone"))?;
+                    match elect::promotion(view, &kept.record, to) {
+                        Promotion::Moved => return Ok(()),
+                        // What cannot be judged now can be in a moment.
+                        Promotion::Waiting | Promotion::Unclear => {}
+                        other => elect::refuse(&other, &kept.record, to)?,
+                    }
+                }
+                if changes.changed().await.is_err() {
+                    return Err(Error::unavailable("this node is stopping"));
                 }
             }
         };
-        tokio::time::timeout(at_most, moved).await.map_err(|_| {
-            Error::unavailable(format!(
-                "volume {volume} has not moved to {to} within {} s; it will when its primary can hand it over",
-                at_most.as_secs()
-            ))
+        let moved = tokio::time::timeout(at_most, moved).await;
+        moved.unwrap_or_else(|_| {
+            Err(Error::unavailable(format!(
+                "volume {volume} has not moved to {to} within {:.1} s; it will when its primary can hand it over",
+                at_most.as_secs_f64()
+            )))
         })?;
         let infos = view.volume_infos();
         infos

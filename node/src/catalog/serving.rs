@@ -160,6 +160,17 @@ impl Serving {
         troubles.get(id).map(|trouble| (trouble.attempts, trouble.again > clock::monotonic()))
     }
 
+    /// A volume became this node's: what is to be tried again is tried now. `afresh`: what failed before counts for
+    /// nothing.
+    pub(super) fn hurry(&self, id: &VolumeId, afresh: bool) {
+        let mut troubles = self.troubles.lock();
+        if afresh {
+            troubles.remove(id);
+        } else if let Some(trouble) = troubles.get_mut(id) {
+            trouble.again = clock::monotonic();
+        }
+    }
+
     /// Whether this node stands by for a volume.
     pub(super) fn stands_by(&self, id: &VolumeId) -> bool {
         self.standbys.lock().contains_key(id)

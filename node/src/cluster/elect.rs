@@ -4,9 +4,9 @@
 //! heartbeat (or the death) that was judged, so an unseen one makes it fail, and it changes the loser's depositions,
 //! so every later heartbeat is made in the knowledge of the loss (see `heartbeat`).
 
-use shardfs_proto::types::{Epoch, Error, NodeId, Result, VolumeId};
+use shardfs_proto::types::{Epoch, Error, NodeId, Reason, Result, VolumeId};
 
-use super::plan::Health;
+use super::plan::{self, Health, Promotion};
 use super::records::{self, NodeRecord, VolumeRecord};
 use super::store::{Demand, MetaStore, Revision, StoreError, Txn};
 use super::view::{Kept, View};
@@ -126,6 +126,40 @@ fn next(epoch: Epoch) -> Result<Epoch> {
     epoch.get().checked_add(1).and_then(Epoch::new).ok_or_else(|| Error::internal("epochs are used up"))
 }
 
+/// How a volume's move to a node stands.
+pub fn promotion(view: &View, volume: &VolumeRecord, to: &NodeId) -> Promotion {
+    let drained = view.draining().contains(to);
+    plan::promotion(volume.primary.as_ref(), volume.target.as_ref(), to, view.health(to), drained)
+}
+
+/// Fails unless a volume has moved or still may. Only what mends itself is worth repeating: a promotion that was overtaken and is
+/// repeated by its caller would overtake the other.
+pub fn refuse(promotion: &Promotion, volume: &VolumeRecord, to: &NodeId) -> Result<()> {
+    let id = &volume.id;
+    match promotion {
+        Promotion::Waiting | Promotion::Moved => Ok(()),
+        Promotion::Overtaken(other) => Err(Error::new(
+            Reason::VersionMismatch,
+            format!("volume {id} does not move to {to}: somebody else has asked for {other} meanwhile"),
+        )),
+        Promotion::Failed => Err(Error::new(
+            Reason::VersionMismatch,
+            format!(
+                "volume {id} has not moved to {to}, or {to} could not use it: {}",
+                volume
+                    .primary
+                    .as_ref()
+                    .map_or_else(|| "no node serves it".to_owned(), |node| format!("{node} has it now"))
+            ),
+        )),
+        Promotion::Away => Err(Error::invalid(format!("{to} is not alive: start it first"))),
+        Promotion::Unclear => Err(Error::unavailable(format!("{to} is not alive, or has only just started"))),
+        Promotion::Drained => Err(Error::invalid(format!(
+            "{to} is drained and serves nothing: `shardfs node drain {to} --undo` lets it"
+        ))),
+    }
+}
+
 /// Asks that a volume be served by a node; `None`: wherever.
 pub async fn set_target(
     store: &dyn MetaStore,
@@ -150,12 +184,10 @@ pub async fn set_target(
                 if candidates.is_empty() { "none".to_owned() } else { candidates.join(", ") }
             )));
         }
-        if let Some(target) = target.filter(|target| old.primary.as_ref() != Some(*target))
-            && view.health(target) != Health::Alive
-        {
-            return Err(Error::unavailable(format!("{target} is not alive: start it first")));
-        }
         let fresh = VolumeRecord { target: target.cloned(), ..old };
+        if let Some(target) = target {
+            refuse(&promotion(view, &fresh, target), &fresh, target)?;
+        }
         let txn =
             Txn::new().when(key.clone(), Demand::Modified(kv.modified)).put(key, records::encode(&fresh));
         match store.txn(txn).await {

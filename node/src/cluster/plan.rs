@@ -8,6 +8,8 @@
 //! - what is not known ([`Health::Unknown`], [`Local::Busy`]) leads to no action on it;
 //! - a volume is taken from a node only if that node's lease is over for certain: it is dead, or was silent for longer
 //!   than the term while this node's own connection to the store was healthy;
+//! - a volume is given, unless an operator asks for it, only to a node that is believed able to use it: who failed is left
+//!   alone for a while that grows with every failure ([`Doubt`]), and balancing never tries it;
 //! - at most one action a volume.
 //!
 //! Must not: know the store, devices or shards.
@@ -17,6 +19,10 @@ use std::time::Duration;
 
 use shardfs_proto::types::{Epoch, NodeId, VolumeId};
 
+mod memory;
+
+pub use memory::{Calm, Doubts};
+
 /// What a candidate waits for each one that is before it in line: longer than an election takes, so that normally one
 /// transaction is made, not as many as there are backups.
 pub const STAGGER: Duration = Duration::from_millis(150);
@@ -25,6 +31,12 @@ pub const BALANCE_AFTER: Duration = Duration::from_secs(10);
 /// A process that is younger takes nothing from a node that is not there: when a cluster starts, its nodes come one after
 /// the other.
 pub const ABSENT_GRACE: Duration = Duration::from_secs(5);
+/// Attempts after which a primary that cannot use its volume gives it to a backup, and nobody waits for it any more.
+pub const ATTEMPTS_MAX: u32 = 2;
+/// Silence after which an operator is told that a node is not there.
+const HICCUP_MAX: Duration = Duration::from_secs(2);
+/// A node that is silent for so long is gone: what follows from that has happened.
+pub const GONE_AFTER: Duration = Duration::from_secs(60);
 /// Volumes that one node may serve more than another before one is moved.
 pub const IMBALANCE_MAX: usize = 1;
 
@@ -63,6 +75,15 @@ pub enum Local {
     Busy,
 }
 
+/// What is held against a node that failed to use a volume. Worse is greater.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Doubt {
+    /// It may try again if nobody better is there.
+    Failed,
+    /// It failed just now: it is too early to try again.
+    Paused,
+}
+
 /// A volume: its record, and what this node has of it.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Volume {
@@ -78,8 +99,22 @@ pub struct Volume {
     pub given: bool,
     /// Where an operator wants it.
     pub target: Option<NodeId>,
+    /// It was made: it has been attached once.
+    pub formatted: bool,
+    /// Whoever had it before its primary gave it away in order.
+    pub handed_over: bool,
     /// What this node has of it.
     pub local: Local,
+    /// Attempts of this node on it that failed, in a row.
+    pub attempts: u32,
+    /// Nodes that failed to use it lately; see [`Doubts`].
+    pub doubts: BTreeMap<NodeId, Doubt>,
+}
+
+impl Volume {
+    fn doubt(&self, node: &NodeId) -> Option<Doubt> {
+        self.doubts.get(node).copied()
+    }
 }
 
 /// What a node knows when it plans.
@@ -101,7 +136,7 @@ pub struct Observed {
     pub stopping: bool,
     /// Nodes that are to serve nothing.
     pub draining: Vec<NodeId>,
-    /// Since when all nodes are alive and every volume is where its record says.
+    /// Since when nothing changes; see [`Calm`].
     pub calm_since: Duration,
     /// All volumes, in order of id.
     pub volumes: Vec<Volume>,
@@ -187,8 +222,8 @@ fn successor<'a>(
         // Better a node that is being drained than none.
         line = volume.backups.iter().filter(|node| observed.health(node) == Health::Alive).collect();
     }
-    // Stable: nodes with equal loads stay in the record's order.
-    line.sort_by_key(|node| loads.get(*node).copied().unwrap_or(0));
+    // Stable: nodes with equal loads stay in the record's order. Who failed comes last, and comes still.
+    line.sort_by_key(|node| (volume.doubt(node), loads.get(*node).copied().unwrap_or(0)));
     line.first().copied().map(|first| (first, line))
 }
 
@@ -213,30 +248,45 @@ fn for_volume(
         },
         // The record has another epoch by now; it is looked at again.
         Local::Lost => None,
-        Local::Unusable if mine && volume.given => match ready_backup(observed, volume) {
-            Some(to) => Some(Action::HandOver(id, to.clone())),
-            None => Some(Action::Promote(id, volume.epoch)),
-        },
+        // With nobody who may be able it stays, and is tried again with growing pauses.
+        Local::Unusable if mine && volume.given => {
+            let ready = hand_over_to(observed, volume).or_else(|| ready_backup(observed, volume));
+            match ready.filter(|_| !observed.stopping) {
+                Some(to) => Some(Action::HandOver(id, to.clone())),
+                None => Some(Action::Promote(id, volume.epoch)),
+            }
+        }
         Local::Unusable | Local::Detached | Local::Backup if mine && !observed.lease_held => None,
         Local::Detached | Local::Backup if mine && volume.given => Some(Action::Promote(id, volume.epoch)),
         Local::Unusable | Local::Detached | Local::Backup if mine => (observed.alone
             && observed.store_reachable)
             .then(|| Action::Elect { volume: id, from: Some(me.clone()) }),
-        Local::Unusable | Local::Detached if volume.backups.contains(me) => Some(Action::Attach(id)),
+        Local::Unusable | Local::Detached if volume.backups.contains(me) => {
+            // What nobody has made cannot be attached: who is elected makes it.
+            let election = if volume.formatted { None } else { election(observed, volume, successor) };
+            Some(election.unwrap_or(Action::Attach(id)))
+        }
         Local::Unusable | Local::Detached => None,
         Local::Backup if !volume.backups.contains(me) => Some(Action::Detach(id)),
-        Local::Backup => {
-            let (_, line) = successor?;
-            let since = match &volume.primary {
-                None => Duration::MAX,
-                Some(primary) => observed.over_since(primary)?,
-            };
-            let place = u32::try_from(line.iter().position(|node| *node == me)?).unwrap_or(u32::MAX);
-            let turn = since >= STAGGER.saturating_mul(place);
-            (turn && !observed.stopping && observed.lease_held && observed.store_reachable)
-                .then(|| Action::Elect { volume: id, from: volume.primary.clone() })
-        }
+        Local::Backup => election(observed, volume, successor),
     }
+}
+
+/// This node's election, if it is its turn.
+fn election(
+    observed: &Observed,
+    volume: &Volume,
+    successor: Option<(&NodeId, Vec<&NodeId>)>,
+) -> Option<Action> {
+    let (_, line) = successor?;
+    let since = match &volume.primary {
+        None => Duration::MAX,
+        Some(primary) => observed.over_since(primary)?,
+    };
+    let place = u32::try_from(line.iter().position(|node| **node == observed.me)?).unwrap_or(u32::MAX);
+    let turn = since >= STAGGER.saturating_mul(place);
+    (turn && !observed.stopping && observed.lease_held && observed.store_reachable)
+        .then(|| Action::Elect { volume: volume.id.clone(), from: volume.primary.clone() })
 }
 
 /// Where a volume that this node serves should go instead.
@@ -252,12 +302,13 @@ fn hand_over_to<'a>(observed: &'a Observed, volume: &'a Volume) -> Option<&'a No
     observed.draining.contains(&observed.me).then(|| ready_backup(observed, volume)).flatten()
 }
 
-/// The backup that is alive, may serve, and serves least.
+/// The backup that is alive, may serve, is believed able, and serves least; who never failed comes first.
 fn ready_backup<'a>(observed: &'a Observed, volume: &'a Volume) -> Option<&'a NodeId> {
     let served =
         |node: &NodeId| observed.volumes.iter().filter(|other| other.primary.as_ref() == Some(node)).count();
-    let ready = volume.backups.iter().filter(|node| observed.may_serve(node));
-    ready.min_by_key(|node| served(node)).filter(|_| observed.store_reachable)
+    let able = |node: &&NodeId| observed.may_serve(node) && volume.doubt(node) != Some(Doubt::Paused);
+    let ready = volume.backups.iter().filter(able);
+    ready.min_by_key(|node| (volume.doubt(node), served(node))).filter(|_| observed.store_reachable)
 }
 
 /// One volume to a node that serves fewer, when all is calm.
@@ -271,8 +322,10 @@ fn balance(observed: &Observed, loads: &BTreeMap<&NodeId, usize>) -> Option<Acti
     }
     let load = |node: &NodeId| loads.get(node).copied().unwrap_or(0);
     let mine = load(&observed.me);
-    // Only who has most gives, so that two never give to the same node at once; of several the first.
-    let most = observed.nodes.keys().max_by_key(|node| (load(node), std::cmp::Reverse(*node)))?;
+    // Only who has most gives, so that two never give to the same node at once; of several the first. One that is away,
+    // with volumes that nobody else can take, holds up nobody.
+    let able = observed.nodes.keys().filter(|node| observed.may_serve(node));
+    let most = able.max_by_key(|node| (load(node), std::cmp::Reverse(*node)))?;
     if *most != observed.me {
         return None;
     }
@@ -281,10 +334,56 @@ fn balance(observed: &Observed, loads: &BTreeMap<&NodeId, usize>) -> Option<Acti
         matches!(v.local, Local::Primary(_)) && v.target.as_ref() != Some(&observed.me)
     });
     let moves = served.flat_map(|volume| {
-        volume.backups.iter().filter(|node| observed.may_serve(node)).map(move |node| (volume, node))
+        // A trial of a node that failed is a pause for the volume's users.
+        let able = move |node: &&NodeId| observed.may_serve(node) && volume.doubt(node).is_none();
+        volume.backups.iter().filter(able).map(move |node| (volume, node))
     });
     let (volume, node) = moves.min_by_key(|(_, node)| load(node))?;
     (load(node) + IMBALANCE_MAX < mine).then(|| Action::HandOver(volume.id.clone(), node.clone()))
+}
+
+/// How a volume's move that an operator asked for stands.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Promotion {
+    /// It is under way.
+    Waiting,
+    /// The record says so.
+    Moved,
+    /// Somebody asked for another node since.
+    Overtaken(NodeId),
+    /// It went elsewhere, or its node gave it away again: nobody tries any more.
+    Failed,
+    /// The node is not there.
+    Away,
+    /// The node cannot be judged at the moment.
+    Unclear,
+    /// The node is to serve nothing.
+    Drained,
+}
+
+/// How the move of a volume to the node `to` stands, by its record, after the target was set to `to` (or before, with that
+/// target).
+pub fn promotion(
+    primary: Option<&NodeId>,
+    target: Option<&NodeId>,
+    to: &NodeId,
+    health: Health,
+    drained: bool,
+) -> Promotion {
+    match target {
+        Some(other) if other != to => Promotion::Overtaken(other.clone()),
+        _ if primary == Some(to) => Promotion::Moved,
+        None => Promotion::Failed,
+        Some(_) if drained => Promotion::Drained,
+        Some(_) => match health {
+            Health::Alive => Promotion::Waiting,
+            Health::Dead(_) | Health::Absent => Promotion::Away,
+            // A hiccup ends.
+            Health::Silent(since) if since < HICCUP_MAX => Promotion::Unclear,
+            Health::Silent(_) => Promotion::Away,
+            Health::Unknown => Promotion::Unclear,
+        },
+    }
 }
 
 impl Observed {

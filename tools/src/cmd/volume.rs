@@ -61,8 +61,8 @@ A node on which a device has another path is told so: shardfs-node --device vol-
     },
     /// Have a volume served by one of its backups
     ///
-    /// Its primary flushes, stops serving and hands over; programs on mounts see a short pause. The volume stays
-    /// where it was put: only a failure moves it again.
+    /// Its primary flushes, stops serving and hands over; programs on mounts see a short pause. Ends when the node serves it,
+    /// or with what keeps it from that. The volume stays where it was put: only a failure moves it again.
     #[command(after_help = "Example:\n  shardfs volume promote vol-1 node-2")]
     Promote {
         /// Which (see `shardfs volume list`)

@@ -18,8 +18,16 @@ fn volume(id: &str, primary: &str, backups: &[&str], local: Local) -> Volume {
         epoch: epoch(3),
         given: true,
         target: None,
+        formatted: true,
+        handed_over: false,
         local,
+        attempts: 0,
+        doubts: BTreeMap::new(),
     }
+}
+
+fn doubted(volume: Volume, doubts: &[(&str, Doubt)]) -> Volume {
+    Volume { doubts: doubts.iter().map(|(id, doubt)| (node(id), *doubt)).collect(), ..volume }
 }
 
 /// Seen from `me`, with all three nodes alive.
@@ -219,6 +227,115 @@ fn a_node_that_joins_gets_its_share() {
     other.volumes[1].local = Local::Backup;
     other.volumes[2].local = primary;
     assert_eq!(plan(&other), []);
+}
+
+#[test]
+fn who_failed_is_not_given_a_volume_again() {
+    use Doubt::{Failed, Paused};
+    let unusable = |doubts: &[(&str, Doubt)]| {
+        observed("a", vec![doubted(volume("v", "a", &["b", "c"], Local::Unusable), doubts)])
+    };
+    let give = |to: &str| vec![Action::HandOver(id("v"), node(to))];
+    let keep = || vec![Action::Promote(id("v"), epoch(3))];
+    let cases: [(&[(&str, Doubt)], Vec<Action>); 6] = [
+        (&[], give("b")),
+        (&[("b", Failed)], give("c")),
+        (&[("b", Paused)], give("c")),
+        (&[("b", Paused), ("c", Failed)], give("c")),
+        (&[("b", Failed), ("c", Failed)], give("b")),
+        // Nobody is able: it stays, under its epoch.
+        (&[("b", Paused), ("c", Paused)], keep()),
+    ];
+    for (doubts, actions) in cases {
+        assert_eq!(plan(&unusable(doubts)), actions, "{doubts:?}");
+    }
+    // A healthy node is not passed over because it serves more.
+    let mut busy = unusable(&[("b", Failed)]);
+    busy.volumes.push(volume("w", "c", &[], Local::Detached));
+    busy.volumes.push(volume("x", "c", &[], Local::Detached));
+    assert_eq!(plan(&busy), give("c"));
+    // An operator has asked.
+    let mut asked = unusable(&[("b", Paused), ("c", Paused)]);
+    asked.volumes[0].target = Some(node("c"));
+    assert_eq!(plan(&asked), give("c"));
+    assert_eq!(plan(&Observed { stopping: true, ..unusable(&[]) }), keep());
+    // One that is drained serves on rather than give to one that cannot.
+    let primary = Local::Primary(epoch(3));
+    let mut drained = observed("a", vec![doubted(volume("v", "a", &["b"], primary), &[("b", Paused)])]);
+    drained.draining = vec![node("a")];
+    assert_eq!(plan(&drained), []);
+    // In line it comes last, and comes still.
+    let line = |me, ms| {
+        let v = doubted(volume("v", "a", &["b", "c"], Local::Backup), &[("b", Paused)]);
+        plan(&with(observed(me, vec![v]), "a", silent(ms)))
+    };
+    assert_eq!(line("c", 0), [elect("v", "a")]);
+    assert_eq!(line("b", 149), []);
+    assert_eq!(line("b", 150), [elect("v", "a")]);
+}
+
+#[test]
+fn balancing_tries_nobody_who_failed_and_waits_for_nobody_who_is_gone() {
+    let primary = Local::Primary(epoch(3));
+    let both = |doubts: &[(&str, Doubt)]| {
+        let v = |id| doubted(volume(id, "a", &["b", "c"], primary), doubts);
+        Observed { calm_since: BALANCE_AFTER, ..observed("a", vec![v("v"), v("w")]) }
+    };
+    assert_eq!(plan(&both(&[("b", Doubt::Failed)])), [Action::HandOver(id("v"), node("c"))]);
+    assert_eq!(plan(&both(&[("b", Doubt::Failed), ("c", Doubt::Paused)])), []);
+    // The dead have most, and nobody can take it from them.
+    let mut lost = with(both(&[]), "b", Health::Dead(GONE_AFTER));
+    for name in ["x", "y", "z"] {
+        lost.volumes.push(volume(name, "b", &[], Local::Detached));
+    }
+    assert_eq!(plan(&lost), [Action::HandOver(id("v"), node("c"))]);
+}
+
+#[test]
+fn what_nobody_has_made_is_made_by_a_backup() {
+    let fresh = |local| Volume { formatted: false, ..volume("v", "a", &["b", "c"], local) };
+    let dead = Health::Dead(Duration::ZERO);
+    for local in [Local::Detached, Local::Unusable, Local::Backup] {
+        assert_eq!(plan(&with(observed("b", vec![fresh(local)]), "a", dead)), [elect("v", "a")], "{local:?}");
+    }
+    let seen = |health| with(observed("b", vec![fresh(Local::Detached)]), "a", health);
+    assert_eq!(plan(&seen(Health::Alive)), [Action::Attach(id("v"))]);
+    assert_eq!(plan(&seen(Health::Unknown)), [Action::Attach(id("v"))]);
+    assert_eq!(plan(&Observed { lease_held: false, ..seen(dead) }), [Action::Attach(id("v"))]);
+    // It stands in line as any other.
+    let second = |ms| with(observed("c", vec![fresh(Local::Detached)]), "a", silent(ms));
+    assert_eq!(plan(&second(0)), [Action::Attach(id("v"))]);
+    assert_eq!(plan(&second(150)), [elect("v", "a")]);
+    // What was made is not made anew.
+    let made = observed("b", vec![volume("v", "a", &["b", "c"], Local::Detached)]);
+    assert_eq!(plan(&with(made, "a", dead)), [Action::Attach(id("v"))]);
+}
+
+#[test]
+fn a_promotion_ends_when_it_cannot_come_any_more() {
+    let (alive, dead) = (Health::Alive, Health::Dead(Duration::ZERO));
+    let cases = [
+        ("a", "b", alive, false, Promotion::Waiting),
+        ("b", "b", alive, false, Promotion::Moved),
+        ("b", "", alive, false, Promotion::Moved),
+        ("b", "b", dead, true, Promotion::Moved),
+        ("a", "c", alive, false, Promotion::Overtaken(node("c"))),
+        ("b", "c", alive, false, Promotion::Overtaken(node("c"))),
+        ("a", "", alive, false, Promotion::Failed),
+        ("", "", alive, false, Promotion::Failed),
+        ("a", "b", dead, false, Promotion::Away),
+        ("a", "b", Health::Absent, false, Promotion::Away),
+        ("a", "b", Health::Silent(HICCUP_MAX), false, Promotion::Away),
+        ("a", "b", silent(0), false, Promotion::Unclear),
+        ("a", "b", Health::Unknown, false, Promotion::Unclear),
+        ("a", "b", alive, true, Promotion::Drained),
+    ];
+    for (primary, target, health, drained, outcome) in cases {
+        let some = |id: &str| (!id.is_empty()).then(|| node(id));
+        let (primary, target) = (some(primary), some(target));
+        let is = promotion(primary.as_ref(), target.as_ref(), &node("b"), health, drained);
+        assert_eq!(is, outcome, "{primary:?} {target:?} {health:?} {drained}");
+    }
 }
 
 /// Whatever is observed: at most one action a volume, none on what is not known, and two nodes that observe
