@@ -280,7 +280,8 @@ async fn end<T>(task: &mut JoinHandle<T>) {
     }
 }
 
-/// Starts a node and keeps it until a signal, or until it cannot go on. A second signal ends the process at once.
+/// Starts a node and keeps it until a signal, or until it cannot go on. A second signal ends the process at once, unless it
+/// comes so soon that it is the first one by another way.
 pub async fn run(config: NodeConfig, child: Child) -> Result<()> {
     let mut signals = Signals::new()?;
     let mut node = tokio::select! {
@@ -297,9 +298,10 @@ pub async fn run(config: NodeConfig, child: Child) -> Result<()> {
         }
         failure = node.failed() => Some(failure),
     };
+    let one_until = tokio::time::Instant::now() + ONE_SIGNAL;
     let stopped = tokio::select! {
         stopped = node.shutdown() => stopped,
-        name = signals.next() => {
+        name = signals.next_after(one_until) => {
             tracing::warn!("{name} again: ending at once; the next start cleans up");
             std::process::exit(1);
         }
@@ -309,6 +311,10 @@ pub async fn run(config: NodeConfig, child: Child) -> Result<()> {
         None => stopped,
     }
 }
+
+/// Signals within so long are one: systemd sends its to all processes of the unit, so the node hears it from systemd and from
+/// its parent, which passes it on.
+const ONE_SIGNAL: Duration = Duration::from_secs(2);
 
 struct Signals {
     terminate: tokio::signal::unix::Signal,
@@ -328,6 +334,17 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+
+    /// The next one that comes after that moment; those before it are taken for what was heard already.
+    async fn next_after(&mut self, moment: tokio::time::Instant) -> &'static str {
+        loop {
+            let name = self.next().await;
+            if tokio::time::Instant::now() >= moment {
+                return name;
+            }
+            tracing::debug!("{name} once more: taken for the same");
         }
     }
 }
@@ -494,6 +511,26 @@ mod tests {
         for bad in ["", ":1", "host:x", "http://host:1"] {
             assert!(advertised(Some(bad), any).is_err(), "{bad:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_signal_by_two_ways_is_one() {
+        const ONE: Duration = Duration::from_millis(400);
+        let mut signals = Signals::new().unwrap();
+        let send = || {
+            let me = rustix::process::getpid();
+            rustix::process::kill_process(me, rustix::process::Signal::TERM).unwrap();
+        };
+        send();
+        assert_eq!(signals.next().await, "SIGTERM");
+        let until = tokio::time::Instant::now() + ONE;
+        send();
+        let soon = tokio::time::timeout(ONE / 2, signals.next_after(until)).await;
+        assert!(soon.is_err(), "it is the first one still");
+        tokio::time::sleep_until(until).await;
+        send();
+        let later = tokio::time::timeout(Duration::from_secs(20), signals.next_after(until)).await;
+        assert_eq!(later.unwrap(), "SIGTERM");
     }
 
     #[test]
