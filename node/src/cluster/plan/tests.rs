@@ -237,7 +237,8 @@ fn who_failed_is_not_given_a_volume_again() {
     };
     let give = |to: &str| vec![Action::HandOver(id("v"), node(to))];
     let keep = || vec![Action::Promote(id("v"), epoch(3))];
-    let cases: [(&[(&str, Doubt)], Vec<Action>); 6] = [
+    type Case<'a> = (&'a [(&'a str, Doubt)], Vec<Action>);
+    let cases: [Case<'_>; 6] = [
         (&[], give("b")),
         (&[("b", Failed)], give("c")),
         (&[("b", Paused)], give("c")),
