@@ -261,8 +261,8 @@ pub async fn up(
     if fresh {
         layout.check_new(settings.mount.as_deref())?;
     }
-    // Before anything is made or written down: the settings that are stored may be the only ones that lead to the records.
-    check_store(layout, stored.as_ref(), &settings).await?;
+    // Before anything is made or written down.
+    meta::check_new(layout, stored.as_ref(), &settings).await?;
     let mount_was_there = settings.mount.as_deref().is_none_or(Path::exists);
     let unmake_mount = || {
         if let Some(mount) = settings.mount.as_deref().filter(|_| !mount_was_there) {
@@ -329,36 +329,6 @@ pub async fn up(
         }
     }
     result
-}
-
-/// Fails unless the etcd that is asked for, if it is a new one, answers and may hold this cluster. Writes nothing.
-async fn check_store(layout: &Layout, stored: Option<&Settings>, settings: &Settings) -> Result<()> {
-    let Some(etcd) = &settings.etcd else { return Ok(()) };
-    let known = stored.and_then(|stored| stored.etcd.as_ref());
-    if known.is_some_and(|known| known.reached == etcd.reached) {
-        return Ok(());
-    }
-    let address = &etcd.reached.address;
-    let store = etcd.reached.connect().with_context(|| format!("--meta {address}"))?;
-    let found = bootstrap::cluster_id(&*store).await.map_err(|e| {
-        Failure::from(e).context(format!("--meta {address}")).hint(
-            "does it run (`etcdctl --endpoints HOST:PORT endpoint health`), and are --meta and its settings right?",
-        )
-    })?;
-    let kept = "; the cluster's settings stay as they were";
-    let kept = if stored.is_some() { kept } else { "" };
-    match found {
-        Some(id) if id != etcd.cluster_id => Err(Failure::new(format!("{address} holds another cluster, {id}")).hint(format!(
-            "one etcd holds one cluster: give this one an etcd of its own{kept}. If the other one is no longer needed, \
-             `shardfs dev down --delete` with its --dir takes its records away (without its folder: `etcdctl del --prefix shardfs/`)"
-        ))),
-        None if etcd.recorded == Recorded::Done => {
-            let dir = layout.dir().display();
-            Err(Failure::new(format!("{address} holds no records of the cluster in {dir}"))
-                .hint(format!("it did once: start the etcd that has them, or name it with --meta{kept}")))
-        }
-        _ours_or_empty => Ok(()),
-    }
 }
 
 async fn run_foreground(
@@ -766,48 +736,5 @@ mod tests {
         let failure =
             plan(&layout, Some(stored), &Wanted { nodes: Some(5), ..Wanted::default() }, true).unwrap_err();
         assert_eq!(failure.message(), "the cluster in /srv/c was made with --nodes 3, not 5");
-    }
-
-    #[tokio::test]
-    async fn another_store_is_looked_at_first() {
-        use shardfs_node::cluster::embedded_server::serve;
-
-        let temp = tempfile::tempdir().unwrap();
-        let layout = Layout::new(&temp.path().join("c"));
-        let mut servers = Vec::new();
-        for name in ["empty", "ours", "another"] {
-            let file = temp.path().join(name);
-            servers.push(serve(file, "127.0.0.1:0".parse().unwrap()).await.unwrap());
-        }
-        let at = |server: usize| MetaSettings::of(servers[server].address().to_string());
-        let with = |reached: MetaSettings, recorded: Recorded| {
-            let mut settings = plan(&layout, None, &Wanted::default(), true).unwrap();
-            settings.etcd = Some(EtcdMeta { reached, cluster_id: "us".to_owned(), recorded });
-            settings
-        };
-        for (server, id) in [(1, "us"), (2, "them")] {
-            let store = at(server).connect().unwrap();
-            bootstrap::claim_cluster_id(&*store, id).await.unwrap();
-        }
-        let stored = with(MetaSettings::of("etcd://127.0.0.1:1"), Recorded::Done);
-        let check = async |stored: Option<&Settings>, server: usize, recorded: Recorded| {
-            let checked = check_store(&layout, stored, &with(at(server), recorded)).await;
-            checked.map_err(|failure| failure.message().to_owned())
-        };
-        check(Some(&stored), 1, Recorded::Done).await.unwrap();
-        check(None, 0, Recorded::No).await.unwrap();
-        let failure = check(Some(&stored), 0, Recorded::Done).await.unwrap_err();
-        assert!(failure.contains("holds no records of the cluster"), "{failure}");
-        for (stored, recorded) in [(Some(&stored), Recorded::Done), (None, Recorded::No)] {
-            let failure = check(stored, 2, recorded).await.unwrap_err();
-            assert!(failure.contains("holds another cluster, them"), "{failure}");
-        }
-        // What is written down already is not looked at here: it may be away for a moment.
-        check_store(&layout, Some(&stored), &stored).await.unwrap();
-        assert!(!layout.dir().exists(), "nothing is made");
-        assert_eq!(bootstrap::cluster_id(&*at(0).connect().unwrap()).await.unwrap(), None);
-        for server in servers {
-            server.shutdown().await.unwrap();
-        }
     }
 }

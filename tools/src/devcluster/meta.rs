@@ -107,22 +107,39 @@ fn store(settings: &MetaSettings) -> Result<Arc<dyn MetaStore>> {
     settings.connect().with_context(|| format!("--meta {}", settings.address))
 }
 
+/// Fails unless the etcd that is asked for, if it is another one than before, answers and may hold this cluster. Writes nothing: the
+/// settings that are stored may be the only ones that lead to the records.
+pub async fn check_new(layout: &Layout, stored: Option<&Settings>, settings: &Settings) -> Result<()> {
+    let Some(etcd) = &settings.etcd else { return Ok(()) };
+    let known = stored.and_then(|stored| stored.etcd.as_ref());
+    if known.is_some_and(|known| known.reached == etcd.reached) {
+        // It may be away for a moment.
+        return Ok(());
+    }
+    check(&*store(&etcd.reached)?, layout, etcd).await.map(drop)
+}
+
+/// Fails unless the etcd holds this cluster, or may; answers whether it does.
+async fn check(store: &dyn MetaStore, layout: &Layout, etcd: &EtcdMeta) -> Result<bool> {
+    let found = bootstrap::cluster_id(store).await.map_err(|e| unreached(etcd, e.into()))?;
+    match found {
+        Some(id) if id != etcd.cluster_id => Err(taken(etcd, &id)),
+        None if etcd.recorded == Recorded::Done => {
+            let (address, dir) = (&etcd.reached.address, layout.dir().display());
+            Err(Failure::new(format!("{address} holds no records of the cluster in {dir}")).hint(
+                "it did once: start the etcd that has them, or name it with --meta; if they are lost, `dev down --delete` \
+                 and a new cluster are left",
+            ))
+        }
+        found => Ok(found.is_some()),
+    }
+}
+
 /// Sees to it that the etcd holds this cluster and no other.
 async fn claim(store: &dyn MetaStore, layout: &Layout, settings: &mut Settings) -> Result<()> {
     let Some(etcd) = settings.etcd.clone() else { return Ok(()) };
-    let found = bootstrap::cluster_id(store).await.map_err(|e| unreached(&etcd, e.into()))?;
-    let address = &etcd.reached.address;
-    match (found, etcd.recorded) {
-        (Some(id), _) if id != etcd.cluster_id => return Err(taken(&etcd, &id)),
-        (Some(_), Recorded::Done) => return Ok(()),
-        (None, Recorded::Done) => {
-            return Err(Failure::new(format!("{address} holds no records of the cluster in {}", layout.dir().display()))
-                .hint(
-                    "it did once: start the etcd that has them, or name it with --meta; if they are lost, `dev down --delete` \
-                     and a new cluster are left",
-                ));
-        }
-        (Some(_) | None, Recorded::No | Recorded::Begun) => {}
+    if check(store, layout, &etcd).await? && etcd.recorded == Recorded::Done {
+        return Ok(());
     }
     // Written down before and after: whoever finds half of it knows whose it is.
     remember(layout, settings, Recorded::Begun)?;
@@ -154,4 +171,53 @@ fn taken(etcd: &EtcdMeta, id: &str) -> Failure {
 fn unreached(etcd: &EtcdMeta, failure: Failure) -> Failure {
     failure.context(format!("--meta {}", etcd.reached.address))
         .hint("does it run (`etcdctl --endpoints HOST:PORT endpoint health`), and are --meta and its settings right?")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::launch::{Wanted, plan};
+    use super::*;
+
+    #[tokio::test]
+    async fn another_store_is_looked_at_first() {
+        use shardfs_node::cluster::embedded_server::serve;
+
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&temp.path().join("c"));
+        let mut servers = Vec::new();
+        for name in ["empty", "ours", "another"] {
+            let file = temp.path().join(name);
+            servers.push(serve(file, "127.0.0.1:0".parse().unwrap()).await.unwrap());
+        }
+        let at = |server: usize| MetaSettings::of(servers[server].address().to_string());
+        let with = |reached: MetaSettings, recorded: Recorded| {
+            let mut settings = plan(&layout, None, &Wanted::default(), true).unwrap();
+            settings.etcd = Some(EtcdMeta { reached, cluster_id: "us".to_owned(), recorded });
+            settings
+        };
+        for (server, id) in [(1, "us"), (2, "them")] {
+            let store = at(server).connect().unwrap();
+            bootstrap::claim_cluster_id(&*store, id).await.unwrap();
+        }
+        let stored = with(MetaSettings::of("etcd://127.0.0.1:1"), Recorded::Done);
+        let check = async |stored: Option<&Settings>, server: usize, recorded: Recorded| {
+            let checked = check_new(&layout, stored, &with(at(server), recorded)).await;
+            checked.map_err(|failure| failure.message().to_owned())
+        };
+        check(Some(&stored), 1, Recorded::Done).await.unwrap();
+        check(None, 0, Recorded::No).await.unwrap();
+        let failure = check(Some(&stored), 0, Recorded::Done).await.unwrap_err();
+        assert!(failure.contains("holds no records of the cluster"), "{failure}");
+        for (stored, recorded) in [(Some(&stored), Recorded::Done), (None, Recorded::No)] {
+            let failure = check(stored, 2, recorded).await.unwrap_err();
+            assert!(failure.contains("holds another cluster, them"), "{failure}");
+        }
+        // What is written down already is not looked at here: it may be away for a moment.
+        check_new(&layout, Some(&stored), &stored).await.unwrap();
+        assert!(!layout.dir().exists(), "nothing is made");
+        assert_eq!(bootstrap::cluster_id(&*at(0).connect().unwrap()).await.unwrap(), None);
+        for server in servers {
+            server.shutdown().await.unwrap();
+        }
+    }
 }
