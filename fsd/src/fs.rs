@@ -212,31 +212,19 @@ impl Fs {
 
     /// `seen`: losses that the file knows of; without, whoever comes first is told.
     async fn sync(&self, shard: ShardId, seen: Option<&AtomicU64>) -> Outcome<()> {
-        if self.shards.is_closed(shard) && !self.client.is_sync_due(shard) {
-            // Closing has made everything durable.
-            return match seen {
-                Some(seen) => Ok(self.client.check_losses(shard, seen)?),
-                None => Ok(()),
-            };
-        }
-        // Taken out first: what changes meanwhile puts it back in.
-        self.unsynced.lock().remove(&shard);
-        let synced = match seen {
-            None => self.client.sync(shard).await,
-            Some(_) => self.client.make_durable(shard).await,
-        };
-        if synced.is_ok()
-            && let Some(seen) = seen
-        {
-            self.client.check_losses(shard, seen)?;
-        }
-        match synced {
-            Ok(()) => Ok(()),
-            Err(error) => {
+        if !self.shards.is_closed(shard) || self.client.is_sync_due(shard) {
+            // Taken out first: what changes meanwhile puts it back in.
+            self.unsynced.lock().remove(&shard);
+            if let Err(error) = self.client.make_durable(shard).await {
                 self.unsynced.lock().insert(shard);
-                Err(error.into())
+                return Err(error.into());
             }
         }
+        // Of a closed shard, closing has made everything durable.
+        Ok(match seen {
+            Some(seen) => self.client.check_losses(shard, seen),
+            None => self.client.check_untold_losses(shard),
+        }?)
     }
 }
 

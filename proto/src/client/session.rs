@@ -237,8 +237,10 @@ impl Client {
             return Ok(session.clone());
         }
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
+        // Before anything is asked: it would be made again first, in vain.
+        lost.unsynced.give_up();
         let session = Session::new(self.open_session(shard).await?);
-        lost.unsynced.give_up(&session.unsynced);
+        session.unsynced.inherit(&lost.unsynced);
         *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
         let session = Arc::new(session);
         slot.set(&mut current, Some(session.clone()));

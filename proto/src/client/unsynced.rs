@@ -174,8 +174,8 @@ impl Unsynced {
         state.settle();
     }
 
-    /// Gives everything up: the session is gone. The next one inherits what was lost.
-    pub(super) fn give_up(&self, next: &Unsynced) {
+    /// Gives everything up: the session is gone.
+    pub(super) fn give_up(&self) {
         let mut state = self.state.lock();
         if !state.entries.is_empty() {
             state.losses.add(Error::new(
@@ -186,7 +186,11 @@ impl Unsynced {
         state.entries.clear();
         state.bytes = 0;
         state.settle();
-        next.state.lock().losses = state.losses.clone();
+    }
+
+    /// Tells what the session before has lost.
+    pub(super) fn inherit(&self, last: &Unsynced) {
+        self.state.lock().losses = last.state.lock().losses.clone();
     }
 
     /// Whether there is anything that a sync would make durable, or would tell.
@@ -349,7 +353,7 @@ impl Client {
     }
 
     /// Fails if something was lost of which nobody was told.
-    pub(super) fn check_untold_losses(&self, shard: ShardId) -> Result<()> {
+    pub fn check_untold_losses(&self, shard: ShardId) -> Result<()> {
         let Some(session) = self.inner.sessions.current(shard) else { return Ok(()) };
         let mut state = session.unsynced.state.lock();
         let told = state.losses.told;
@@ -464,7 +468,8 @@ mod tests {
         assert!(tell(&unsynced, 1).is_ok());
         keep(&unsynced, 1, 3);
         let next = Unsynced::default();
-        unsynced.give_up(&next);
+        unsynced.give_up();
+        next.inherit(&unsynced);
         assert!(tell(&next, 1).is_err());
         assert_eq!(unsynced.mark(), None);
     }
