@@ -1,8 +1,8 @@
 //! Sessions: exactly once, held open after unlink, visibility, crashes.
 
 use bytes::Bytes;
-use shardfs_proto::types::op::{Durability, NewInode, OpResult, Operation};
-use shardfs_proto::types::{FileKind, InodeNo, Reason, Result, SessionId};
+use shardfs_proto::types::op::{Durability, NewInode, OpResult, Operation, Repetition};
+use shardfs_proto::types::{FileKind, InodeNo, Reason, Result, Sequence, SessionId, Version};
 
 use super::harness::*;
 use crate::shard::keys::Cf;
@@ -265,4 +265,39 @@ async fn a_torn_log_leaves_a_prefix() {
     }
     let crashed = world.crash();
     assert_eq!(crashed.shard().usage().used_bytes, bytes, "a process's crash loses nothing");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_repeated_overwrites_nothing_of_others() {
+    for mut world in World::both(None, 4096) {
+        let (a, b) = (session(&world).await, session(&world).await);
+        let (f, g) = (world.create(ROOT, "f").await.inode, world.create(ROOT, "g").await.inode);
+        let kept = world.run_as(Some(a), Some(1), write(f, 0, b"kept")).await.unwrap().attr.unwrap().version;
+        // What was answered after it was lost: it had versions that are given again to nobody.
+        let lost = |n: u64| Version::new(kept.get() + n);
+        world.reopen();
+        let shard = world.shard();
+        let again = async |n: u64, at: InodeNo, data: &[u8], answered, own| {
+            let mutation = Mutation {
+                session: Some(a),
+                sequence: Some(Sequence::new(n).unwrap()),
+                durability: Durability::Buffered,
+                operation: write(at, 0, data),
+            };
+            let result = shard.mutate_again(mutation, Some(Repetition { answered, own })).await;
+            result.map(|result| result.attr.unwrap().version).map_err(|error| error.reason())
+        };
+        assert_eq!(again(1, f, b"kept", kept, None).await, Ok(kept), "it was not lost: the first answer");
+        let own = again(2, f, b"made", lost(1), None).await.unwrap();
+        assert!(own > lost(1_000_000), "{own} after {kept}");
+        assert_eq!(again(3, f, b"once", lost(2), None).await, Err(Reason::VersionMismatch), "whose was it?");
+        let own = again(4, f, b"more", lost(3), Some(own)).await.unwrap();
+        world.run_as(Some(b), Some(1), write(f, 0, b"theirs")).await.unwrap();
+        assert_eq!(again(5, f, b"late", lost(4), Some(own)).await, Err(Reason::VersionMismatch));
+        assert_eq!(world.read(f).await, b"theirs");
+        world.run_as(Some(b), Some(2), write(g, 0, b"theirs too")).await.unwrap();
+        assert_eq!(again(6, g, b"late", lost(1_000_000), None).await, Err(Reason::VersionMismatch));
+        assert_eq!(again(7, InodeNo::new(99).unwrap(), b"gone", lost(7), None).await, Err(Reason::NotFound));
+        world.check("repetitions").await;
+    }
 }
