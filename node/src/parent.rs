@@ -4,7 +4,8 @@
 //! reaped has left the kernel: none of its threads is in a system call any more. So the record is true when it is
 //! written, and others need not wait for the lease's term.
 //!
-//! Invariants: signals to end are passed on, also those that the child may have got itself (it takes two at once for one); the parent ends as its child did; a child never outlives its parent,
+//! Invariants: signals to end are passed on, also those that the child may have got itself (it takes two at once for
+//! one); the parent ends as its child did; a child never outlives its parent,
 //! because then nobody would record its end: the kernel kills it.
 //!
 //! Must not: do anything that may block or fail before the child's end, or hold what is the child's (data directory,

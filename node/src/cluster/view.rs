@@ -1,8 +1,8 @@
 //! A watched copy of the cluster's records in memory, so that no file operation calls the metadata store.
 //!
 //! Invariants: the copy is that of one revision (`revision()`), which never goes back; it is replaced as a
-//! whole after a gap in the watch. A record that cannot be read, or lies under a key that is not its own, is logged and left out; it
-//! hides no other. Silence of a node is counted only while the watch itself was heard (see `lease`).
+//! whole after a gap in the watch. A record that cannot be read, or lies under a key that is not its own, is logged
+//! and left out; it hides no other. Silence of a node is counted only while the watch itself was heard (see `lease`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
