@@ -136,3 +136,64 @@ fn an_etcd_is_asked() {
     assert_eq!(store["outcome"], "fail");
     assert!(store["advice"].as_str().unwrap().contains("endpoint health"));
 }
+
+#[test]
+fn each_member_of_an_etcd_is_looked_at() {
+    let mut etcd = Etcd::start_members(3, &[]);
+    let address = etcd.address();
+    let names: Vec<String> = address
+        .trim_start_matches("etcd://")
+        .split(',')
+        .map(|member| format!("etcd member {member}"))
+        .collect();
+    etcd.leader();
+    let found = checks(&["--meta", &address]);
+    for name in &names {
+        let member = find(&found, name);
+        assert_eq!(member["outcome"], "ok", "{found:#?}");
+        assert!(member["detail"].as_str().unwrap().contains("version 3."), "{member:#}");
+    }
+    // With one dead it works: that it is not as it should be is said, and why.
+    etcd.kill_member(1);
+    etcd.leader();
+    let found = checks(&["--meta", &address]);
+    for (number, name) in names.iter().enumerate() {
+        let expected = if number == 1 { "warn" } else { "ok" };
+        assert_eq!(find(&found, name)["outcome"], expected, "{found:#?}");
+    }
+    let dead = find(&found, &names[1]);
+    assert!(dead["detail"].as_str().unwrap().contains("Connection refused"), "{dead:#}");
+    assert!(dead["advice"].as_str().unwrap().contains("start it"), "{dead:#}");
+    assert_eq!(find(&found, "metadata store")["outcome"], "ok", "{found:#?}");
+    let output = doctor(&["--meta", &address]);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stdout).contains("checks warn"), "{output:?}");
+    // Members of two etcds in one address are no cluster.
+    let stranger = Etcd::start();
+    let both = format!("{address},{}", stranger.address().trim_start_matches("etcd://"));
+    let found = checks(&["--meta", &both]);
+    let name = format!("etcd member {}", stranger.address().trim_start_matches("etcd://"));
+    let foreign = find(&found, &name);
+    assert_eq!(foreign["outcome"], "fail", "{found:#?}");
+    assert!(foreign["detail"].as_str().unwrap().contains("another etcd"), "{foreign:#}");
+}
+
+#[test]
+fn what_keeps_an_etcd_from_being_used_is_said() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().unwrap();
+    sh(
+        folder.path(),
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca \
+         -keyout ca.key -out ca.pem",
+    );
+    let ca = folder.path().join("ca.pem");
+    let address = etcd.address().replace("etcd://", "etcds://");
+    let found = checks(&["--meta", &address, "--meta-ca-file", ca.to_str().unwrap()]);
+    let name = format!("etcd member {}", address.trim_start_matches("etcds://"));
+    for name in ["metadata store", name.as_str()] {
+        let check = find(&found, name);
+        assert!(check["detail"].as_str().unwrap().contains("write etcd:// instead"), "{check:#}");
+    }
+    assert_eq!(find(&found, "metadata store")["outcome"], "fail");
+}

@@ -4,13 +4,16 @@
 #![allow(clippy::unwrap_used)]
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use shardfs_tests::cluster::eventually;
+use shardfs_tests::cluster::{bin_dir, eventually};
 use shardfs_tests::etcd::Etcd;
-use shardfs_tests::{Cluster, Options};
+use shardfs_tests::{Cluster, Options, sh};
 
 /// How long the nodes may take to find an etcd that is back.
 const BACK_MAX: Duration = Duration::from_secs(30);
@@ -197,4 +200,99 @@ fn what_is_wrong_with_an_address_is_said() {
         assert!(said.contains(expected), "{arguments:?}: {said}");
         assert!(!root.path().join("c").exists(), "{arguments:?}");
     }
+}
+
+/// A certificate authority that has signed nothing.
+fn certificate_authority(folder: &Path) -> PathBuf {
+    sh(
+        folder,
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=ca \
+         -keyout ca.key -out ca.pem",
+    );
+    folder.join("ca.pem")
+}
+
+#[test]
+fn why_an_etcd_cannot_be_used_is_said_by_nodes_and_by_dev_up() {
+    let etcd = Etcd::start();
+    let folder = tempfile::tempdir().unwrap();
+    let ca = certificate_authority(folder.path());
+    let ca = ca.to_str().unwrap();
+    let address = etcd.address().replace("etcd://", "etcds://");
+    let log = folder.path().join("log");
+    // A node waits for its store, and says what for.
+    let status = Command::new("timeout")
+        .args(["--kill-after=5", "6"])
+        .arg(bin_dir().join("shardfs-node"))
+        .args(["--id", "node-1", "--listen", "127.0.0.1:0", "--data-dir"])
+        .arg(folder.path().join("data"))
+        .args(["--meta", &address, "--meta-ca-file", ca])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(File::create(&log).unwrap())
+        .status()
+        .unwrap();
+    let said = fs::read_to_string(&log).unwrap();
+    assert_eq!(status.code(), Some(124), "it does not give up: {said}");
+    assert!(said.contains("write etcd:// instead"), "{said}");
+    assert!(!said.contains("panicked"), "{said}");
+
+    let options = Options { nodes: 1, volumes: "dir", ..Options::default() };
+    let (_cluster, output) = Cluster::try_start(&options, &["--meta", &address, "--meta-ca-file", ca]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success());
+    assert!(said.contains("write etcd:// instead"), "{said}");
+    assert_eq!(etcd.keys(""), [""; 0]);
+}
+
+/// What etcd does by itself when its database has reached its quota: it refuses changes from then on.
+fn raise_no_space(etcd: &Etcd) {
+    let status: serde_json::Value =
+        serde_json::from_str(&etcd.ctl(&["endpoint", "status", "--write-out=json"])).unwrap();
+    let member = status[0]["Status"]["header"]["member_id"].as_u64().unwrap();
+    let body = format!(r#"{{"action":"ACTIVATE","memberID":"{member}","alarm":"NOSPACE"}}"#);
+    let address = etcd.address().replace("etcd://", "");
+    let mut stream = TcpStream::connect(&address).unwrap();
+    let head = format!(
+        "POST /v3/maintenance/alarm HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + &body).as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(etcd.ctl(&["alarm", "list"]).contains("NOSPACE"));
+}
+
+#[test]
+fn an_etcd_whose_quota_is_used_up_is_waited_for() {
+    let etcd = Etcd::start();
+    // Loop volumes have a fence: they are served without the store.
+    let options = Options { nodes: 1, ..Options::default() };
+    let (cluster, output) = Cluster::try_start(&options, &["--meta", &etcd.address()]);
+    assert!(output.status.success(), "{output:?}");
+    let shard = cluster.shard("before");
+    in_order(&cluster);
+    raise_no_space(&etcd);
+    eventually(BACK_MAX, || {
+        let log = fs::read_to_string(cluster.dir().join("logs/node-1.log")).map_err(|e| e.to_string())?;
+        let said = log.contains("quota is used up") && log.contains("heartbeat failed");
+        if said { Ok(()) } else { Err(log) }
+    });
+    // What needs the store waits for it; the rest goes on.
+    let during = cluster.mount().join("during");
+    let waiting = std::thread::spawn(move || fs::create_dir(during));
+    std::thread::sleep(Duration::from_secs(3));
+    assert!(!waiting.is_finished(), "{:?}", waiting.join());
+    fs::write(shard.join("f"), "written meanwhile").unwrap();
+    etcd.ctl(&["alarm", "disarm"]);
+    waiting.join().unwrap().unwrap();
+    in_order(&cluster);
+    assert_eq!(fs::read(shard.join("f")).unwrap(), b"written meanwhile");
+    for shard in ["before", "during"] {
+        cluster.assert_clean(shard);
+    }
+    let status = cluster.cli_json(&["dev", "status"]);
+    assert_eq!(status["members"][0]["restarts"], 0, "{status}");
 }

@@ -9,6 +9,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ use super::etcd::EtcdStore;
 use super::etcd::settings::{EtcdSettings, TlsFiles, User, parse_members};
 use super::store::MetaStore;
 use crate::net::ListenAddr;
+
+/// How long questions about an etcd itself are repeated: people wait for the answer.
+const QUESTIONS_RETRY_MAX: Duration = Duration::from_secs(2);
 
 /// Where the metadata store is, and how it is reached; as given, not yet checked.
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -76,13 +80,14 @@ impl MetaSettings {
         })
     }
 
-    /// A client of the etcd, for questions about itself; `None`: the address names no etcd.
+    /// A client of the etcd, for questions about itself, with less patience than that of a node; `None`: the address names
+    /// no etcd.
     pub fn etcd(&self) -> Result<Option<EtcdStore>> {
         Ok(match self.kind()? {
             Kind::Embedded => None,
             Kind::Etcd(settings) => {
                 settings.check_files()?;
-                Some(EtcdStore::new(settings))
+                Some(EtcdStore::with_retry(settings, QUESTIONS_RETRY_MAX))
             }
         })
     }

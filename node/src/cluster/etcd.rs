@@ -6,11 +6,14 @@
 //! | `pool` | the connection to one member at a time |
 //! | `convert` | requests and answers, checked |
 //! | `errors` | what etcd's errors mean; of which it is certain that nothing happened |
+//! | `trouble` | why a member cannot be used, and what to check |
 //! | `watch` | watches that resume |
 //! | [`health`] | what an etcd says of itself, for people |
 //!
 //! Invariants are those of [`MetaStore`]. Reads are repeated (bounded, with jitter), at another member if one does not
 //! answer; a transaction only if it is certain that nothing happened. All calls require a member that has a leader.
+//! Two things are not repeated, so that callers with little patience get to know them: that the settings do not fit any
+//! member, and that etcd's quota is used up. Both mend themselves when somebody mends them, and are `Unavailable`.
 //! Where etcd differs: all keys are durable, also those under `VOLATILE_PREFIX`; terms of leases are whole
 //! seconds and at least etcd's own minimum (2 s as it is installed); a request has at most etcd's `--max-request-bytes`.
 //!
@@ -23,10 +26,10 @@ use futures::future::BoxFuture;
 
 use super::retry::{self, RETRY_MAX};
 use super::store::{
-    KeyRange, KeyValue, LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseId, MetaStore, RANGE_BYTES_MAX, RangeAnswer,
+    KeyRange, KeyValue, LEASE_TTL_MAX, LEASE_TTL_MIN, LeaseId, MetaStore, Op, RANGE_BYTES_MAX, RangeAnswer,
     Revision, StoreError, StoreResult, Txn, TxnAnswer, WatchStream,
 };
-use pool::{Connection, Pool};
+use pool::{Connection, Pool, Unconnected};
 use settings::EtcdSettings;
 
 mod convert;
@@ -36,6 +39,7 @@ mod pool;
 pub mod settings;
 #[cfg(test)]
 pub(crate) mod testing;
+mod trouble;
 mod watch;
 
 /// How long one read may take at one member: an election takes a second or two.
@@ -58,6 +62,22 @@ enum Page {
     TooLarge,
 }
 
+/// What one member answered to a change. Both are answers of a member that is well.
+enum Change<T> {
+    Made(T),
+    /// The quota is used up: what the caller is told.
+    NoSpace(StoreError),
+}
+
+impl<T> Change<T> {
+    fn made(self) -> StoreResult<T> {
+        match self {
+            Change::Made(answer) => Ok(answer),
+            Change::NoSpace(error) => Err(error),
+        }
+    }
+}
+
 impl EtcdStore {
     /// No I/O.
     pub fn new(settings: EtcdSettings) -> EtcdStore {
@@ -69,13 +89,23 @@ impl EtcdStore {
         EtcdStore { pool: Arc::new(Pool::new(settings)), retry_max }
     }
 
-    /// One attempt of one call.
-    async fn attempt<T, F, Fut>(&self, timeout: Duration, call: &F) -> StoreResult<T>
+    /// Each member that could not be used when it was tried last, and why; `None`: none is known. For those whose patience ends
+    /// before a call does.
+    pub fn troubles(&self) -> Option<String> {
+        self.pool.troubles()
+    }
+
+    /// One attempt of one call. `Ok(Err(_))`: another one at once would be in vain.
+    async fn attempt<T, F, Fut>(&self, timeout: Duration, call: &F) -> StoreResult<StoreResult<T>>
     where
         F: Fn(Arc<Connection>) -> Fut,
         Fut: Future<Output = StoreResult<T>>,
     {
-        let connection = self.pool.connection().await?;
+        let connection = match self.pool.connection().await {
+            Ok(connection) => connection,
+            Err(Unconnected { error, lasting: true }) => return Ok(Err(error)),
+            Err(Unconnected { error, lasting: false }) => return Err(error),
+        };
         let patience = self.pool.patience(connection.clone());
         let outcome = match tokio::time::timeout(timeout, call(connection.clone())).await {
             Ok(outcome) => outcome,
@@ -83,7 +113,7 @@ impl EtcdStore {
         };
         patience.end();
         self.pool.judge(&connection, &outcome);
-        outcome.map_err(|error| match error {
+        outcome.map(Ok).map_err(|error| match error {
             StoreError::Unavailable(why) => {
                 StoreError::Unavailable(format!("{}: {why}", connection.member()))
             }
@@ -100,8 +130,17 @@ impl EtcdStore {
         F: Fn(Arc<Connection>) -> Fut,
         Fut: Future<Output = StoreResult<T>>,
     {
-        retry::repeat(repeatable, self.retry_max, || self.attempt(timeout, &call)).await
+        retry::repeat(repeatable, self.retry_max, || self.attempt(timeout, &call)).await?
     }
+}
+
+/// A change was refused because the quota is used up. While the alarm stands, etcd makes no change that takes room. The member
+/// that raises it may do so when it applies a change, and then it has made that one. `certain`: the alarm stood before, or
+/// the call was to change nothing (which etcd before 3.4.20 and 3.5.7 refuses as well). An alarm that is disarmed between two
+/// calls and raised again by the second is taken for the first: that takes a quota which is exceeded anew within that very call.
+fn no_space(certain: bool) -> StoreError {
+    let why = errors::NO_SPACE.to_owned();
+    if certain { StoreError::Unavailable(why) } else { StoreError::OutcomeUnknown(why) }
 }
 
 /// Cuts an answer at [`RANGE_BYTES_MAX`], but leaves one key at least.
@@ -155,15 +194,29 @@ impl MetaStore for EtcdStore {
             let request = convert::txn(&txn)?;
             let repeatable = txn.only_reads();
             let timeout = if repeatable { READ_TIMEOUT } else { CHANGE_TIMEOUT };
-            let txn = &txn;
+            let takes_room = txn.success.iter().chain(&txn.failure).any(|op| matches!(op, Op::Put { .. }));
+            let (txn, pool) = (&txn, &self.pool);
             let call = |connection: Arc<Connection>| {
                 let request = request.clone();
                 async move {
-                    let reply = connection.transactions().txn(request).await.map_err(errors::error)?;
-                    convert::txn_answer(&connection, txn, reply.0)
+                    // As it was before the call: that it raised the alarm itself is no certainty.
+                    let known = pool.has_no_space();
+                    let reply = match connection.transactions().txn(request).await {
+                        Ok(reply) => reply.0,
+                        Err(error) if errors::is_no_space(&error) => {
+                            pool.note_no_space(&connection);
+                            return Ok(Change::NoSpace(no_space(known || repeatable)));
+                        }
+                        Err(error) => return Err(errors::error(error)),
+                    };
+                    if takes_room {
+                        pool.note_space();
+                    }
+                    convert::txn_answer(&connection, txn, reply).map(Change::Made)
                 }
             };
-            self.repeat(repeatable, timeout, call).await.map_err(|error| match error {
+            let outcome = self.repeat(repeatable, timeout, call).await.and_then(Change::made);
+            outcome.map_err(|error| match error {
                 // Only a watch can be too old.
                 StoreError::Compacted => StoreError::Failed("etcd calls a transaction compacted".into()),
                 error => error,
@@ -184,12 +237,21 @@ impl MetaStore for EtcdStore {
             }
             let seconds = ttl.as_millis().div_ceil(1000) as i64;
             // Granting twice is harmless: a lease that nobody keeps alive ends.
+            let pool = &self.pool;
             let call = |connection: Arc<Connection>| async move {
-                let reply = connection.leases().grant(seconds, None).await.map_err(errors::error)?;
-                connection.revision(reply.0.header.as_ref())?;
-                Ok(reply.0.id)
+                let reply = match connection.leases().grant(seconds, None).await {
+                    Ok(reply) => reply.0,
+                    Err(error) if errors::is_no_space(&error) => {
+                        pool.note_no_space(&connection);
+                        // If it was granted, nobody knows it.
+                        return Ok(Change::NoSpace(no_space(true)));
+                    }
+                    Err(error) => return Err(errors::error(error)),
+                };
+                connection.revision(reply.header.as_ref())?;
+                Ok(Change::Made(reply.id))
             };
-            let id = self.repeat(true, CHANGE_TIMEOUT, call).await?;
+            let id = self.repeat(true, CHANGE_TIMEOUT, call).await.and_then(Change::made)?;
             u64::try_from(id)
                 .ok()
                 .and_then(LeaseId::new)

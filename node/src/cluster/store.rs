@@ -48,11 +48,11 @@ pub type StoreResult<T> = Result<T, StoreError>;
 /// What the store answers when it does not do what it was asked for.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StoreError {
-    /// Nothing happened; the store cannot be reached or is too busy.
+    /// Nothing happened; the store cannot be reached, is too busy, or has no room for now.
     #[error("the metadata store is not available: {0}")]
     Unavailable(String),
     /// The change may or may not have been made: read again.
-    #[error("the metadata store did not answer; the outcome is unknown: {0}")]
+    #[error("whether the metadata store has made a change is not known: {0}")]
     OutcomeUnknown(String),
     /// The revisions asked for are no longer kept: range again, then watch from there.
     #[error("the watch is too old: its revision is no longer kept")]
@@ -63,7 +63,7 @@ pub enum StoreError {
     /// The request breaks a limit or makes no sense.
     #[error("the metadata store refused the request: {0}")]
     Invalid(String),
-    /// The store's own file is damaged, its device fails or is full, or it is another store than before.
+    /// The store's own file is damaged, its device fails, or it is another store than before.
     #[error("the metadata store failed: {0}")]
     Failed(String),
 }

@@ -6,7 +6,8 @@
 //!   taken for one, nor is one that was made anew, or from a backup, at the same address;
 //! - whatever fails here has sent nothing that changes anything;
 //! - no lock is held by a caller's future, which may never be polled again: who connects is a task of its own, and goes
-//!   on to the next member also when its caller has no patience left, as heartbeats have little.
+//!   on to the next member also when its caller has no patience left, as heartbeats have little;
+//! - why a member cannot be used is noted (`trouble`), whether or not anybody still waits for it.
 //!
 //! The crate and its transport would reconnect by themselves; that is switched off ([`connect_once`]): what is behind an
 //! address may have changed, and a token that etcd has forgotten is of no use.
@@ -28,6 +29,7 @@ use tonic::transport::{Channel as Transport, Endpoint};
 
 use super::errors;
 use super::settings::EtcdSettings;
+use super::trouble::{self, Cut, Given, Progress, Stage, Troubles};
 use crate::cluster::records::CLUSTER_KEY;
 use crate::cluster::retry::chain;
 use crate::cluster::store::{RANGE_BYTES_MAX, Revision, StoreError, StoreResult};
@@ -99,6 +101,11 @@ impl Connection {
         self.client.maintenance_client()
     }
 
+    /// The etcd to which the member belongs, by etcd's own number.
+    pub(super) fn etcd_id(&self) -> u64 {
+        self.etcd_id
+    }
+
     /// For watches.
     pub(super) fn watches(&self) -> WatchClient {
         self.client.watch_client().max_decoding_message_size(WATCH_MESSAGE_BYTES_MAX)
@@ -138,6 +145,33 @@ fn another_etcd(member: &str) -> StoreError {
     ))
 }
 
+/// Why there is no connection. Nothing was sent.
+pub(super) struct Unconnected {
+    /// Of each member that was tried.
+    pub(super) error: StoreError,
+    /// Another attempt at once would be in vain: the settings do not fit any member.
+    pub(super) lasting: bool,
+}
+
+impl From<Unconnected> for StoreError {
+    fn from(unconnected: Unconnected) -> StoreError {
+        unconnected.error
+    }
+}
+
+/// Why one member could not be connected to.
+struct Refusal {
+    error: StoreError,
+    /// See [`trouble::is_misfit`].
+    misfit: bool,
+}
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Refusal {
+        Refusal { error, misfit: false }
+    }
+}
+
 /// Connections, one at a time.
 pub(super) struct Pool {
     settings: EtcdSettings,
@@ -153,6 +187,9 @@ pub(super) struct Pool {
     /// The greatest revision that any answer named.
     revision_seen: Arc<AtomicU64>,
     reachable: AtomicBool,
+    troubles: Troubles,
+    /// The last change that takes room was refused because the quota is used up.
+    no_space: AtomicBool,
 }
 
 impl Pool {
@@ -169,6 +206,38 @@ impl Pool {
             etcd_id: AtomicU64::new(0),
             revision_seen: Arc::default(),
             reachable: AtomicBool::new(false),
+            troubles: Troubles::default(),
+            no_space: AtomicBool::new(false),
+        }
+    }
+
+    /// How the members are reached.
+    pub(super) fn settings(&self) -> &EtcdSettings {
+        &self.settings
+    }
+
+    /// Each member that could not be used when it was tried last, and why; `None`: none is known.
+    pub(super) fn troubles(&self) -> Option<String> {
+        self.troubles.told()
+    }
+
+    /// Whether etcd refuses changes, as far as is known.
+    pub(super) fn has_no_space(&self) -> bool {
+        self.no_space.load(Ordering::Acquire)
+    }
+
+    /// A change was refused because etcd's quota is used up.
+    pub(super) fn note_no_space(&self, connection: &Connection) {
+        if !self.no_space.swap(true, Ordering::AcqRel) {
+            tracing::warn!(member = connection.member(), "{}", errors::NO_SPACE);
+        }
+    }
+
+    /// A change that takes room was made.
+    pub(super) fn note_space(&self) {
+        // A write for every heartbeat of every node would be one for nothing.
+        if self.has_no_space() && self.no_space.swap(false, Ordering::AcqRel) {
+            tracing::info!("etcd takes changes again");
         }
     }
 
@@ -178,7 +247,7 @@ impl Pool {
     }
 
     /// A connection to a member that answers. Cancel-safe.
-    pub(super) async fn connection(self: &Arc<Self>) -> StoreResult<Arc<Connection>> {
+    pub(super) async fn connection(self: &Arc<Self>) -> Result<Arc<Connection>, Unconnected> {
         if let Some(connection) = self.current() {
             return Ok(connection);
         }
@@ -186,15 +255,18 @@ impl Pool {
         let connecting = tokio::spawn(async move {
             match tokio::time::timeout(CONNECT_ALL_TIMEOUT, pool.connect_any()).await {
                 Ok(outcome) => outcome,
-                Err(_) => Err(StoreError::Unavailable(format!(
-                    "{}: no member answers within {CONNECT_ALL_TIMEOUT:?}",
-                    pool.settings.address()
-                ))),
+                Err(_) => {
+                    let address = pool.settings.address();
+                    let why = pool.troubles().map(|why| format!(": {why}")).unwrap_or_default();
+                    Err(unconnected(format!(
+                        "{address}: no member answers within {CONNECT_ALL_TIMEOUT:?}{why}"
+                    )))
+                }
             }
         });
         let outcome = match connecting.await {
             Ok(outcome) => outcome,
-            Err(error) => Err(StoreError::Unavailable(format!("connecting: {error}"))),
+            Err(error) => Err(unconnected(format!("connecting: {error}"))),
         };
         if outcome.is_err() {
             self.reachable.store(false, Ordering::Relaxed);
@@ -206,33 +278,43 @@ impl Pool {
         self.current.lock().clone()
     }
 
-    async fn connect_any(&self) -> StoreResult<Arc<Connection>> {
+    async fn connect_any(&self) -> Result<Arc<Connection>, Unconnected> {
         let _one = self.connecting.lock().await;
         if let Some(connection) = self.current() {
             return Ok(connection);
         }
         let members = &self.settings.members;
         let mut failures: Vec<(&str, StoreError)> = Vec::new();
+        let mut lasting = true;
         for _ in members {
             // Before the attempt: it may be cancelled.
             let turn = self.cursor.fetch_add(1, Ordering::Relaxed);
             let member = &members[turn % members.len()];
-            let failure = match tokio::time::timeout(MEMBER_TIMEOUT, self.connect(member)).await {
+            let progress = Progress::default();
+            let refusal = match tokio::time::timeout(MEMBER_TIMEOUT, self.connect(member, &progress)).await {
                 Ok(Ok(connection)) => {
+                    self.troubles.end(member);
                     let connection = Arc::new(connection);
                     *self.current.lock() = Some(connection.clone());
                     return Ok(connection);
                 }
-                Ok(Err(error)) => error,
-                Err(_) => StoreError::Unavailable(format!("no answer within {MEMBER_TIMEOUT:?}")),
+                Ok(Err(refusal)) => refusal,
+                Err(_) => self.cut(progress.stage(), &Cut::TimedOut(MEMBER_TIMEOUT)),
             };
-            failures.push((member.as_str(), failure));
+            lasting &= self.troubles.note(member, &reason(&refusal.error), refusal.misfit);
+            failures.push((member.as_str(), refusal.error));
         }
-        Err(whole_failure(failures))
+        Err(Unconnected { error: whole_failure(&failures), lasting })
+    }
+
+    /// An attempt ended without an answer.
+    fn cut(&self, stage: Stage, cut: &Cut) -> Refusal {
+        let why = trouble::tell(Given::of(&self.settings), stage, cut);
+        Refusal { error: StoreError::Unavailable(why), misfit: trouble::is_misfit(stage, cut) }
     }
 
     /// Connects to one member and asks it how it is.
-    async fn connect(&self, member: &str) -> StoreResult<Connection> {
+    async fn connect(&self, member: &str, progress: &Progress) -> Result<Connection, Refusal> {
         let tls = self.settings.tls()?;
         let scheme = if tls.is_some() { "https" } else { "http" };
         let wrong = |e: tonic::transport::Error| StoreError::Invalid(format!("{member}: {}", chain(&e)));
@@ -248,8 +330,10 @@ impl Pool {
             // etcd permits tests only while a call is under way, and ends connections of who does otherwise, with the
             // calls on them. A node always has its watch under way.
             .keep_alive_while_idle(false);
-        let channel =
-            connect_once(&endpoint, member).await.map_err(|e| StoreError::Unavailable(chain(&e)))?;
+        let channel = connect_once(&endpoint, member, progress)
+            .await
+            .map_err(|e| self.cut(progress.stage(), &Cut::Broken(errors::transport_cause(&e))))?;
+        progress.reach(Stage::Question);
         let mut options = ConnectOptions::new().with_require_leader(true).with_auto_token_refresh(true);
         if let Some((name, password)) = self.settings.credentials()? {
             options = options.with_user(name, password.0);
@@ -260,21 +344,26 @@ impl Pool {
             let mut client = Client::from_channel(Channel::Tonic(channel), Some(options)).await?;
             let status = client.status().await?.0;
             let read = client.get(CLUSTER_KEY, Some(GetOptions::new().with_keys_only())).await?.0;
-            Ok((client, status, read))
+            Ok::<_, etcd_client::Error>((client, status, read))
         };
-        let (client, status, read) = asked.await.map_err(|e| match errors::error(e) {
-            // Nothing was to be changed.
-            StoreError::OutcomeUnknown(why) => StoreError::Unavailable(why),
-            error => error,
+        let (client, status, read) = asked.await.map_err(|e: etcd_client::Error| {
+            if let Some(why) = errors::connection_ended(&e) {
+                return self.cut(Stage::Question, &Cut::Broken(why));
+            }
+            Refusal::from(match errors::error(e) {
+                // Nothing was to be changed.
+                StoreError::OutcomeUnknown(why) => StoreError::Unavailable(why),
+                error => error,
+            })
         })?;
         let etcd_id = read.header.as_ref().map_or(0, |header| header.cluster_id);
         if etcd_id == 0 {
-            return Err(StoreError::Failed("it does not say to which etcd it belongs".into()));
+            return Err(StoreError::Failed("it does not say to which etcd it belongs".into()).into());
         }
         if let Err(known) = self.etcd_id.compare_exchange(0, etcd_id, Ordering::AcqRel, Ordering::Acquire)
             && known != etcd_id
         {
-            return Err(another_etcd(member));
+            return Err(another_etcd(member).into());
         }
         let generation = self.generation.fetch_add(1, Ordering::Relaxed);
         let revision_seen = self.revision_seen.clone();
@@ -291,7 +380,8 @@ impl Pool {
             return Err(StoreError::Failed(format!(
                 "{member} has gone back from revision {seen} to {revision}: etcd was made anew or from a backup. If that is \
                  meant, restart this process"
-            )));
+            ))
+            .into());
         }
         tracing::debug!(member, version = status.version, "connected to etcd");
         Ok(connection)
@@ -324,21 +414,28 @@ impl Pool {
 }
 
 /// A channel over one TCP connection. When that has ended, calls fail with an error that says that they were not sent.
-async fn connect_once(endpoint: &Endpoint, member: &str) -> Result<Transport, tonic::transport::Error> {
+async fn connect_once(
+    endpoint: &Endpoint,
+    member: &str,
+    progress: &Progress,
+) -> Result<Transport, tonic::transport::Error> {
     let used = AtomicBool::new(false);
     let member = member.to_owned();
+    let progress = progress.clone();
     let connector = tower::service_fn(move |_| {
         let again = used.swap(true, Ordering::Relaxed);
         let member = member.clone();
+        let progress = progress.clone();
         async move {
             if again {
                 return Err(io::Error::new(io::ErrorKind::NotConnected, "the connection has ended"));
             }
             let connected = tokio::time::timeout(CONNECT_TIMEOUT, TcpStream::connect(&member)).await;
             let stream = connected.map_err(|_| {
-                io::Error::new(io::ErrorKind::TimedOut, format!("not connected within {CONNECT_TIMEOUT:?}"))
+                io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {CONNECT_TIMEOUT:?}"))
             })??;
             stream.set_nodelay(true)?;
+            progress.reach(Stage::Session);
             Ok(TokioIo::new(stream))
         }
     });
@@ -366,27 +463,33 @@ impl Drop for Patience<'_> {
         if !self.ended && self.begun.elapsed() >= SUSPECT_AFTER {
             self.pool.forget(&self.connection);
             self.pool.reachable.store(false, Ordering::Relaxed);
+            let why = format!("a call had no answer within {SUSPECT_AFTER:?}");
+            self.pool.troubles.note(self.connection.member(), &why, false);
         }
     }
 }
 
-/// One error for all members: certain ones only if there is no other.
-fn whole_failure(failures: Vec<(&str, StoreError)>) -> StoreError {
-    let text = |error: &StoreError| match error {
+/// Nobody is connected to, for no member's reason.
+fn unconnected(why: String) -> Unconnected {
+    Unconnected { error: StoreError::Unavailable(why), lasting: false }
+}
+
+/// What an error says beyond its kind.
+fn reason(error: &StoreError) -> String {
+    match error {
         StoreError::Unavailable(why)
         | StoreError::OutcomeUnknown(why)
         | StoreError::Invalid(why)
         | StoreError::Failed(why) => why.clone(),
         StoreError::Compacted | StoreError::LeaseUnknown => error.to_string(),
-    };
-    let told: Vec<String> = failures
-        .iter()
-        .map(|(member, error)| {
-            let why = text(error);
-            if why.starts_with(member) { why } else { format!("{member}: {why}") }
-        })
-        .collect();
-    let told = told.join("; ");
+    }
+}
+
+/// One error for all members: certain ones only if there is no other.
+fn whole_failure(failures: &[(&str, StoreError)]) -> StoreError {
+    let reasons: Vec<(&str, String)> =
+        failures.iter().map(|(member, error)| (*member, reason(error))).collect();
+    let told = trouble::list(reasons.iter().map(|(member, why)| (*member, why.as_str())));
     if failures.iter().all(|(_, e)| matches!(e, StoreError::Invalid(_))) {
         StoreError::Invalid(told)
     } else if failures.iter().all(|(_, e)| matches!(e, StoreError::Invalid(_) | StoreError::Failed(_))) {

@@ -96,6 +96,11 @@ impl Etcd {
         Etcd::members(1, None).remove(0)
     }
 
+    /// One that is a cluster by itself, with more arguments.
+    pub(crate) fn start_with(arguments: &[&str]) -> Etcd {
+        Etcd::make(1, None, arguments).remove(0)
+    }
+
     /// One with TLS that wants to see certificates.
     pub(crate) fn start_with_tls(certificates: &Certificates) -> Etcd {
         Etcd::members(1, Some(certificates)).remove(0)
@@ -103,6 +108,10 @@ impl Etcd {
 
     /// A cluster of some members.
     pub(crate) fn members(count: usize, certificates: Option<&Certificates>) -> Vec<Etcd> {
+        Etcd::make(count, certificates, &[])
+    }
+
+    fn make(count: usize, certificates: Option<&Certificates>, more: &[&str]) -> Vec<Etcd> {
         let ports: Vec<(u16, u16)> = (0..count).map(|_| (free_port(), free_port())).collect();
         let peers: Vec<String> =
             ports.iter().enumerate().map(|(i, (_, peer))| format!("m{i}=http://127.0.0.1:{peer}")).collect();
@@ -125,6 +134,7 @@ impl Etcd {
                 ]
                 .into_iter()
                 .flat_map(|(flag, value)| [flag.to_owned(), value])
+                .chain(more.iter().map(|argument| (*argument).to_owned()))
                 .collect();
                 if let Some(certificates) = certificates {
                     arguments.push("--client-cert-auth".into());

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use etcd_client::{Permission, RoleRevokePermissionOptions};
+use etcd_client::{
+    AlarmAction, AlarmOptions, AlarmType, CompactionOptions, Permission, RoleRevokePermissionOptions,
+};
 use futures::StreamExt;
 
 use shardfs_proto::types::clock;
@@ -385,6 +387,162 @@ async fn tls_with_client_certificates() {
     let garbage = settings::TlsFiles { ca: Some(certificates.file("ext")), client: None };
     let said = with(Some(garbage)).check_files();
     assert!(matches!(said, Err(StoreError::Invalid(_))), "{said:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_fit_is_said_to_whoever_has_little_patience() {
+    // What a node gives its first call; the store's own patience is longer.
+    const LITTLE: Duration = Duration::from_secs(3);
+    let certificates = Certificates::make();
+    let secure = Etcd::start_with_tls(&certificates);
+    let plain = Etcd::start();
+    let files = certificates.client();
+    let other_ca = settings::TlsFiles { ca: Some(certificates.file("other-ca.pem")), ..files.clone() };
+    let no_certificate = settings::TlsFiles { client: None, ..files.clone() };
+    // Signed by somebody whom etcd does not know.
+    let stranger = settings::TlsFiles {
+        client: Some((certificates.file("other-ca.pem"), certificates.file("other-ca.key"))),
+        ..files.clone()
+    };
+    for (what, etcd, tls, expected) in [
+        ("another CA", &secure, Some(other_ca), "--meta-ca-file"),
+        ("no certificate", &secure, Some(no_certificate), "--meta-cert-file"),
+        ("a stranger's certificate", &secure, Some(stranger), "--meta-cert-file"),
+        ("no TLS to TLS", &secure, None, "write etcds://"),
+        ("TLS to no TLS", &plain, Some(files), "write etcd://"),
+    ] {
+        let store = EtcdStore::new(EtcdSettings { tls, ..etcd.settings() });
+        assert_eq!(store.troubles(), None);
+        let why = match tokio::time::timeout(LITTLE, get(&store, "w/a")).await {
+            Ok(Err(StoreError::Unavailable(why))) => why,
+            Ok(other) => panic!("{what}: {other:?}"),
+            Err(_) => store.troubles().unwrap_or_default(),
+        };
+        println!("{what}: {why}");
+        assert!(why.starts_with(&etcd.member()), "{what}: {why}");
+        assert!(why.contains(expected), "{what}: {why}");
+        // It is remembered as well.
+        let kept = store.troubles().unwrap_or_default();
+        assert!(kept.contains(expected), "{what}: {kept}");
+        assert!(!store.reachable());
+    }
+    // One that is not there is waited for, and named.
+    let absent = EtcdSettings { members: vec!["127.0.0.1:1".into()], ..plain.settings() };
+    let absent = EtcdStore::new(absent);
+    assert!(tokio::time::timeout(LITTLE, get(&absent, "w/a")).await.is_err(), "it is waited for");
+    let kept = absent.troubles().unwrap();
+    assert!(kept.starts_with("127.0.0.1:1: not connected: ") && kept.contains("refused"), "{kept}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reason_ends_when_the_member_answers() {
+    let mut etcd = Etcd::start();
+    let store = EtcdStore::with_retry(etcd.settings(), Duration::from_millis(300));
+    put(&store, "k", "v").await;
+    etcd.stop(false);
+    assert!(get(&store, "k").await.is_err());
+    let kept = store.troubles().unwrap();
+    assert!(kept.contains(&etcd.member()), "{kept}");
+    etcd.restart();
+    put_surely(&store, "k", "w").await;
+    assert_eq!(store.troubles(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_member_is_asked_for_itself() {
+    let mut members = Etcd::members(3, None);
+    let stranger = Etcd::start();
+    let all = EtcdSettings {
+        members: members.iter().chain([&stranger]).map(Etcd::member).collect(),
+        ..members[0].settings()
+    };
+    let store = EtcdStore::new(all.clone());
+    let dead = 1;
+    members[dead].stop(false);
+    // The others may have to elect a leader.
+    let end = clock::monotonic() + PATIENCE;
+    let asked = loop {
+        let asked = store.members().await;
+        let answers = asked.iter().filter(|(_, said)| said.is_ok()).count();
+        if answers == 3 {
+            break asked;
+        }
+        assert!(clock::monotonic() < end, "{asked:?}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    };
+    assert_eq!(
+        asked.iter().map(|(member, _)| member).collect::<Vec<_>>(),
+        all.members.iter().collect::<Vec<_>>()
+    );
+    let ids: Vec<Option<u64>> = asked.iter().map(|(_, said)| said.as_ref().ok().map(|h| h.etcd_id)).collect();
+    assert!(ids[0].is_some() && ids[0] == ids[2] && ids[dead].is_none(), "{ids:?}");
+    assert!(ids[3].is_some() && ids[3] != ids[0], "{ids:?}");
+    let Err(StoreError::Unavailable(why)) = &asked[dead].1 else { panic!("{asked:?}") };
+    assert!(why.contains("not connected"), "{why}");
+    let Ok(health) = &asked[0].1 else { panic!("{asked:?}") };
+    assert_eq!((&health.member, health.out_of_space), (&members[0].member(), Some(false)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_quota_that_is_used_up_is_told_and_mends() {
+    let etcd = Etcd::start_with(&["--quota-backend-bytes", "6000000"]);
+    let store = store(&etcd);
+    let first = put(&store, "w/small", "1").await;
+    let mut watch = store.watch(KeyRange::prefix("w/"), first.next());
+    watch.next().await.unwrap().unwrap();
+    // Old values count until they are compacted.
+    let mut refused = None;
+    for _ in 0..20 {
+        let txn = Txn::new().put("large", vec![7; VALUE_BYTES_MAX - 1024]);
+        if let Err(error) = store.txn(txn).await {
+            refused = Some(error);
+            break;
+        }
+        // etcd knows the size of its database as of its last commit, every 100 ms.
+        tokio::time::sleep(Duration::from_millis(150)).await;
+    }
+    let refused = refused.expect("the quota is used up");
+    // The first one may have been made.
+    assert!(
+        matches!(&refused, StoreError::OutcomeUnknown(why) if why.contains("quota is used up")),
+        "{refused}"
+    );
+    // From then on nothing happens, it is said at once, and it is something that is worth another attempt.
+    let begun = Instant::now();
+    for _ in 0..3 {
+        let refused = store.txn(Txn::new().put("w/small", "2")).await.unwrap_err();
+        assert!(
+            matches!(&refused, StoreError::Unavailable(why) if why.contains("alarm disarm")),
+            "{refused}"
+        );
+        let told = shardfs_proto::types::Error::from(refused);
+        assert_eq!(told.reason(), shardfs_proto::types::Reason::Unavailable);
+    }
+    let lease = store.lease_grant(Duration::from_secs(60)).await;
+    assert!(matches!(lease, Err(StoreError::Unavailable(_))), "{lease:?}");
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    // It is no trouble of the connection: what takes no room goes on.
+    assert!(store.reachable());
+    assert_eq!(store.troubles(), None);
+    assert_eq!(get(&store, "w/small").await.unwrap().1.unwrap().version, 1, "nothing happened");
+    assert_eq!(store.health().await.unwrap().out_of_space, Some(true));
+    let revision = store.txn(Txn::new().delete("w/small")).await.unwrap().revision;
+    let seen = next(&mut watch).await.unwrap();
+    assert_eq!((seen.revision, seen.events), (revision, vec![Event::Delete("w/small".into())]));
+    // As an operator mends it.
+    let mut admin = etcd.client().await;
+    let physical = CompactionOptions::new().with_physical();
+    admin.compact(revision.get() as i64, Some(physical)).await.unwrap();
+    admin.defragment().await.unwrap();
+    let alarms = admin.alarm(AlarmAction::Get, AlarmType::None, None).await.unwrap().0.alarms;
+    for alarm in alarms {
+        let mut of_member = AlarmOptions::new();
+        of_member.with_member(alarm.member_id);
+        admin.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(of_member)).await.unwrap();
+    }
+    let revision = put_surely(&store, "w/small", "3").await;
+    assert_eq!(next(&mut watch).await.unwrap().revision, revision);
+    put(&store, "w/small", "4").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
