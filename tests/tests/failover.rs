@@ -200,6 +200,17 @@ fn a_stop_in_order_hands_over_first() {
     cluster.assert_clean("stopped");
 }
 
+/// It cannot be fenced, so the volume would not move.
+#[test]
+fn a_holder_of_a_folder_is_not_frozen_to_be_measured() {
+    let cluster = Cluster::start(&Options { nodes: 1, volumes: "dir", ..Options::default() });
+    for arguments in [&["--runs", "1"][..], &["--runs", "1", "--fault", "freeze"]] {
+        let said = cluster.cli_fails(&[&["bench", "failover"][..], arguments].concat());
+        assert!(said.contains("cannot be fenced") && said.contains("--fault kill,promote"), "{said}");
+    }
+    assert_eq!(cluster.cli_run(&["ls"]), "", "nothing was made");
+}
+
 /// What is put, replaced or deleted as `buffered` is not made again by its session: on a volume that may move, it is durable
 /// when it is answered. Each kill takes what the primary's kernel has not written.
 #[test]

@@ -122,7 +122,8 @@ impl Output {
 pub(super) enum Fault {
     /// Its process is killed; its parent records the death
     Kill,
-    /// It is stopped for longer than a lease, its parent too: silent, as a machine that has gone
+    /// It is stopped for longer than a lease, its parent too: silent, as a machine that has gone. Not on volumes of kind dir, which
+    /// have no fence against it
     Freeze,
     /// An operator moves the volume: `volume promote`
     Promote,

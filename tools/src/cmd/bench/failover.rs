@@ -4,7 +4,8 @@
 //! over; the time without service is the longest that the writer went without an answer. The phases in between are read
 //! from the new primary's status, whose clock must be this machine's: the cluster is one of `dev up`.
 //!
-//! What a run did to a node is undone before the next one, also if it fails.
+//! What a run did to a node is undone before the next one, also if it fails. A fault after which the volume cannot move is refused
+//! before anything is done.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,7 +27,8 @@ use super::workspace::{self, Stop};
 use crate::context::Context;
 use crate::devcluster::control::{KillSignal, Request};
 use crate::devcluster::launch;
-use crate::devcluster::state::Layout;
+use crate::devcluster::state::{Layout, VolumeKind};
+use crate::failure::Failure;
 
 /// How long the writer writes before a fault.
 const WARM_UP: Duration = Duration::from_millis(400);
@@ -111,6 +113,10 @@ pub async fn run(args: &FailoverArgs, context: &Context, stop: &Stop, progress: 
         .await
         .context("`bench failover` kills nodes: it wants a cluster of `shardfs dev up`, named by --dir")?;
     let client = context.client()?;
+    let volumes = client.volumes().await.context("cannot look at the volumes")?;
+    if let Some(refusal) = refusal(&args.fault, &volumes) {
+        bail!(refusal);
+    }
     progress.phase("making shards");
     let mut made = Vec::new();
     let measured = async {
@@ -152,6 +158,20 @@ pub async fn run(args: &FailoverArgs, context: &Context, stop: &Stop, progress: 
         None => print!("{}", text(&document)),
     }
     Ok(())
+}
+
+/// Why a fault cannot be measured, if that is so. A folder is fenced by a lock, which a process keeps as long as it lives: one that
+/// is frozen keeps it for good. A shard may come onto any of the volumes.
+fn refusal(faults: &[Fault], volumes: &[VolumeInfo]) -> Option<Failure> {
+    let folder = volumes.iter().find(|volume| volume.provider == VolumeKind::Dir.as_str())?;
+    faults.contains(&Fault::Freeze).then(|| {
+        Failure::usage(format!(
+            "volume {} is of kind dir: a node that is frozen cannot be fenced from it, so no other node would take it, and the run \
+             would wait in vain",
+            folder.id
+        ))
+        .hint("leave that fault out with `--fault kill,promote`, or use a cluster that `shardfs dev up --volumes loop` made")
+    })
 }
 
 /// Makes shards until one volume has as many as asked for; answers one of them. `made` has all, those on other volumes too.
@@ -428,7 +448,31 @@ fn histogram(sorted: &[f64]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use shardfs_proto::types::Epoch;
+
     use super::*;
+
+    #[test]
+    fn what_cannot_be_fenced_is_not_frozen() {
+        let volume = |id: &str, provider: &str| VolumeInfo {
+            id: VolumeId::new(id).unwrap(),
+            provider: provider.into(),
+            source: String::new(),
+            size_bytes: 0,
+            primary: None,
+            backups: Vec::new(),
+            epoch: Epoch::FIRST,
+            shards: 0,
+            target: None,
+        };
+        let (loops, folders) = ([volume("vol-1", "loop")], [volume("vol-1", "loop"), volume("vol-2", "dir")]);
+        let all = [Fault::Kill, Fault::Freeze, Fault::Promote];
+        assert!(refusal(&all, &loops).is_none());
+        assert!(refusal(&[Fault::Kill, Fault::Promote], &folders).is_none());
+        let refused = refusal(&all, &folders).unwrap();
+        assert!(refused.message().contains("vol-2"), "{refused}");
+        assert!(refused.hint_text().unwrap().contains("--fault kill,promote"), "{refused:?}");
+    }
 
     #[test]
     fn figures_are_medians_and_bars() {
