@@ -247,8 +247,31 @@ fn the_command_line_reads_from_backups() {
     assert!(said.contains("from node-") && !said.contains(&format!("from {primary}")), "{said}");
     // Nothing is so young: the primary is asked instead.
     assert!(get(&["--read-from", "backup", "--max-staleness", "1ms"]).contains("from the primary"));
-    let listed = cluster.cli_run(&["ls", "by-cli", "--read-from", "backup"]);
-    assert_eq!(listed, "k\n");
+    let list = |arguments: &[&str]| {
+        let output = cluster.cli_output(&[&["ls", "-v"][..], arguments].concat());
+        assert!(output.status.success(), "{output:?}");
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (listed, said) = list(&["by-cli"]);
+    assert_eq!((listed.as_str(), said.as_str()), ("k\n", "by-cli: 1 listed, from the primary\n"));
+    let of_backup = ["--read-from", "backup", "--max-staleness", "1min"];
+    // A directory, and a single value.
+    for (path, name) in [("by-cli", "k\n"), ("by-cli/k", "k\n")] {
+        let said = eventually(PATIENCE, || {
+            let (listed, said) = list(&[&[path][..], &of_backup].concat());
+            assert_eq!(listed, name);
+            if said.contains("a view at most") { Ok(said) } else { Err(said) }
+        });
+        assert!(said.starts_with(&format!("{path}: 1 listed, from node-")), "{said}");
+        assert!(!said.contains(&format!("from {primary}")), "{said}");
+    }
+    let view = eventually(PATIENCE, || {
+        let line = cluster.cli_json(&[&["ls", "by-cli"][..], &of_backup].concat());
+        if line["view"].is_object() { Ok(line["view"].clone()) } else { Err(line.to_string()) }
+    });
+    assert!(view["sequence"].as_u64().unwrap() > 0, "{view}");
+    assert!(view["age_ms"].as_u64().unwrap() <= 60_000 && view["node"] != primary.as_str(), "{view}");
+    assert!(cluster.cli_json(&["ls", "by-cli"])["view"].is_null(), "the present has no label");
     let said = cluster.cli_fails(&["get", "by-cli/k", "-", "--max-staleness", "1s"]);
     assert!(said.contains("--read-from backup"), "{said}");
 }

@@ -372,6 +372,15 @@ impl Client {
         shard: ShardId,
         options: ListOptions,
     ) -> impl Stream<Item = Result<ListItem>> + Send + use<> {
+        self.list_labelled(shard, options).map(|item| item.map(|(item, _)| item))
+    }
+
+    /// The same, and of which view each is; `None`: of the primary's present. All of one view are of one moment.
+    pub fn list_labelled(
+        &self,
+        shard: ShardId,
+        options: ListOptions,
+    ) -> impl Stream<Item = Result<(ListItem, Option<ViewLabel>)>> + Send + use<> {
         let client = self.clone();
         async_stream::try_stream! {
             let mut options = options;
@@ -404,17 +413,18 @@ impl Client {
                     match stream.message().await {
                         Ok(Some(reply)) => {
                             resumptions = 0;
+                            let label = reply.view.map(convert::view_label_from_wire).transpose()?;
                             for entry in reply.entries {
                                 let item = list_item(entry)?;
                                 options.start_after = item.position().clone();
                                 if options.limit != 0 {
                                     options.limit -= 1;
                                     if options.limit == 0 {
-                                        yield item;
+                                        yield (item, label);
                                         break 'whole;
                                     }
                                 }
-                                yield item;
+                                yield (item, label.clone());
                             }
                         }
                         Ok(None) => break 'whole,

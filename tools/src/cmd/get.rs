@@ -117,14 +117,17 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         );
     };
     let progress = Progress::new(&source.to_string(), None);
-    if to_stdout {
-        return download.to_stdout(&key, &progress).await.with_context(|| format!("get {source}"));
-    }
-    let dest = file_destination(&source, args.dest.as_deref());
-    let bytes = download.to_file(&key, &dest, &progress).await.with_context(|| format!("get {source}"))?;
+    let (fetched, bytes) = if to_stdout {
+        let bytes = download.to_stdout(&key, &progress).await;
+        (source.to_string(), bytes.with_context(|| format!("get {source}"))?)
+    } else {
+        let dest = file_destination(&source, args.dest.as_deref());
+        let bytes = download.to_file(&key, &dest, &progress).await;
+        (dest.display().to_string(), bytes.with_context(|| format!("get {source}"))?)
+    };
     if args.verbose {
         let whence = reads::described(download.whence.lock().as_ref());
-        progress.note(&format!("{}: {}, {whence}", dest.display(), size::human(bytes)));
+        progress.note(&format!("{fetched}: {}, {whence}", size::human(bytes)));
     }
     Ok(())
 }
@@ -248,10 +251,11 @@ impl Sink for Direct {
 }
 
 impl Download {
-    async fn to_stdout(&self, key: &Key, progress: &Progress) -> Result<()> {
+    async fn to_stdout(&self, key: &Key, progress: &Progress) -> Result<u64> {
         let mut sink = StdoutSink { out: Out::new(), began: false };
-        self.value(key, &mut sink, progress).await?;
-        sink.out.flush()
+        let meta = self.value(key, &mut sink, progress).await?;
+        sink.out.flush()?;
+        Ok(meta.attr.size)
     }
 
     async fn to_file(&self, key: &Key, dest: &Path, progress: &Progress) -> Result<u64> {

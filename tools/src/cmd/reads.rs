@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::ValueEnum;
+use serde_json::{Value, json};
 use shardfs_proto::types::limits::STALENESS_DEFAULT;
 use shardfs_proto::types::{ReadFrom, ViewLabel};
 
@@ -57,6 +58,16 @@ pub fn described(label: Option<&ViewLabel>) -> String {
             label.sequence
         ),
     }
+}
+
+/// Of which view an answer is, for programs.
+pub fn to_json(label: &ViewLabel) -> Value {
+    json!({
+        "node": label.node.as_str(),
+        "sequence": label.sequence,
+        "age_ms": u64::try_from(label.age.as_millis()).unwrap_or(u64::MAX),
+        "last": label.last,
+    })
 }
 
 fn parse_time(text: &str) -> std::result::Result<Duration, String> {
