@@ -51,11 +51,13 @@ down: ## unmount ./mnt and stop the nodes; keeps the data
 test: deps-test ## run all tests, those on real mounts included (as root)
 	@tests/scripts/test.sh
 
-test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 110 faults, 20 kills, 60 power cuts, 1,000,000 keys, five minutes of reads from backups, pjdfstest (as root)
+test-long: deps-test $(TOOLS)/bin/pjdfstest ## the long ones too: 110 faults, 20 kills, 60 power cuts, 10 nodes cut off, 1,000,000 keys, five minutes of reads from backups, pjdfstest (as root)
 	@PJDFSTEST="$(TOOLS)/bin/pjdfstest" tests/scripts/test.sh --include-ignored
 
-test-vm: build ## reservations and a fenced failover on a kernel of its own with a SCSI target, in qemu (says so if skipped)
+# Programs and tests have one graph of features if they are built together: built by themselves, the programs are compiled anew.
+test-vm: deps ## reservations and a fenced failover on a kernel of its own with a SCSI target, in qemu (says so if skipped)
 	@tests/scripts/deps.sh vm || echo "test-vm: not all that it needs could be installed" >&2
+	cargo build --release --locked --workspace --all-targets
 	@tests/vm/run.sh "$(BIN)" "$(CARGO_TARGET_DIR)/test-vm"
 
 pjdfstest: deps-test $(TOOLS)/bin/pjdfstest ## run pjdfstest on a mount, and print its table (as root)

@@ -5,6 +5,7 @@
 //! shared with the machine: a node that takes a volume over must reach the mount of the one before it.
 
 use std::fs;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -172,30 +173,50 @@ exec {bin}/shardfsd "${{arguments[@]}}"
 
     /// Cuts a link of a node: what is sent over it from now on, in either direction, is lost.
     pub fn cut(&self, node: &str, link: Link) {
-        let node = number(node);
-        let change = |address: IpAddr, interface: &str| {
-            ["neigh", "replace", &address.to_string(), "lladdr", NOBODY, "dev", interface, "nud", "permanent"]
-                .map(str::to_owned)
-        };
-        ip(&strs(&change(self.inner_address(node, link), &self.interface(node, link))));
-        self.inside(node, &strs(&change(self.outer_address(node, link), inner(link))));
+        self.change(node, &[link], false);
     }
 
     /// Mends a link.
     pub fn heal(&self, node: &str, link: Link) {
+        self.change(node, &[link], true);
+    }
+
+    /// Cuts all links of a node at one moment: from then on nobody hears of it.
+    pub fn cut_off(&self, node: &str) {
+        self.change(node, &[Link::Clients, Link::Store], false);
+    }
+
+    /// Mends all links of a node.
+    pub fn reconnect(&self, node: &str) {
+        self.change(node, &[Link::Clients, Link::Store], true);
+    }
+
+    /// What the node sends goes first: one batch is a matter of microseconds, the way into its namespace one of milliseconds.
+    fn change(&self, node: &str, links: &[Link], whole: bool) {
         let node = number(node);
-        let change = |address: IpAddr, interface: &str| {
-            ["neigh", "del", &address.to_string(), "dev", interface].map(str::to_owned)
+        let line = |address: IpAddr, interface: &str| match whole {
+            true => format!("neigh del {address} dev {interface}\n"),
+            false => format!("neigh replace {address} lladdr {NOBODY} dev {interface} nud permanent\n"),
         };
-        ip(&strs(&change(self.inner_address(node, link), &self.interface(node, link))));
-        self.inside(node, &strs(&change(self.outer_address(node, link), inner(link))));
+        let sent: String = links.iter().map(|l| line(self.outer_address(node, *l), inner(*l))).collect();
+        let received: String =
+            links.iter().map(|l| line(self.inner_address(node, *l), &self.interface(node, *l))).collect();
+        batch(self.enter(node), &sent);
+        batch(Command::new("ip"), &received);
     }
 
     fn inside(&self, node: u32, arguments: &[&str]) {
+        let mut command = self.enter(node);
+        command.args(arguments);
+        run(command);
+    }
+
+    /// `ip`, in a node's namespace.
+    fn enter(&self, node: u32) -> Command {
         let holder = self.holders[node as usize - 1];
         let mut command = Command::new("nsenter");
-        command.arg(format!("--net=/proc/{holder}/ns/net")).arg("ip").args(arguments);
-        run(command);
+        command.arg(format!("--net=/proc/{holder}/ns/net")).arg("ip");
+        command
     }
 }
 
@@ -211,14 +232,19 @@ fn number(node: &str) -> u32 {
     node.strip_prefix("node-").and_then(|n| n.parse().ok()).expect("nodes are called node-N")
 }
 
-fn strs(words: &[String]) -> Vec<&str> {
-    words.iter().map(String::as_str).collect()
-}
-
 fn ip(arguments: &[&str]) {
     let mut command = Command::new("ip");
     command.args(arguments);
     run(command);
+}
+
+/// Several of `ip`'s commands, one a line.
+fn batch(mut ip: Command, lines: &str) {
+    ip.args(["-batch", "-"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = ip.spawn().unwrap_or_else(|e| panic!("{ip:?}: {e}"));
+    child.stdin.take().expect("it is piped").write_all(lines.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{lines}{}", described(&format!("{ip:?}"), &output));
 }
 
 fn run(mut command: Command) {

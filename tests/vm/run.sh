@@ -40,7 +40,7 @@ done
 busybox=$(command -v busybox)
 ! ldd "$busybox" >/dev/null 2>&1 || skip "$busybox is not static: run tests/scripts/deps.sh vm"
 for program in shardfs shardfs-node; do
-    [ -x "$bin/$program" ] || fail "$bin/$program is missing: run make build"
+    [ -x "$bin/$program" ] || fail "$bin/$program is missing: run make test-vm, which builds it"
 done
 
 mkdir -p "$work"
