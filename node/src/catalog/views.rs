@@ -183,10 +183,7 @@ impl BackupRead {
         let parts = &self.catalog.parts;
         // The lease first: a lost one is won back only when the copy shows which pins were broken.
         let held = parts.lease.is_held();
-        let pinned = parts.view.pin(&self.opened.volume, &parts.node_id).is_some_and(|kept| {
-            kept.record.incarnation == parts.record.incarnation
-                && kept.record.views.binary_search(&self.opened.pin).is_ok()
-        });
+        let pinned = self.catalog.is_pinned(&self.opened.volume, &self.opened.pin);
         if held && pinned && !self.opened.lost.load(Ordering::Acquire) {
             return Ok(());
         }
@@ -267,6 +264,14 @@ impl Catalog {
             // Whatever woke us, it is looked at anew.
             let _ = tokio::time::timeout(FIRST_WAIT_PAUSE, changed.changed()).await;
         }
+    }
+
+    /// Whether the copy of the records shows that this process holds a view's files.
+    fn is_pinned(&self, volume: &VolumeId, pin: &Pinned) -> bool {
+        self.parts.view.pin(volume, &self.parts.node_id).is_some_and(|kept| {
+            kept.record.incarnation == self.parts.record.incarnation
+                && kept.record.views.binary_search(pin).is_ok()
+        })
     }
 
     /// Whether this node stands by for a volume.

@@ -5,6 +5,8 @@
 //!   of a view that was superseded at revision R was made before R.
 //! - The primary deletes a view's files only if the view is not the announced one by a copy of the records that shows its own
 //!   last announcement, and no pin in that copy names it.
+//! - What was pinned and is no more is never pinned again while it is open: its files may be gone. A pin names only what the record
+//!   before it named, and what is announced.
 //! - A pin of a node whose lease is over may be broken, in a transaction that demands what an election demands and changes the
 //!   node's depositions. So if that node lives after all, its next heartbeat succeeds only when its copy shows that the pin is gone; and
 //!   a backup gives an answer only if, after it was read, its lease was held and then its copy showed the pin.
@@ -31,8 +33,19 @@ pub async fn pin(
     let Some(mine) = view.node(&me.id).filter(|kept| kept.record.incarnation == me.incarnation) else {
         return Ok(None);
     };
+    let old = view.pin(volume, &me.id);
+    let held = |view: &Pinned| {
+        let old = old.as_ref().filter(|old| old.record.incarnation == me.incarnation);
+        old.is_some_and(|old| old.record.views.contains(view))
+    };
+    let announced = |view: &Pinned| {
+        fresh.iter().any(|kept| kept.record.shard == view.shard && kept.record.name == view.name)
+    };
+    if !views.iter().all(|view| held(view) || announced(view)) {
+        return Ok(None);
+    }
     let mut txn = Txn::new().when(records::node_key(&me.id), Demand::Modified(mine.modified));
-    txn = match view.pin(volume, &me.id) {
+    txn = match &old {
         Some(old) => txn.when(key.clone(), Demand::Modified(old.modified)),
         None => txn.when(key.clone(), Demand::Absent),
     };

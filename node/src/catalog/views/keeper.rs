@@ -209,10 +209,7 @@ impl Catalog {
             let read = now.since(state.last_read) < READ_TERM;
             if let Some(open) = &state.open {
                 let announced = self.parts.view.view_of(shard).is_some();
-                let pinned = self.parts.view.pin(&open.volume, &self.parts.node_id).is_some_and(|kept| {
-                    kept.record.incarnation == self.parts.record.incarnation
-                        && kept.record.views.binary_search(&open.pin).is_ok()
-                });
+                let pinned = self.is_pinned(&open.volume, &open.pin);
                 if !pinned && !open.lost.swap(true, Ordering::AcqRel) {
                     tracing::warn!(%shard, view = %open.pin.name, "the hold on a view was lost");
                 }
@@ -357,10 +354,13 @@ impl Catalog {
         Ok(())
     }
 
-    /// What is used of a volume.
+    /// What is used of a volume, and is held by a pin still.
     fn used(&self, keeper: &Keeper, volume: &VolumeId) -> BTreeSet<Pinned> {
         let open = self.views.open();
-        let used = open.iter().chain(&keeper.retiring).filter(|opened| opened.volume == *volume);
+        let used = open
+            .iter()
+            .chain(&keeper.retiring)
+            .filter(|opened| opened.volume == *volume && self.is_pinned(volume, &opened.pin));
         used.map(|opened| opened.pin).collect()
     }
 

@@ -81,6 +81,16 @@ async fn pins_are_broken_only_when_the_lease_is_over_and_stay_broken() {
     b.beat().await;
     until("b is back", || b.lease.is_held()).await;
     assert!(b.view.pin(&vol(), &b.record.id).is_none());
+
+    // What it has open still may be gone: it is not held again beside another view, nor alone.
+    let other = announce(&b, 2).await;
+    let open = |kept: &Kept<ViewRecord>| Pinned { shard: shard(), name: kept.record.name };
+    for views in [vec![open(&view), open(&other)], vec![open(&view)]] {
+        let fresh = std::slice::from_ref(&other);
+        let pinned = pin(&*b.store, &b.view, &b.record, &vol(), views, fresh).await.unwrap();
+        assert!(pinned.is_none(), "a hold that was broken came back");
+    }
+    pin_it(&b, &other).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
