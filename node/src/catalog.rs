@@ -33,6 +33,7 @@ use crate::shard::{Room, Shard, ShardManager};
 mod barrier;
 mod change;
 mod damage;
+mod figures;
 mod publish;
 mod resume;
 mod roles;
@@ -41,6 +42,7 @@ mod shard_room;
 mod views;
 
 pub use damage::DamageList;
+pub use figures::{Cause, Failovers};
 use roles::Roles;
 pub use serving::Served;
 use serving::Serving;
@@ -95,6 +97,7 @@ pub struct Catalog {
     fenced: Mutex<HashSet<ShardId>>,
     changes: Arc<tokio::sync::Semaphore>,
     damage: Arc<DamageList>,
+    failovers: Arc<Failovers>,
     views: Views,
     stop: CancellationToken,
 }
@@ -126,6 +129,7 @@ impl Catalog {
             fenced: Mutex::default(),
             changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
             damage: Arc::default(),
+            failovers: Arc::default(),
             views: Views::default(),
             stop: CancellationToken::new(),
         })
@@ -258,6 +262,11 @@ impl Catalog {
     /// The shards of which damage was found.
     pub fn damage(&self) -> &Arc<DamageList> {
         &self.damage
+    }
+
+    /// How often volumes came to this node and left it.
+    pub fn failovers(&self) -> &Arc<Failovers> {
+        &self.failovers
     }
 
     /// Lets the record of a sealed shard follow, in the background; what fails is done at its next use.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -18,6 +19,7 @@ use shardfs_proto::types::ViewFigures;
 use shardfs_proto::types::cluster::NodeStatus;
 use tonic::Code;
 
+use crate::catalog::{Cause, Failovers};
 use crate::rpc::CallObserver;
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
@@ -40,6 +42,11 @@ struct VolumeLabels {
 struct TakeoverLabels {
     volume: String,
     phase: &'static str,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct CauseLabels {
+    cause: &'static str,
 }
 
 /// Name, help and value of what is counted of reads from backups.
@@ -78,7 +85,14 @@ pub struct Metrics {
     volume_free: Family<VolumeLabels, Gauge>,
     volume_shards: Family<VolumeLabels, Gauge>,
     volume_trouble: Family<VolumeLabels, Gauge>,
+    volume_epoch: Family<VolumeLabels, Gauge>,
     takeover: Family<TakeoverLabels, Gauge<f64, AtomicU64>>,
+    failovers: Arc<Failovers>,
+    takeovers: Family<CauseLabels, Counter>,
+    hand_overs: Counter,
+    step_downs: Counter,
+    /// Gauges of volumes are made anew for every reader: one reader at a time.
+    rendering: Mutex<()>,
 }
 
 /// 20 us to 10 s, doubling: from a read in memory to a stream of a large value.
@@ -87,8 +101,13 @@ fn latency_buckets() -> Histogram {
 }
 
 impl Metrics {
-    /// All figures at zero.
+    /// All figures at zero; no volume comes or goes.
     pub fn new() -> Arc<Metrics> {
+        Metrics::of(Arc::default())
+    }
+
+    /// All figures at zero but those of `failovers`, which somebody else counts.
+    pub fn of(failovers: Arc<Failovers>) -> Arc<Metrics> {
         let mut registry = Registry::with_prefix("shardfs_node");
         let calls: Family<CallLabels, Counter> = Family::default();
         registry.register("calls", "gRPC calls by method and status code", calls.clone());
@@ -106,6 +125,15 @@ impl Metrics {
             registry.register(name, help, family.clone());
             family
         };
+        let counter = |registry: &mut Registry, name: &str, help: &str| {
+            let counter: Counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let takeovers: Family<CauseLabels, Counter> = Family::default();
+        let help = "Volumes that came to this node to be served, by cause: their primary gave them away (hand_over), was seen to \
+                    end (death), was silent (silence) or not there (absence), or was this node before (reclaim)";
+        registry.register("volume_takeovers", help, takeovers.clone());
         let takeover: Family<TakeoverLabels, Gauge<f64, AtomicU64>> = Family::default();
         registry.register_with_unit(
             "volume_takeover",
@@ -115,6 +143,18 @@ impl Metrics {
         );
         Arc::new(Metrics {
             takeover,
+            failovers,
+            takeovers,
+            hand_overs: counter(
+                &mut registry,
+                "volume_hand_overs",
+                "Volumes that this node gave away in order",
+            ),
+            step_downs: counter(
+                &mut registry,
+                "volume_step_downs",
+                "Volumes that this node stopped serving because another has them or they failed",
+            ),
             open_shards: gauge(&mut registry, "open_shards", "Shards open"),
             block_cache_used: gauge(&mut registry, "block_cache_used_bytes", "Block cache in use"),
             block_cache_capacity: gauge(&mut registry, "block_cache_capacity_bytes", "Block cache"),
@@ -122,23 +162,26 @@ impl Metrics {
             store_reachable: gauge(&mut registry, "store_reachable", "1 if the metadata store answers"),
             damaged_shards: gauge(&mut registry, "damaged_shards", "Shards of which damage was found"),
             views_open: gauge(&mut registry, "views_open", "Views open as a backup"),
-            views: VIEW_COUNTERS.map(|(name, help, _)| {
-                let counter: Counter = Counter::default();
-                registry.register(name, help, counter.clone());
-                counter
-            }),
+            views: VIEW_COUNTERS.map(|(name, help, _)| counter(&mut registry, name, help)),
             volume_total: by_volume(&mut registry, "volume_total_bytes", "Bytes of a volume"),
             volume_free: by_volume(&mut registry, "volume_free_bytes", "Bytes free on a volume"),
             volume_shards: by_volume(&mut registry, "volume_shards", "Shards on a volume"),
             volume_trouble: by_volume(&mut registry, "volume_trouble", "1 if a volume is not served"),
+            volume_epoch: by_volume(
+                &mut registry,
+                "volume_epoch",
+                "The epoch under which a volume is served: grows whenever it moves",
+            ),
             registry,
             calls,
             call_seconds,
+            rendering: Mutex::default(),
         })
     }
 
     /// The figures as text, with those of `status` in the gauges.
     pub fn render(&self, status: &NodeStatus) -> String {
+        let _one_at_a_time = self.rendering.lock();
         let signed = |bytes: u64| i64::try_from(bytes).unwrap_or(i64::MAX);
         self.open_shards.set(status.open_shards.into());
         self.block_cache_used.set(signed(status.block_cache_used_bytes));
@@ -150,13 +193,31 @@ impl Metrics {
         for (counter, (_, _, value)) in self.views.iter().zip(VIEW_COUNTERS) {
             counter.inner().store(value(&status.views), Ordering::Relaxed);
         }
+        for cause in Cause::ALL {
+            let counter = self.takeovers.get_or_create_owned(&CauseLabels { cause: cause.as_str() });
+            counter.inner().store(self.failovers.takeovers(cause), Ordering::Relaxed);
+        }
+        self.hand_overs.inner().store(self.failovers.hand_overs(), Ordering::Relaxed);
+        self.step_downs.inner().store(self.failovers.step_downs(), Ordering::Relaxed);
+        // A volume that has moved away is told of by its node, and by no other.
+        let of_volumes = [
+            &self.volume_total,
+            &self.volume_free,
+            &self.volume_shards,
+            &self.volume_trouble,
+            &self.volume_epoch,
+        ];
+        of_volumes.iter().for_each(|family| family.clear());
+        self.takeover.clear();
         for volume in &status.volumes {
             let labels = VolumeLabels { volume: volume.id.to_string() };
             self.volume_total.get_or_create(&labels).set(signed(volume.total_bytes));
             self.volume_free.get_or_create(&labels).set(signed(volume.free_bytes));
             self.volume_shards.get_or_create(&labels).set(volume.shards.into());
             self.volume_trouble.get_or_create(&labels).set((!volume.trouble.is_empty()).into());
+            // Only what is served has been taken.
             let Some(times) = volume.takeover else { continue };
+            self.volume_epoch.get_or_create(&labels).set(signed(volume.epoch.get()));
             for (phase, from, to) in [
                 ("election", times.begun_ns, times.elected_ns),
                 ("fence", times.elected_ns, times.fenced_ns),
@@ -204,18 +265,30 @@ fn code_name(code: Code) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use shardfs_proto::types::NodeId;
+    use shardfs_proto::types::cluster::{Takeover, VolumeStatus};
+    use shardfs_proto::types::{Epoch, NodeId, VolumeId};
 
-    #[test]
-    fn figures_are_rendered() {
-        let metrics = Metrics::new();
-        metrics.call_finished("Storage/Put", Code::Ok, Duration::from_millis(1));
-        metrics.call_finished("Storage/Put", Code::NotFound, Duration::from_millis(1));
-        let status = NodeStatus {
+    fn volume(id: &str, epoch: u64, takeover: Option<Takeover>) -> VolumeStatus {
+        VolumeStatus {
+            id: VolumeId::new(id).unwrap(),
+            provider: "loop".into(),
+            total_bytes: 1000,
+            free_bytes: 600,
+            shards: 2,
+            epoch: Epoch::new(epoch).unwrap(),
+            source: String::new(),
+            mount_point: String::new(),
+            trouble: takeover.map_or("not attached yet", |_| "").into(),
+            takeover,
+        }
+    }
+
+    fn status(volumes: Vec<VolumeStatus>) -> NodeStatus {
+        NodeStatus {
             id: NodeId::new("n").unwrap(),
             version: String::new(),
             uptime_ms: 0,
-            volumes: Vec::new(),
+            volumes,
             open_shards: 3,
             open_shards_max: 4,
             block_cache_used_bytes: 5,
@@ -225,8 +298,15 @@ mod tests {
             cluster_id: String::new(),
             damaged_shards: Vec::new(),
             views: ViewFigures { answers: 8, open: 2, ..ViewFigures::default() },
-        };
-        let text = metrics.render(&status);
+        }
+    }
+
+    #[test]
+    fn figures_are_rendered() {
+        let metrics = Metrics::new();
+        metrics.call_finished("Storage/Put", Code::Ok, Duration::from_millis(1));
+        metrics.call_finished("Storage/Put", Code::NotFound, Duration::from_millis(1));
+        let text = metrics.render(&status(Vec::new()));
         assert!(text.contains("shardfs_node_calls_total{method=\"Storage/Put\",code=\"ok\"} 1"), "{text}");
         assert!(text.contains("shardfs_node_open_shards 3"), "{text}");
         assert!(text.contains("shardfs_node_view_answers_total 8"), "{text}");
@@ -235,5 +315,43 @@ mod tests {
             text.contains("shardfs_node_call_duration_seconds_count{method=\"Storage/Put\"} 2"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn volumes_that_come_and_go() {
+        let failovers = Arc::new(Failovers::default());
+        let metrics = Metrics::of(failovers.clone());
+        let id = VolumeId::new("vol-1").unwrap();
+        failovers.note_election(&id, Cause::Death);
+        failovers.note_takeover(&id, false);
+        let second = 1_000_000_000;
+        let times = Takeover {
+            begun_ns: second,
+            elected_ns: 2 * second,
+            fenced_ns: 2 * second,
+            mounted_ns: 5 * second,
+            opened_ns: 0,
+        };
+        let text = metrics.render(&status(vec![volume("vol-1", 7, Some(times)), volume("vol-2", 4, None)]));
+        for line in [
+            "shardfs_node_volume_epoch{volume=\"vol-1\"} 7",
+            "shardfs_node_volume_takeover_seconds{volume=\"vol-1\",phase=\"mount\"} 3.0",
+            "shardfs_node_volume_trouble{volume=\"vol-2\"} 1",
+            "shardfs_node_volume_takeovers_total{cause=\"death\"} 1",
+            "shardfs_node_volume_takeovers_total{cause=\"hand_over\"} 0",
+            "shardfs_node_volume_hand_overs_total 0",
+        ] {
+            assert!(text.lines().any(|found| found.starts_with(line)), "{line}: {text}");
+        }
+        assert!(!text.contains("epoch{volume=\"vol-2\"}"), "it is not served: {text}");
+
+        // Both have moved away.
+        failovers.note_hand_over();
+        failovers.note_step_down();
+        let text = metrics.render(&status(Vec::new()));
+        assert!(!text.contains("vol-"), "{text}");
+        for line in ["shardfs_node_volume_hand_overs_total 1", "shardfs_node_volume_step_downs_total 1"] {
+            assert!(text.lines().any(|found| found.starts_with(line)), "{line}: {text}");
+        }
     }
 }

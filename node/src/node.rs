@@ -147,8 +147,8 @@ impl Node {
             tracing::warn!("some volumes are still being attached; serving the others");
         }
 
-        background.push(tokio::spawn(give_memory_back(stop_background.clone())));
-        let metrics = Metrics::new();
+        let trimming = tokio::spawn(give_memory_back(stop_background.clone()));
+        let metrics = Metrics::of(catalog.failovers().clone());
         let stop_serving = CancellationToken::new();
         let services = Services::new(catalog.clone(), metrics.clone());
         let stopped = stop_serving.clone().cancelled_owned();

@@ -14,6 +14,7 @@ use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
 use tokio::sync::Notify;
 
 use super::Catalog;
+use super::{Catalog, Cause};
 use super::serving::now_ns;
 use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::elect::{self, Outcome};
@@ -239,6 +240,8 @@ impl Catalog {
                 Ok(())
             }
             Action::HandOver(id, to) => {
+                let cause = Cause::of_election(&self.parts.node_id, from.as_ref(), |node| view.health(node));
+                self.failovers.note_election(volume, cause);
                 let begun = clock::monotonic();
                 if let Some(served) = self.serving.get(id) {
                     // While calls are still answered: neither is part of the pause.
@@ -256,6 +259,7 @@ impl Catalog {
                         view.wait_for(revision, SHOWN_WAIT_MAX).await
                     }
                     // The record decides what comes next.
+                self.failovers.note_takeover(id, kept.record.handed_over);
                     Outcome::Overtaken => Ok(()),
                 }
             }
@@ -263,7 +267,8 @@ impl Catalog {
                 let Some(served) = self.serving.get(id) else { return Ok(()) };
                 let why = served.lost().map_or_else(|| "another node has it".to_owned(), |e| e.to_string());
                 tracing::warn!(volume = %id, epoch = %served.epoch, why, "stepping down");
-                self.let_go(&served, true).await
+                self.failovers.note_step_down();
+                self.let_go(&served, true).await.map(drop)
             }
         }
     }
@@ -276,6 +281,7 @@ impl Catalog {
         }
         let giving = self.serving.all().into_iter().map(|served| async move {
             let Some(kept) = self.parts.view.volume(&served.id) else { return };
+                        self.failovers.note_hand_over();
             let view = &self.parts.view;
             let draining = view.draining();
             let ready = |node: &&NodeId| view.health(node) == Health::Alive && !draining.contains(node);
