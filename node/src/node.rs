@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use futures::FutureExt as _;
 use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::{ClientId, clock};
 use tokio::task::JoinHandle;
@@ -57,7 +58,9 @@ pub struct Node {
     catalog: Arc<Catalog>,
     serving: JoinHandle<shardfs_proto::types::Result<()>>,
     http: Option<JoinHandle<std::io::Result<()>>>,
-    background: Vec<JoinHandle<()>>,
+    /// Without which a node is none, and what each looks after.
+    vital: Vec<(&'static str, JoinHandle<()>)>,
+    trimming: JoinHandle<()>,
     heartbeat: JoinHandle<()>,
     stop_serving: CancellationToken,
     stop_heartbeat: CancellationToken,
@@ -116,7 +119,8 @@ impl Node {
             replaced: replaced.clone(),
         };
         let heartbeat = tokio::spawn(heart.run(stop_heartbeat.clone()));
-        let mut background = vec![tokio::spawn(view.clone().run(store.clone(), stop_background.clone()))];
+        let mut vital =
+            vec![("the records", tokio::spawn(view.clone().run(store.clone(), stop_background.clone())))];
         while view.wait_for(registered.revision, STORE_PAUSE).await.is_err() {
             tracing::warn!("waiting for the cluster's records");
         }
@@ -142,7 +146,7 @@ impl Node {
             alone_from,
             manager,
         });
-        background.push(tokio::spawn(catalog.clone().run()));
+        vital.push(("the volumes", tokio::spawn(catalog.clone().run())));
         if tokio::time::timeout(VOLUMES_WAIT_MAX, catalog.settled()).await.is_err() {
             tracing::warn!("some volumes are still being attached; serving the others");
         }
@@ -165,7 +169,8 @@ impl Node {
             catalog,
             serving,
             http,
-            background,
+            vital,
+            trimming,
             heartbeat,
             stop_serving,
             stop_heartbeat,
@@ -188,10 +193,25 @@ impl Node {
 
     /// Ends when the node cannot go on; answers why.
     async fn failed(&mut self) -> anyhow::Error {
+        let vital = self.vital.iter_mut().map(|(what, task)| {
+            async move {
+                match task.await {
+                    Ok(()) => anyhow::anyhow!("what looks after {what} ended"),
+                    Err(error) => anyhow::anyhow!("what looks after {what}: {error}"),
+                }
+            }
+            .boxed()
+        });
         tokio::select! {
+            biased;
             _ = self.replaced.cancelled() => {
                 anyhow::anyhow!("another process registered as {}: this one stops", self.config.id)
             }
+            (failure, ..) = futures::future::select_all(vital) => failure,
+            ended = &mut self.heartbeat => match ended {
+                Ok(()) => anyhow::anyhow!("the heartbeat ended"),
+                Err(error) => anyhow::anyhow!("the heartbeat: {error}"),
+            },
             ended = &mut self.serving => match ended {
                 Ok(Ok(())) => anyhow::anyhow!("the gRPC server ended"),
                 Ok(Err(error)) => anyhow::Error::new(error),
@@ -218,9 +238,10 @@ impl Node {
         self.stop_heartbeat.cancel();
         end(&mut self.heartbeat).await;
         self.stop_background.cancel();
-        for task in &mut self.background {
+        for (_, task) in &mut self.vital {
             end(task).await;
         }
+        end(&mut self.trimming).await;
         if let Some(http) = &mut self.http {
             end(http).await;
         }

@@ -54,6 +54,23 @@ struct Memory {
     calm: Calm,
     doubts: Doubts,
 }
+/// An action on a volume is under way, for as long as this lives: one that panics is over as well, and is planned anew.
+struct Busy<'a> {
+    catalog: &'a Catalog,
+    volume: &'a VolumeId,
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let error = Error::internal("what was being done with it failed: see the log");
+            self.catalog.note_trouble(self.volume, &error);
+        }
+        self.catalog.roles.busy.lock().remove(self.volume);
+        self.catalog.roles.done.notify_one();
+    }
+}
+
 
 impl Roles {
     /// Waits until no action is under way.
@@ -74,7 +91,7 @@ impl Catalog {
     /// Takes the volumes that are this node's to serve, looks after them, and gives up the rest; until
     /// [`Catalog::shutdown`]. The view has been read once.
     pub async fn run(self: Arc<Self>) {
-        tokio::spawn(self.clone().keep_views());
+        let mut views = tokio::spawn(self.clone().keep_views());
         let mut changes = self.parts.view.subscribe();
         let (mut tended, mut resumed, mut published) = (None, None, None);
         let due = |last: &mut Option<Instant>, interval: Duration| {
@@ -107,7 +124,13 @@ impl Catalog {
                 let this = self.clone();
                 tokio::spawn(async move { this.tend().await });
             }
+                biased;
             tokio::select! {
+                // Its invariants are kept by the records, not by what it had in its hands.
+                ended = &mut views => {
+                    tracing::error!(?ended, "what keeps views up has ended: it is begun anew");
+                    views = tokio::spawn(self.clone().keep_views());
+                }
                 _ = self.stop.cancelled() => return,
                 _ = tokio::time::sleep(LOOK_INTERVAL) => {}
                 // A node hears every heartbeat; looking costs microseconds.
@@ -198,13 +221,13 @@ impl Catalog {
             return;
         }
         let this = self.clone();
+            let busy = Busy { catalog: &this, volume: action.volume() };
         tokio::spawn(async move {
             tracing::debug!(?action, "begun");
             if let Err(error) = this.act(&action, &kept).await {
                 this.note_trouble(action.volume(), &error);
             }
-            this.roles.busy.lock().remove(action.volume());
-            this.roles.done.notify_one();
+            drop(busy);
         });
     }
 
@@ -297,10 +320,10 @@ impl Catalog {
             if let Err(error) = self.act(&Action::HandOver(served.id.clone(), to), &kept).await {
                 tracing::warn!(volume = %served.id, %error, "handing over before the end: a backup takes it");
             }
-            self.roles.busy.lock().remove(&served.id);
-            self.roles.done.notify_one();
+            drop(busy);
         });
         futures::future::join_all(giving).await;
+            let busy = Busy { catalog: self, volume: &served.id };
     }
 
     /// Asks for a volume to be served by a node, and waits until the records say so. Fails as soon as that cannot come:
