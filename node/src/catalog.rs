@@ -279,7 +279,7 @@ impl Catalog {
             let Some(_lock) = this.locks.try_lock(id) else { return };
             let Some(kept) = this.parts.view.shard(id) else { return };
             if kept.record.state == StateWord::Active
-                && let Err(error) = this.set_state(&kept, StateWord::ReadOnly).await
+                && let Err(error) = this.set_state(&kept, StateWord::ReadOnly, None).await
             {
                 tracing::warn!(shard = %id, %error, "noting that a shard is sealed: later");
             }

@@ -3,6 +3,9 @@
 //! A compare-and-set whose outcome is unknown is repeated until it is known: if the first one was made after
 //! all, the repetition finds its own value; if not, it takes the first one's place and the first can no
 //! longer succeed.
+//!
+//! What a record says of a volume's content (its bytes are there, are gone, it was empty) is written only if the volume was served by this
+//! node all the time, under one epoch, and what it wrote is there for whoever serves it next: see [`Catalog::commit_on`].
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,10 +13,11 @@ use std::time::Duration;
 use shardfs_proto::types::cluster::{NewShard, Selector, ShardInfo};
 use shardfs_proto::types::{ClientId, Cookie, Error, InodeNo, Reason, Result, ShardId, ShardName, clock};
 
+use super::serving::Served;
 use super::{Catalog, Fence, SHOWN_WAIT_MAX, deleted};
 use crate::cluster::bootstrap::random_id;
 use crate::cluster::records::{
-    self, FORMAT, NEXT_SHARD_ID, ShardRecord, StateWord, name_key, request_key, shard_key,
+    self, FORMAT, NEXT_SHARD_ID, ShardRecord, StateWord, VolumeRecord, name_key, request_key, shard_key,
 };
 use crate::cluster::store::{Demand, KeyRange, KeyValue, Op, Revision, StoreError, Txn};
 use crate::cluster::view::Kept;
@@ -23,6 +27,8 @@ use crate::shard::{ShardInit, read};
 const RESERVE_ATTEMPTS_MAX: usize = 64;
 /// Characters of a request id.
 const REQUEST_ID_BYTES_MAX: usize = 64;
+/// How often a change is tried while its volume's record changes too.
+const COMMIT_ATTEMPTS_MAX: usize = 8;
 /// Pauses while an outcome is unknown.
 const UNKNOWN_PAUSE_MIN: Duration = Duration::from_millis(100);
 /// See [`UNKNOWN_PAUSE_MIN`].
@@ -32,8 +38,16 @@ const UNKNOWN_PAUSE_MAX: Duration = Duration::from_secs(2);
 pub(super) enum Committed {
     /// Ours is there, since this revision.
     Done(Revision),
-    /// Something else is there: the key, and what the failure branch read.
-    Overtaken(Vec<Vec<KeyValue>>),
+    /// Something else is there.
+    Overtaken(Overtaken),
+}
+
+/// Why a compare-and-set changed nothing.
+pub(super) struct Overtaken {
+    /// What the failure branch of its caller read.
+    read: Vec<Vec<KeyValue>>,
+    /// The shard's record was as it was demanded at this revision: another demand has failed.
+    record_unchanged: Option<Revision>,
 }
 
 impl Catalog {
@@ -61,7 +75,8 @@ impl Catalog {
             fail::fail_point!("catalog-close-sealed", |_| Err(Error::unavailable("failpoint")));
             let kept = this.find(&client, &Selector::Id(id))?;
             drop(shard);
-            let info = this.set_state(&kept, StateWord::ReadOnly).await?;
+            // The shard has said so, durably; where it is served makes no difference.
+            let info = this.set_state(&kept, StateWord::ReadOnly, None).await?;
             this.publish_last(id).await;
             Ok(info)
         })
@@ -92,7 +107,7 @@ impl Catalog {
                 .or_read(new);
             match this.commit(&kept, &record, txn).await? {
                 Committed::Done(revision) => this.shown(&record, revision).await,
-                Committed::Overtaken(read) if read.iter().flatten().next().is_some() => {
+                Committed::Overtaken(other) if other.read.iter().flatten().next().is_some() => {
                     Err(exists(&client, &name))
                 }
                 Committed::Overtaken(_) => Err(overtaken(id)),
@@ -133,7 +148,8 @@ impl Catalog {
             }
             let record = ShardRecord { state: StateWord::Deleted, ..(*kept.record).clone() };
             let txn = Txn::new().delete(name_key(&client, &record.name));
-            let revision = match this.commit(&kept, &record, txn).await? {
+            // A node that was deposed meanwhile may have found empty what others have filled.
+            let revision = match this.commit_on(&local.served, &kept, &record, txn).await? {
                 Committed::Done(revision) => revision,
                 Committed::Overtaken(_) => return Err(overtaken(id)),
             };
@@ -304,28 +320,37 @@ impl Catalog {
             tracing::error!(shard = %record.id, volume = %record.volume, %error, "a shard cannot be made");
             if is_anothers_folder(&error) {
                 // Its bytes are not ours to remove.
-                self.take_back_record(kept).await;
+                self.take_back_record(&served, kept).await;
             } else {
-                self.take_back(kept, &dir).await;
+                self.take_back(&served, kept, &dir).await;
             }
             return Err(error.with_shard(record.id));
         }
         fail::fail_point!("catalog-new-built", |_| Err(Error::unavailable("failpoint")));
-        self.set_state(kept, StateWord::Active).await
+        self.set_state(kept, StateWord::Active, Some(&served)).await
     }
 
-    async fn take_back(&self, kept: &Kept<ShardRecord>, dir: &std::path::Path) {
+    async fn take_back(&self, served: &Served, kept: &Kept<ShardRecord>, dir: &std::path::Path) {
         let record = &kept.record;
         if let Err(error) = self.parts.manager.delete(record.id, dir).await {
             tracing::error!(shard = %record.id, %error, "what was made of a shard cannot be removed; it is tried again");
             return;
         }
-        self.take_back_record(kept).await;
+        self.take_back_record(served, kept).await;
     }
 
-    async fn take_back_record(&self, kept: &Kept<ShardRecord>) {
+    async fn take_back_record(&self, served: &Served, kept: &Kept<ShardRecord>) {
         let record = &kept.record;
+        let volume = match served.prove().await.and_then(|()| self.still_given(served, record.id)) {
+            Ok(volume) => volume,
+            // Whoever has the volume makes the shard, or takes it back.
+            Err(error) => {
+                tracing::info!(shard = %record.id, %error, "a shard's reservation is left to others");
+                return;
+            }
+        };
         let txn = Txn::new()
+            .when(records::volume_key(&served.id), Demand::Modified(volume.modified))
             .when(shard_key(record.id), Demand::Modified(kept.modified))
             .delete(shard_key(record.id))
             .delete(name_key(&record.owner, &record.name))
@@ -347,23 +372,72 @@ impl Catalog {
             return;
         }
         let purged = ShardRecord { purged: true, ..(**record).clone() };
-        match self.commit(&kept, &purged, Txn::new()).await {
+        match self.commit_on(&served, &kept, &purged, Txn::new()).await {
             Ok(Committed::Done(_)) => {}
             Ok(Committed::Overtaken(_)) => tracing::debug!(shard = %record.id, "its record is gone already"),
             Err(error) => tracing::warn!(shard = %record.id, %error, "noting that a shard's bytes are gone"),
         }
     }
 
-    /// Sets a record's state and shows it.
-    pub(super) async fn set_state(&self, kept: &Kept<ShardRecord>, state: StateWord) -> Result<ShardInfo> {
+    /// Sets a record's state and shows it. `on`: see [`Catalog::commit_on`].
+    pub(super) async fn set_state(
+        &self,
+        kept: &Kept<ShardRecord>,
+        state: StateWord,
+        on: Option<&Served>,
+    ) -> Result<ShardInfo> {
         if kept.record.state == state {
             return Ok(self.parts.view.shard_info(&kept.record));
         }
         let record = ShardRecord { state, ..(*kept.record).clone() };
-        match self.commit(kept, &record, Txn::new()).await? {
+        let committed = match on {
+            Some(served) => self.commit_on(served, kept, &record, Txn::new()).await?,
+            None => self.commit(kept, &record, Txn::new()).await?,
+        };
+        match committed {
             Committed::Done(revision) => self.shown(&record, revision).await,
             Committed::Overtaken(_) => Err(overtaken(record.id)),
         }
+    }
+
+    /// Replaces a record that says something of what is on a volume. Done only if nobody else has been given the volume by then, and
+    /// after a proof that what this node has written to it is there: whoever serves it next finds what the record says.
+    async fn commit_on(
+        &self,
+        served: &Served,
+        kept: &Kept<ShardRecord>,
+        record: &ShardRecord,
+        more: Txn,
+    ) -> Result<Committed> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            served.prove().await.map_err(|error| error.with_shard(record.id).with_retry_after_ms(20))?;
+            let volume = self.still_given(served, record.id)?;
+            let txn = more.clone().when(records::volume_key(&served.id), Demand::Modified(volume.modified));
+            match self.commit(kept, record, txn).await? {
+                // The volume's record, as when an operator asks for another node, or one of the caller's.
+                Committed::Overtaken(Overtaken { record_unchanged: Some(revision), read })
+                    if attempts < COMMIT_ATTEMPTS_MAX && read.iter().all(Vec::is_empty) =>
+                {
+                    self.parts.view.wait_for(revision, SHOWN_WAIT_MAX).await?;
+                }
+                outcome => return Ok(outcome),
+            }
+        }
+    }
+
+    /// The record of a volume, which still gives it to this node under the epoch under which it is served.
+    fn still_given(&self, served: &Served, shard: ShardId) -> Result<Kept<VolumeRecord>> {
+        let mine = |kept: &Kept<VolumeRecord>| {
+            kept.record.epoch == served.epoch && kept.record.primary.as_ref() == Some(&self.parts.node_id)
+        };
+        self.parts.view.volume(&served.id).filter(mine).ok_or_else(|| {
+            Error::unavailable(format!("volume {} has moved meanwhile", served.id))
+                .with_shard(shard)
+                .with_location(self.parts.view.location(&served.id))
+                .with_retry_after_ms(20)
+        })
     }
 
     /// Replaces a record, with `more` in the same transaction; its outcome is known when this returns.
@@ -385,7 +459,12 @@ impl Catalog {
                     let found = answer.results.pop().unwrap_or_default();
                     return Ok(match found.into_iter().next() {
                         Some(kv) if unknown && kv.value == value => Committed::Done(kv.modified),
-                        _ => Committed::Overtaken(answer.results),
+                        there => Committed::Overtaken(Overtaken {
+                            read: answer.results,
+                            record_unchanged: there
+                                .filter(|kv| kv.modified == kept.modified)
+                                .map(|_| answer.revision),
+                        }),
                     });
                 }
                 Err(error @ StoreError::OutcomeUnknown(_)) => {
