@@ -13,9 +13,8 @@ use shardfs_proto::types::cluster::{NewVolume, NodeInfo, VolumeInfo};
 use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
 use tokio::sync::Notify;
 
-use super::Catalog;
-use super::{Catalog, Cause};
 use super::serving::now_ns;
+use super::{Catalog, Cause};
 use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::elect::{self, Outcome};
 use crate::cluster::plan::{
@@ -54,6 +53,7 @@ struct Memory {
     calm: Calm,
     doubts: Doubts,
 }
+
 /// An action on a volume is under way, for as long as this lives: one that panics is over as well, and is planned anew.
 struct Busy<'a> {
     catalog: &'a Catalog,
@@ -70,7 +70,6 @@ impl Drop for Busy<'_> {
         self.catalog.roles.done.notify_one();
     }
 }
-
 
 impl Roles {
     /// Waits until no action is under way.
@@ -124,14 +123,14 @@ impl Catalog {
                 let this = self.clone();
                 tokio::spawn(async move { this.tend().await });
             }
-                biased;
             tokio::select! {
+                biased;
+                _ = self.stop.cancelled() => return,
                 // Its invariants are kept by the records, not by what it had in its hands.
                 ended = &mut views => {
                     tracing::error!(?ended, "what keeps views up has ended: it is begun anew");
                     views = tokio::spawn(self.clone().keep_views());
                 }
-                _ = self.stop.cancelled() => return,
                 _ = tokio::time::sleep(LOOK_INTERVAL) => {}
                 // A node hears every heartbeat; looking costs microseconds.
                 _ = changes.changed() => {}
@@ -221,8 +220,8 @@ impl Catalog {
             return;
         }
         let this = self.clone();
-            let busy = Busy { catalog: &this, volume: action.volume() };
         tokio::spawn(async move {
+            let busy = Busy { catalog: &this, volume: action.volume() };
             tracing::debug!(?action, "begun");
             if let Err(error) = this.act(&action, &kept).await {
                 this.note_trouble(action.volume(), &error);
@@ -241,6 +240,8 @@ impl Catalog {
             }
             Action::Detach(_) => self.stand_down(&kept.record).await,
             Action::Elect { volume, from } => {
+                let cause = Cause::of_election(&self.parts.node_id, from.as_ref(), |node| view.health(node));
+                self.failovers.note_election(volume, cause);
                 let (begun, begun_ns) = (clock::monotonic(), now_ns());
                 let outcome = elect::elect(store, view, &self.parts.record, kept).await?;
                 if let Outcome::Won(revision, epoch) = outcome {
@@ -258,32 +259,39 @@ impl Catalog {
                     return Ok(());
                 }
                 self.take(kept).await?;
+                self.failovers.note_takeover(id, kept.record.handed_over);
                 let (this, id) = (self.clone(), id.clone());
                 tokio::spawn(async move { this.resume(&id).await });
                 Ok(())
             }
             Action::HandOver(id, to) => {
-                let cause = Cause::of_election(&self.parts.node_id, from.as_ref(), |node| view.health(node));
-                self.failovers.note_election(volume, cause);
                 let begun = clock::monotonic();
+                let mut unmounted = false;
                 if let Some(served) = self.serving.get(id) {
                     // While calls are still answered: neither is part of the pause.
                     served.publisher.stop().await;
                     self.flush_volume(&served).await;
                     let paused = clock::monotonic();
-                    self.let_go(&served, false).await?;
+                    unmounted = self.let_go(&served, false).await?;
                     tracing::info!(volume = %id, to = %to, ms = paused.elapsed().as_millis() as u64, "stopped serving");
                 }
-                let outcome = elect::hand_over(store, view, &self.parts.node_id, kept, to).await?;
+                let me = &self.parts.node_id;
+                let outcome = elect::hand_over(store, view, me, kept, to, unmounted).await?;
                 match outcome {
                     Outcome::Won(revision, epoch) => {
                         tracing::info!(volume = %id, to = %to, %epoch, ms = begun.elapsed().as_millis() as u64, "handed over");
+                        self.failovers.note_hand_over();
                         self.serving.remove_trouble(id);
                         view.wait_for(revision, SHOWN_WAIT_MAX).await
                     }
                     // The record decides what comes next.
-                self.failovers.note_takeover(id, kept.record.handed_over);
                     Outcome::Overtaken => Ok(()),
+                    // It may come true at any time, and says that this node has unmounted: so the volume is not served under
+                    // this epoch again. Giving it away once more, or taking it under another one, settles which it is.
+                    Outcome::Unknown => {
+                        self.serving.note_failed(id, kept.record.epoch);
+                        Ok(())
+                    }
                 }
             }
             Action::StepDown(id) => {
@@ -304,7 +312,6 @@ impl Catalog {
         }
         let giving = self.serving.all().into_iter().map(|served| async move {
             let Some(kept) = self.parts.view.volume(&served.id) else { return };
-                        self.failovers.note_hand_over();
             let view = &self.parts.view;
             let draining = view.draining();
             let ready = |node: &&NodeId| view.health(node) == Health::Alive && !draining.contains(node);
@@ -317,13 +324,13 @@ impl Catalog {
             if !self.roles.busy.lock().insert(served.id.clone()) {
                 return;
             }
+            let busy = Busy { catalog: self, volume: &served.id };
             if let Err(error) = self.act(&Action::HandOver(served.id.clone(), to), &kept).await {
                 tracing::warn!(volume = %served.id, %error, "handing over before the end: a backup takes it");
             }
             drop(busy);
         });
         futures::future::join_all(giving).await;
-            let busy = Busy { catalog: self, volume: &served.id };
     }
 
     /// Asks for a volume to be served by a node, and waits until the records say so. Fails as soon as that cannot come:

@@ -139,7 +139,7 @@ pub(super) struct Serving {
     won: Mutex<HashMap<VolumeId, (u64, u64)>>,
     /// Volumes that this node stands by for.
     standbys: Mutex<BTreeMap<VolumeId, Standby>>,
-    /// The epochs under which volumes failed while this node served them: none is served under the same again.
+    /// Epochs under which this node serves volumes no more: they failed, or were perhaps given away.
     failed: Mutex<HashMap<VolumeId, Epoch>>,
     /// The first round of attaching is over.
     settled: CancellationToken,
@@ -176,9 +176,14 @@ impl Serving {
         self.standbys.lock().contains_key(id)
     }
 
-    /// Whether a volume failed while this node served it under this epoch.
+    /// Whether a volume is not to be served by this node under this epoch again.
     pub(super) fn has_failed(&self, id: &VolumeId, epoch: Epoch) -> bool {
         self.failed.lock().get(id) == Some(&epoch)
+    }
+
+    /// A volume is not to be served by this node under this epoch again.
+    pub(super) fn note_failed(&self, id: &VolumeId, epoch: Epoch) {
+        self.failed.lock().insert(id.clone(), epoch);
     }
 
     /// Volumes that this node stands by for.
@@ -332,7 +337,7 @@ impl Catalog {
         let predecessors = record.predecessors.iter().map(|past| FenceKey::new(&past.node, past.epoch));
         Ok(Takeover {
             predecessors: predecessors.collect::<Result<_>>()?,
-            handed_over: record.handed_over,
+            handed_over: record.handed_over && record.unmounted,
             ..Takeover::new(FenceKey::new(&self.parts.node_id, record.epoch)?, FENCE_WAIT_MAX)
         })
     }
@@ -399,13 +404,11 @@ impl Catalog {
         }
     }
 
-    /// Closes a volume's shards and detaches it. `lost`: somebody else has it, so what is dirty is dropped.
-    pub(super) async fn let_go(&self, served: &Arc<Served>, lost: bool) -> Result<()> {
-        let failed = || {
-            self.serving.failed.lock().insert(served.id.clone(), served.epoch);
-        };
+    /// Closes a volume's shards and unmounts it. `lost`: somebody else has it, so what is dirty is dropped. Answers whether all that
+    /// was written to it is on it, and nothing is under way.
+    pub(super) async fn let_go(&self, served: &Arc<Served>, lost: bool) -> Result<bool> {
         if lost {
-            failed();
+            self.serving.note_failed(&served.id, served.epoch);
         }
         self.serving.served.lock().remove(&served.id);
         // One that is under way holds a shard open.
@@ -423,14 +426,15 @@ impl Catalog {
                 closed.is_ok()
             }
         });
-        if futures::future::join_all(closing).await.contains(&false) {
+        let closed = !futures::future::join_all(closing).await.contains(&false);
+        if !closed {
             // What it had not synced may be lost.
-            failed();
+            self.serving.note_failed(&served.id, served.epoch);
         }
         if let Some(standby) = demote(served).await? {
             self.serving.standbys.lock().insert(served.id.clone(), standby);
         }
-        Ok(())
+        Ok(closed && !lost)
     }
 
     /// Lets what is in memory reach the files while the volume is still served, so that the pause after is short.

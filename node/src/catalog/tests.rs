@@ -18,6 +18,8 @@ use crate::cluster::store::{KeyRange, Txn, get};
 use crate::net::ListenAddr;
 use crate::shard::{Mutation, ShardSettings};
 
+mod late;
+
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A store that outlives the nodes.
@@ -73,7 +75,11 @@ impl Bench {
     }
 
     pub(super) async fn node(&self, id: &str) -> TestNode {
-        let store: Arc<dyn MetaStore> = Arc::new(self.store());
+        self.node_on(id, Arc::new(self.store())).await
+    }
+
+    /// One that reaches the records in a way of its own.
+    async fn node_on(&self, id: &str, store: Arc<dyn MetaStore>) -> TestNode {
         let view = View::new();
         let stop = CancellationToken::new();
         let mut tasks = vec![tokio::spawn(view.clone().run(store.clone(), stop.clone()))];

@@ -137,6 +137,7 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         allow_unfenced: spec.allow_unfenced,
         predecessors: Vec::new(),
         handed_over: false,
+        unmounted: false,
     };
     let key = records::volume_key(&spec.id);
     refuse_shared_source(store, spec).await?;

@@ -18,6 +18,8 @@ pub enum Outcome {
     Won(Revision, Epoch),
     /// Something that was relied on has changed.
     Overtaken,
+    /// It may have come true, or may still.
+    Unknown,
 }
 
 /// Takes a volume: (primary, epoch) := (me, epoch + 1).
@@ -51,6 +53,7 @@ pub async fn elect(
         target: if old.primary.as_ref() == Some(&me.id) { old.target.clone() } else { None },
         predecessors: old.predecessors_of_next(),
         handed_over: false,
+        unmounted: false,
         ..(**old).clone()
     };
     // This process must be the node still.
@@ -75,13 +78,14 @@ pub(super) fn lease_is_over(view: &View, node: &NodeId, txn: Txn) -> Option<Txn>
     }
 }
 
-/// Gives a volume, which this process no longer serves, to a node that is alive.
+/// Gives a volume, which this process no longer serves, to a node that is alive. `unmounted`: see [`VolumeRecord::unmounted`].
 pub async fn hand_over(
     store: &dyn MetaStore,
     view: &View,
     me: &NodeId,
     volume: &Kept<VolumeRecord>,
     to: &NodeId,
+    unmounted: bool,
 ) -> Result<Outcome> {
     let old = &volume.record;
     let Some(successor) = view.node(to) else { return Ok(Outcome::Overtaken) };
@@ -100,6 +104,7 @@ pub async fn hand_over(
         target: old.target.clone().filter(|target| target == to),
         predecessors: old.predecessors_of_next(),
         handed_over: true,
+        unmounted,
         ..(**old).clone()
     };
     let txn = Txn::new().when(records::node_key(to), Demand::Modified(successor.modified));
@@ -116,8 +121,11 @@ async fn change(
     let txn = txn.when(key.clone(), Demand::Modified(volume.modified)).put(key, records::encode(&fresh));
     match store.txn(txn).await {
         Ok(answer) if answer.succeeded => Ok(Outcome::Won(answer.revision, fresh.epoch)),
-        // What is unknown shows in the copy of the records, and the next plan is made from that.
-        Ok(_) | Err(StoreError::OutcomeUnknown(_)) => Ok(Outcome::Overtaken),
+        Ok(_) => Ok(Outcome::Overtaken),
+        Err(StoreError::OutcomeUnknown(why)) => {
+            tracing::warn!(volume = %fresh.id, why, "whether a volume's record has changed is not known");
+            Ok(Outcome::Unknown)
+        }
         Err(error) => Err(Error::from(error).context(format!("volume {}", fresh.id))),
     }
 }

@@ -148,9 +148,13 @@ pub struct VolumeRecord {
     /// does not tell who holds it.
     #[serde(default)]
     pub predecessors: Vec<Predecessor>,
-    /// The latest of them had stopped serving and unmounted before it gave the volume away.
+    /// The latest of them gave it away; else it was taken.
     #[serde(default)]
     pub handed_over: bool,
+    /// It had mounted the volume under its epoch, and unmounted it before it gave it away: nothing of it is under way, nor
+    /// of those before it.
+    #[serde(default)]
+    pub unmounted: bool,
 }
 
 impl VolumeRecord {
@@ -371,7 +375,8 @@ mod tests {
         let before =
             br#"{"v":1,"id":"vol-1","provider":"loop","source":"/x","size_bytes":7,"primary":"a","epoch":3}"#;
         let mut record: VolumeRecord = decode(b"k", before).unwrap();
-        assert!(!record.allow_unfenced && !record.handed_over && record.predecessors.is_empty());
+        assert!(!record.allow_unfenced && !record.handed_over && !record.unmounted);
+        assert!(record.predecessors.is_empty());
         for epoch in 4..20 {
             record.predecessors = record.predecessors_of_next();
             record.epoch = Epoch::new(epoch).unwrap();

@@ -134,7 +134,7 @@ fn predecessors(record: &VolumeRecord) -> Vec<String> {
 fn won(outcome: Outcome) -> (Revision, Epoch) {
     match outcome {
         Outcome::Won(revision, epoch) => (revision, epoch),
-        Outcome::Overtaken => panic!("overtaken"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -228,7 +228,7 @@ async fn volumes_are_given_to_those_who_stand_by() {
     b.view.wait_for(revision, PATIENCE).await.unwrap();
     let give = |to: &'static str| {
         let (store, view, volume) = (a.store.clone(), a.view.clone(), a.volume());
-        async move { hand_over(&*store, &view, &node("a"), &volume, &node(to)).await.unwrap() }
+        async move { hand_over(&*store, &view, &node("a"), &volume, &node(to), true).await.unwrap() }
     };
     assert_eq!(give("c").await, Outcome::Overtaken, "c never registered");
     assert_eq!(give("z").await, Outcome::Overtaken);
@@ -239,12 +239,21 @@ async fn volumes_are_given_to_those_who_stand_by() {
     let record = b.volume().record;
     assert_eq!(record.holder, b.record.incarnation);
     assert_eq!(predecessors(&record), ["a 2", "a 1"]);
-    assert!(record.handed_over, "nothing of a is under way");
+    assert!(record.handed_over && record.unmounted, "nothing of a is under way");
     // A later process of b begins an epoch of its own: nobody handed that over.
     let (revision, _) = won(b.elect().await);
     b.view.wait_for(revision, PATIENCE).await.unwrap();
     assert_eq!(predecessors(&b.volume().record), ["b 3", "a 2", "a 1"]);
-    assert!(!b.volume().record.handed_over);
+    let record = b.volume().record;
+    assert!(!record.handed_over && !record.unmounted);
+    // What b has never mounted it gives away too; but those before it may not have ended.
+    let given = hand_over(&*b.store, &b.view, &node("b"), &b.volume(), &node("a"), false).await.unwrap();
+    let (revision, _) = won(given);
+    a.view.wait_for(revision, PATIENCE).await.unwrap();
+    let record = a.volume().record;
+    assert!(record.handed_over && !record.unmounted);
+    let back = hand_over(&*a.store, &a.view, &node("a"), &a.volume(), &node("b"), true).await.unwrap();
+    b.view.wait_for(won(back).0, PATIENCE).await.unwrap();
 
     let volume = VolumeId::new("vol-1").unwrap();
     let target = async |to: &str| set_target(&*b.store, &b.view, &volume, Some(&node(to))).await;

@@ -42,6 +42,7 @@ fn volume(id: &str, primary: &str) -> VolumeRecord {
         allow_unfenced: false,
         predecessors: Vec::new(),
         handed_over: false,
+        unmounted: false,
     }
 }
 
