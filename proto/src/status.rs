@@ -215,26 +215,29 @@ pub fn to_status(error: &Error) -> tonic::Status {
 
 /// The error behind a status.
 pub fn from_status(status: &tonic::Status) -> Error {
-    let detail = RpcStatus::decode(status.details()).ok().and_then(|rpc| {
-        let any = rpc.details.into_iter().find(|any| any.type_url == DETAIL_TYPE_URL)?;
-        wire::ErrorDetail::decode(any.value.as_slice()).ok()
-    });
-    match detail {
-        Some(detail) => {
-            let reason = reason_from_wire(detail.reason()).unwrap_or_else(|| reason_from_code(status.code()));
-            with_detail(reason, detail)
+    said_by_node(status).unwrap_or_else(|| transport_error(status))
+}
+
+/// The error that a node itself has answered. `None` if the status has no detail of ours: then it says how the call
+/// travelled, and nothing of what became of it.
+pub fn said_by_node(status: &tonic::Status) -> Option<Error> {
+    let rpc = RpcStatus::decode(status.details()).ok()?;
+    let any = rpc.details.into_iter().find(|any| any.type_url == DETAIL_TYPE_URL)?;
+    let detail = wire::ErrorDetail::decode(any.value.as_slice()).ok()?;
+    let reason = reason_from_wire(detail.reason()).unwrap_or_else(|| reason_from_code(status.code()));
+    Some(with_detail(reason, detail))
+}
+
+/// The error behind a status that no node has [said](said_by_node).
+pub fn transport_error(status: &tonic::Status) -> Error {
+    let reason = match status.code() {
+        // The connection's end, not the node's answer: one that is closed in order shows as Internal.
+        Code::Internal | Code::ResourceExhausted if std::error::Error::source(status).is_some() => {
+            Reason::Unavailable
         }
-        None => {
-            let reason = match status.code() {
-                // The connection's end, not the node's answer: one that is closed in order shows as Internal.
-                Code::Internal | Code::ResourceExhausted if std::error::Error::source(status).is_some() => {
-                    Reason::Unavailable
-                }
-                code => reason_from_code(code),
-            };
-            Error::new(reason, transport_message(status))
-        }
-    }
+        code => reason_from_code(code),
+    };
+    Error::new(reason, transport_message(status))
 }
 
 /// tonic says "transport error" and keeps the cause in the chain.
@@ -311,5 +314,19 @@ mod tests {
             from_status(&tonic::Status::unavailable("connection refused")).reason(),
             Reason::Unavailable
         );
+    }
+
+    #[test]
+    fn only_our_detail_is_a_nodes_word() {
+        let ours = to_status(&Error::io("the device failed"));
+        assert_eq!(said_by_node(&ours).unwrap().reason(), Reason::Io);
+        let type_url = "type.googleapis.com/google.rpc.RetryInfo".to_owned();
+        let any = prost_types::Any { type_url, value: Vec::new() };
+        let foreign = RpcStatus { code: 13, message: "upstream".into(), details: vec![any] };
+        for details in [Bytes::new(), Bytes::from(foreign.encode_to_vec()), Bytes::from_static(b"\xff")] {
+            let status = tonic::Status::with_details(Code::Internal, "upstream", details);
+            assert!(said_by_node(&status).is_none());
+            assert_eq!(from_status(&status).message(), "upstream");
+        }
     }
 }

@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use shardfs_proto::client::Client;
+use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
-use shardfs_proto::types::{Key, ShardId, ShardName};
+use shardfs_proto::types::{ClientId, Key, ShardId, ShardName};
 use shardfs_tests::Cluster;
 use shardfs_tests::cluster::{Options, block_on, eventually};
 
@@ -353,4 +353,59 @@ fn what_is_made_again_overwrites_nothing_that_others_did_since() {
 /// Within a runtime, from code that is not async.
 fn now<F: Future>(future: F) -> F::Output {
     tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(future))
+}
+
+/// It has the others' addresses by then: from where the shard is, or from the list of nodes.
+#[test]
+fn a_client_that_was_given_one_nodes_address_goes_on_without_that_node() {
+    let cluster = Cluster::start(&Options::default());
+    cluster.shard("partial");
+    let primary = cluster.primary_of("partial");
+    let socket = format!("/{primary}.sock");
+    let given: Vec<String> =
+        cluster.endpoints().into_iter().filter(|endpoint| endpoint.ends_with(&socket)).collect();
+    assert_eq!(given.len(), 1, "{given:?}");
+    block_on(async {
+        let client = || {
+            let mut config = ClientConfig::new(given.clone(), ClientId::new("default").unwrap());
+            config.deadline = MOVED_MAX;
+            Client::new(config).unwrap()
+        };
+        let put = async |client: &Client, shard: ShardId, name: &'static str| {
+            let (key, value) = (Key::new(name).unwrap(), Bytes::from_static(b"value"));
+            client.put(shard, key, value, PutOptions::default(), Durability::Sync).await
+        };
+        let (writer, finder, lister) = (client(), client(), client());
+        let name = ShardName::new("partial").unwrap();
+        let shard = writer.shard_by_name(&name).await.unwrap().id;
+        put(&writer, shard, "before").await.unwrap();
+        // Without a session it does not look for nodes by itself: it knows the shard's backups, and the lister no shard. Nodes that
+        // have just started are not known to live yet.
+        let started = Instant::now();
+        loop {
+            let backups = finder.shard_by_name(&name).await.unwrap().location.backups;
+            writer.shard_by_name(&name).await.unwrap();
+            if backups.len() == 2 && lister.nodes().await.unwrap().iter().all(|node| node.alive) {
+                break;
+            }
+            assert!(started.elapsed() < MOVED_MAX, "not all nodes live: {backups:?}");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+
+        cluster.cli_run(&["dev", "kill", &primary]);
+        let killed = Instant::now();
+        put(&writer, shard, "after").await.unwrap_or_else(|e| panic!("the writer: {e}"));
+        println!("written after {:?}", killed.elapsed());
+        let (_, value) = finder.get(shard, &Key::new("before").unwrap()).await.unwrap();
+        assert_eq!(&value[..], b"value");
+        let found = lister.shard_by_name(&name).await.unwrap();
+        assert_eq!(found.id, shard);
+        assert_ne!(found.location.node.unwrap().as_str(), primary);
+        for client in [writer, finder, lister] {
+            assert!(client.reachable(MOVED_MAX).await, "no node that was given is there, but others are");
+            client.close().await;
+        }
+    });
+    assert_ne!(cluster.primary_of("partial"), primary);
+    cluster.assert_clean("partial");
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures::Stream;
 
 use super::Client;
-use super::retry::Target;
+use super::retry::{ATTEMPT_MAX, Target};
 use super::shards::selected;
 use crate::convert;
 use crate::types::cluster::{CheckItem, NewVolume, NodeInfo, NodeStatus, ShardInfo, VolumeInfo};
@@ -26,12 +26,24 @@ const PUBLISH_ATTEMPT_MAX: Duration = Duration::from_secs(30);
 impl Client {
     /// The nodes of the cluster.
     pub async fn nodes(&self) -> Result<Vec<NodeInfo>> {
+        self.nodes_within(self.inner.config.deadline, ATTEMPT_MAX).await
+    }
+
+    /// The same with a deadline and a bound of its own for the attempts; their addresses are learned.
+    pub(super) async fn nodes_within(
+        &self,
+        deadline: Duration,
+        attempt_max: Duration,
+    ) -> Result<Vec<NodeInfo>> {
         let reply = self
-            .call(Target::Any, async |attempt| {
+            .call_within(Target::Any, deadline, attempt_max, async |attempt| {
                 attempt.node.admin().list_nodes(attempt.node.request(wire::ListNodesRequest {})).await
             })
             .await?;
-        reply.into_inner().nodes.into_iter().map(convert::node_info_from_wire).collect()
+        let nodes = reply.into_inner().nodes.into_iter().map(convert::node_info_from_wire);
+        let nodes: Vec<NodeInfo> = nodes.collect::<Result<_>>()?;
+        self.inner.routes.learn_nodes(&nodes);
+        Ok(nodes)
     }
 
     /// The volumes of the cluster.
@@ -183,11 +195,12 @@ impl Client {
         }
     }
 
-    /// Whether any node answers within `within`.
+    /// Whether any node answers within `within`: of those that were configured, or the one that is asked at present.
     pub async fn reachable(&self, within: Duration) -> bool {
-        let endpoints = self.inner.config.endpoints.clone();
-        let probes = endpoints.iter().filter_map(|endpoint| self.inner.channels.node(endpoint).ok());
-        let probes: Vec<_> = probes
+        let configured = self.inner.config.endpoints.iter();
+        let nodes = configured.filter_map(|endpoint| self.inner.channels.node(endpoint).ok());
+        let probes: Vec<_> = nodes
+            .chain(self.any_node().ok())
             .map(|node| Box::pin(async move { node.probe(within).await.then_some(()).ok_or(()) }))
             .collect();
         !probes.is_empty() && futures::future::select_ok(probes).await.is_ok()

@@ -143,6 +143,11 @@ impl Channels {
     }
 }
 
+/// Whether it is the address of a node.
+pub(super) fn is_endpoint(text: &str) -> bool {
+    parse(text).is_ok()
+}
+
 fn parse(endpoint: &str) -> Result<Address> {
     let malformed =
         || Error::invalid(format!("endpoint {endpoint:?}: expected unix:/PATH or http://HOST:PORT"));

@@ -191,13 +191,13 @@ impl Client {
     }
 }
 
-/// The error behind a status. One without our detail comes from the transport, so it names the endpoint;
+/// The error behind a status. One that no node said comes from the transport, so it names the endpoint;
 /// and a peer that does not know our services is no node: another endpoint may be one.
 fn answered(status: &tonic::Status, endpoint: &str, target: Target) -> Error {
-    let error = crate::status::from_status(status);
-    if !status.details().is_empty() {
+    if let Some(error) = crate::status::said_by_node(status) {
         return error;
     }
+    let error = crate::status::transport_error(status);
     match (target, error.reason()) {
         (Target::Any, Reason::Unsupported | Reason::Internal) => {
             Error::unavailable(format!("{endpoint} is no ShardFS node: {}", error.message()))

@@ -258,7 +258,9 @@ impl Client {
             loop {
                 tokio::time::sleep(KEEPER_PERIOD).await;
                 let Some(inner) = weak.upgrade() else { return };
-                Client { inner, reads: ReadFrom::Primary }.keep_sessions().await;
+                let client = Client { inner, reads: ReadFrom::Primary };
+                // Sessions with a shard that moves may take as long as a call may: addresses are wanted just then.
+                futures::future::join(client.keep_sessions(), client.keep_nodes()).await;
             }
         }));
     }

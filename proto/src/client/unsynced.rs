@@ -24,6 +24,7 @@ use super::Client;
 use super::channel::Node;
 use super::session::{Session, header};
 use crate::convert;
+use crate::status;
 use crate::types::op::Repetition;
 use crate::types::{Error, Reason, Result, ShardId, Version};
 use crate::wire;
@@ -300,13 +301,7 @@ impl Client {
                     repeated += 1;
                     continue;
                 }
-                Err(status) => {
-                    let error = crate::status::from_status(&status);
-                    if error.is_retryable() {
-                        return Err(status);
-                    }
-                    error
-                }
+                Err(status) => verdict(status)?,
             };
             let loss = match error.reason() {
                 // What was written to is gone since.
@@ -359,6 +354,19 @@ impl Client {
         let told = state.losses.told;
         state.losses.tell(told)
     }
+}
+
+/// The node's last word on an entry, which ends it. Everything else may pass, and the entry stays: only the node knows that a change
+/// cannot be made again, and what the transport says (a stream that was reset, a proxy) is nothing that it has decided.
+fn verdict(status: tonic::Status) -> Result<Error, tonic::Status> {
+    let undecided = match status::said_by_node(&status) {
+        // The outcome is not known: a request that arrived too slowly, for one.
+        Some(error) if error.reason() == Reason::Deadline => error,
+        Some(error) if error.is_retryable() => return Err(status),
+        Some(error) => return Ok(error),
+        None => status::transport_error(&status),
+    };
+    Err(tonic::Status::unavailable(undecided.message()))
 }
 
 fn sets_times_only(operation: &wire::Operation) -> bool {
@@ -472,6 +480,22 @@ mod tests {
         next.inherit(&unsynced);
         assert!(tell(&next, 1).is_err());
         assert_eq!(unsynced.mark(), None);
+    }
+
+    #[test]
+    fn only_a_nodes_own_verdict_ends_an_entry() {
+        let said = |reason| verdict(status::to_status(&Error::new(reason, "said")));
+        for reason in [Reason::NotFound, Reason::VersionMismatch, Reason::VolumeFull, Reason::Io] {
+            assert_eq!(said(reason).unwrap().reason(), reason);
+        }
+        for reason in [Reason::Busy, Reason::NotPrimary, Reason::Unavailable, Reason::Deadline] {
+            assert!(status::from_status(&said(reason).unwrap_err()).is_retryable(), "{reason:?}");
+        }
+        for number in 1..=16 {
+            let travelled = tonic::Status::new(tonic::Code::from_i32(number), "RST_STREAM");
+            let error = status::from_status(&verdict(travelled).unwrap_err());
+            assert!(error.is_retryable() && error.message() == "RST_STREAM", "{number}: {error}");
+        }
     }
 
     #[test]
