@@ -358,6 +358,81 @@ async fn large_values_are_streamed_in_and_read_by_ranges() {
     node.stop().await;
 }
 
+/// Has a shard that is not empty closed and opened anew; how long that took.
+async fn close_and_open(node: &Node, shard: u64) -> Duration {
+    let begun = std::time::Instant::now();
+    let request = wire::DeleteShardRequest { shard: selector(shard), only_if_empty: true };
+    let kept = node.storage().delete_shard(request).await.unwrap_err();
+    assert_eq!(reason(&kept), Reason::ShardNotEmpty, "{kept}");
+    begun.elapsed()
+}
+
+/// Those who hold a shard that is to be closed are waited for much longer than that.
+const CLOSE_MAX: Duration = Duration::from_secs(3);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_streamed_put_that_waits_for_its_client_lets_its_shard_go() {
+    let node = Node::start().await;
+    let shard = node.new_shard("s").await;
+    let mut storage = node.storage();
+    storage.put(put(shard, "there", "value")).await.unwrap();
+    let header = wire::PutStreamHeader {
+        shard: selector(shard),
+        key: Bytes::from_static(b"slow"),
+        ..Default::default()
+    };
+    let pieces = vec![Bytes::from(vec![1; 1 << 20]); 3];
+    let slow = stream_of(header.clone(), pieces.clone()).chain(futures::stream::pending());
+    let mut slow_client = node.storage();
+    let streamed = tokio::spawn(async move { slow_client.put_stream(slow).await });
+    // Some of it is staged before the shard is wanted back.
+    while check(&node, shard).await.chunks == 0 {
+        assert!(!streamed.is_finished(), "a stream that has not ended was answered");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let took = close_and_open(&node, shard).await;
+    assert!(took < CLOSE_MAX, "closing took {took:?}");
+    let cut = streamed.await.unwrap().unwrap_err();
+    assert_eq!((cut.code(), reason(&cut)), (Code::Unavailable, Reason::Unavailable), "{cut}");
+    assert!(shardfs_proto::status::from_status(&cut).is_retryable());
+    assert_eq!(reason(&storage.get(get(shard, "slow")).await.unwrap_err()), Reason::NotFound);
+    let left = check(&node, shard).await;
+    assert_eq!((left.inodes, left.chunks), (2, 0), "it left something behind");
+    // Sent anew it is stored.
+    let meta = storage.put_stream(stream_of(header, pieces)).await.unwrap().into_inner().meta;
+    assert_eq!(attr(&meta).size, 3 << 20);
+    node.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_check_lets_its_shard_go() {
+    const KEYS: usize = 60_000;
+    let node = Node::start().await;
+    let shard = node.new_shard("s").await;
+    let mut storage = node.storage();
+    for from in (0..KEYS).step_by(10_000) {
+        let item = |i: usize| wire::PutItem { key: format!("d/{i:05}").into(), ..Default::default() };
+        let batch = wire::BatchPutRequest {
+            shard: selector(shard),
+            items: (from..from + 10_000).map(item).collect(),
+            atomic: true,
+            durability: wire::Durability::Buffered.into(),
+            ..Default::default()
+        };
+        storage.batch_put(batch).await.unwrap();
+    }
+    let request = wire::CheckShardRequest { shard: selector(shard), read_data: true };
+    let mut unread = node.admin().check_shard(request).await.unwrap().into_inner();
+    let took = close_and_open(&node, shard).await;
+    assert!(took < CLOSE_MAX, "closing took {took:?}");
+    let cut = unread.next().await.unwrap().unwrap_err();
+    assert_eq!((cut.code(), reason(&cut)), (Code::Unavailable, Reason::Unavailable), "{cut}");
+    assert!(cut.message().contains("again"), "{cut}");
+    assert!(unread.next().await.is_none());
+    assert_eq!(check(&node, shard).await.inodes as usize, KEYS + 2);
+    node.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn listings_follow_their_options() {
     let node = Node::start().await;

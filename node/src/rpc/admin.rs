@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardfs_proto::convert;
-use shardfs_proto::types::cluster::{CheckItem, Selector};
+use shardfs_proto::types::cluster::{CheckItem, CheckSummary, Selector};
 use shardfs_proto::types::limits::PUBLISH_SHARDS_MAX;
 use shardfs_proto::types::{Epoch, Error, NodeId, Reason, Result, ShardId, VolumeId};
 use shardfs_proto::wire::{self, admin_server::Admin};
-use tokio::sync::mpsc;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::stream::{self, Answer};
 use super::{Services, about, caller};
-use crate::shard::check;
+use crate::shard::{ReadView, Shard, check};
 
 /// How long a promotion is waited for unless the caller says, and at most.
 const PROMOTE_WAIT_DEFAULT: Duration = Duration::from_secs(30);
@@ -23,6 +25,8 @@ const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(300);
 const CHECK: &str = "Admin/CheckShard";
 /// Findings of a check that wait to be sent; more wait in the check, which then pauses.
 const FINDINGS_AHEAD: usize = 64;
+/// How long a check waits for its client to take a finding: it holds a place among few, and what the shard has deleted since.
+const FINDING_WAIT_MAX: Duration = Duration::from_secs(300);
 
 /// The handlers.
 pub struct AdminService(Services);
@@ -196,32 +200,192 @@ impl Admin for AdminService {
                 let id = shard.id();
                 let view = about(id, shard.read_view(None).await)?;
                 let damage = Arc::clone(self.0.catalog.damage());
-                let (sender, receiver) = mpsc::channel(FINDINGS_AHEAD);
-                tokio::task::spawn_blocking(move || {
-                    let _permit = permit;
-                    let send = |item: CheckItem| {
-                        if let CheckItem::Summary(summary) = &item {
-                            match summary.findings {
-                                0 if r.read_data => damage.mended(id),
-                                0 => {}
-                                n => damage.note(id, CHECK, &format!("fsck found {n} things that are wrong")),
-                            }
-                        }
-                        let gone =
-                            sender.blocking_send(Ok(vec![convert::check_item_to_wire(&item)])).is_err();
-                        if gone { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-                    };
-                    let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                        check::check(&view, r.read_data, &mut |item| send(item))
-                    }))
-                    .unwrap_or_else(|_| Err(super::panicked(CHECK)));
-                    if let Err(error) = about(id, checked) {
-                        // A client that went away has nobody to tell.
-                        let _ = sender.blocking_send(Err(error));
-                    }
-                });
-                Ok(stream::fed(receiver, observation))
+                let summed_up = move |summary: &CheckSummary| match summary.findings {
+                    0 if r.read_data => damage.mended(id),
+                    0 => {}
+                    n => damage.note(id, CHECK, &format!("fsck found {n} things that are wrong")),
+                };
+                Ok(stream::fed(run_check(shard, view, r.read_data, permit, summed_up), observation))
             })
             .await
+    }
+}
+
+type Findings = Result<Vec<wire::CheckReply>>;
+
+/// Checks a shard on a thread of its own and hands on what it finds. `summed_up` sees the summary. The shard is let go of as soon as it
+/// is wanted back, and the permit when the check has ended, whether or not the client reads.
+fn run_check(
+    shard: Arc<Shard>,
+    view: ReadView,
+    read_data: bool,
+    permit: OwnedSemaphorePermit,
+    summed_up: impl Fn(&CheckSummary) + Send + 'static,
+) -> mpsc::Receiver<Findings> {
+    let (sender, receiver) = mpsc::channel::<Findings>(FINDINGS_AHEAD);
+    let runtime = Handle::current();
+    tokio::task::spawn_blocking(move || {
+        let (id, view) = (shard.id(), view.leaving());
+        let mut cut_off = None;
+        let mut report = |item: CheckItem| {
+            if let CheckItem::Summary(summary) = &item {
+                summed_up(summary);
+            }
+            let flow = match sender.try_send(Ok(vec![convert::check_item_to_wire(&item)])) {
+                Ok(()) => Ok(ControlFlow::Continue(())),
+                Err(TrySendError::Closed(_)) => Ok(ControlFlow::Break(())),
+                Err(TrySendError::Full(finding)) => {
+                    runtime.block_on(hand_on(&sender, finding, shard.wanted_back()))
+                }
+            };
+            flow.unwrap_or_else(|error| {
+                cut_off = Some(error);
+                ControlFlow::Break(())
+            })
+        };
+        let checked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            check::check(&view, read_data, &mut report)
+        }))
+        .unwrap_or_else(|_| Err(super::panicked(CHECK)));
+        drop((view, shard, permit));
+        if let Err(error) = about(id, cut_off.map_or(checked, Err)) {
+            // The client may take its time; one that went away has nobody to tell.
+            runtime.spawn(async move { sender.send(Err(error)).await });
+        }
+    });
+    receiver
+}
+
+/// Waits until a client takes a finding. `Break`: it went away. Fails once the shard is wanted back, or the client has taken nothing
+/// for too long.
+async fn hand_on<T>(
+    findings: &mpsc::Sender<T>,
+    finding: T,
+    wanted_back: impl Future<Output = ()>,
+) -> Result<ControlFlow<()>> {
+    tokio::select! {
+        biased;
+        sent = findings.send(finding) => Ok(match sent {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }),
+        () = wanted_back => Err(Error::unavailable(
+            "the shard is being handed over or opened anew, which broke the check off: run it again",
+        )),
+        () = tokio::time::sleep(FINDING_WAIT_MAX) => Err(Error::new(
+            Reason::Deadline,
+            format!("no finding was taken for {} s: the check is broken off", FINDING_WAIT_MAX.as_secs()),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Instant;
+
+    use bytes::Bytes;
+    use shardfs_proto::types::ClientId;
+
+    use super::*;
+    use crate::shard::keys::Cf;
+    use crate::shard::rocks::{RocksShared, RocksStore};
+    use crate::shard::store::{Batch, Change, Store};
+    use crate::shard::{Room, ShardInit, ShardManager, ShardSettings};
+
+    #[tokio::test]
+    async fn findings_wait_for_their_client_but_not_when_the_shard_is_wanted_back() {
+        let (sender, mut receiver) = mpsc::channel(1);
+        let never = std::future::pending::<()>;
+        let now = || std::future::ready(());
+        assert!(hand_on(&sender, 1, now()).await.unwrap().is_continue(), "there is a place");
+        let cut = hand_on(&sender, 2, now()).await.unwrap_err();
+        assert!(cut.reason() == Reason::Unavailable && cut.is_retryable(), "{cut}");
+        let (sent, taken) = tokio::join!(hand_on(&sender, 3, never()), receiver.recv());
+        assert!(sent.unwrap().is_continue());
+        assert_eq!((taken, receiver.recv().await), (Some(1), Some(3)));
+        drop(receiver);
+        assert!(hand_on(&sender, 4, never()).await.unwrap().is_break());
+    }
+
+    struct Endless;
+
+    impl Room for Endless {
+        fn growth_bytes(&self) -> u64 {
+            1 << 40
+        }
+        fn wrote(&self, _: u64) {}
+        fn unflushed(&self, _: u64, _: u64) {}
+        fn look_again(&self) {}
+        fn total_bytes(&self) -> u64 {
+            1 << 40
+        }
+        fn free_bytes(&self) -> u64 {
+            1 << 40
+        }
+    }
+
+    /// Puts records into a closed shard that are wrong, each of them.
+    fn spoil(dir: &Path, id: ShardId, records: usize) {
+        let store = RocksStore::open(&RocksShared::new(8 << 20, 32 << 20), id, dir).unwrap();
+        let bad = |n: usize| (Cf::Index, Bytes::from(format!("no index {n:06}")), Change::Put(Bytes::new()));
+        let changes = (0..records).map(bad).collect();
+        store.write(&Batch { chunk_ranges: Vec::new(), changes }, true).unwrap();
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_check_whose_client_reads_nothing_lets_its_shard_be_closed() {
+        const BAD: usize = 10 * FINDINGS_AHEAD;
+        let root = tempfile::tempdir().unwrap();
+        let (id, dir) = (ShardId::new(7).unwrap(), root.path().join("shard-7"));
+        let manager = ShardManager::new(ShardSettings {
+            block_cache_bytes: 8 << 20,
+            write_buffer_bytes: 32 << 20,
+            ..ShardSettings::default()
+        });
+        let init = ShardInit {
+            id,
+            owner: ClientId::new("tests").unwrap(),
+            limit_bytes: None,
+            chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
+            mode: 0o755,
+            uid: 0,
+            gid: 0,
+        };
+        manager.create(&dir, &init).unwrap();
+        spoil(&dir, id, BAD);
+        let permits = Arc::new(tokio::sync::Semaphore::new(1));
+        let begin = async || {
+            let shard = manager.open(id, &dir, Arc::new(Endless)).await.unwrap();
+            let view = shard.read_view(None).await.unwrap();
+            let permit = permits.clone().try_acquire_owned().expect("no other check holds a place");
+            run_check(shard, view, false, permit, |_| {})
+        };
+
+        let mut unread = begin().await;
+        while unread.len() < FINDINGS_AHEAD {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let begun = Instant::now();
+        manager.close(id).await.unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(2), "closing took {:?}", begun.elapsed());
+        let (mut findings, mut cut) = (0, None);
+        while let Some(taken) = unread.recv().await {
+            match taken {
+                Ok(some) => findings += some.len(),
+                Err(error) => cut = Some(error),
+            }
+        }
+        let cut = cut.expect("its end must not look like that of a whole check");
+        assert_eq!((findings, cut.reason(), cut.shard()), (FINDINGS_AHEAD, Reason::Unavailable, Some(id)));
+
+        let mut read = begin().await;
+        let mut replies = Vec::new();
+        while let Some(some) = read.recv().await {
+            replies.extend(some.unwrap());
+        }
+        assert_eq!(replies.len(), BAD + 1, "all findings and the summary");
+        drop(read);
+        manager.close_all().await.unwrap();
     }
 }

@@ -102,16 +102,28 @@ impl StorageService {
         let shard = self.open(&metadata, header.shard, header.epoch).await?;
         let id = shard.id();
         start.durability = self.0.lasting(id, start.durability);
-        // Dropped anywhere before its commit, the writer leaves nothing behind.
+        // Dropped anywhere before its commit, also within an append, the writer leaves nothing behind.
         let mut writer = about(id, shard.put_content(start).await)?;
-        while let Some(part) = next_part(&mut parts).await? {
-            let Part::Data(data) = part else {
-                return Err(Error::invalid("a second header in a PutStream"));
-            };
-            if data.is_empty() {
-                return Err(Error::invalid("an empty piece of data in a PutStream"));
+        let coming = async {
+            while let Some(part) = next_part(&mut parts).await? {
+                let Part::Data(data) = part else {
+                    return Err(Error::invalid("a second header in a PutStream"));
+                };
+                if data.is_empty() {
+                    return Err(Error::invalid("an empty piece of data in a PutStream"));
+                }
+                about(id, writer.append(convert::value_from_wire(data)?).await)?;
             }
-            about(id, writer.append(convert::value_from_wire(data)?).await)?;
+            Ok::<(), Error>(())
+        };
+        tokio::select! {
+            // What has come as a whole is stored.
+            biased;
+            came = coming => came?,
+            () = shard.wanted_back() => {
+                let why = "the shard is being handed over or opened anew, which broke the stream off: send it anew";
+                return about(id, Err(Error::unavailable(why).with_retry_after_ms(20)));
+            }
         }
         // The commit goes on if the client goes away now: it is one mutation, done or not done.
         let commit = tokio::spawn(async move { writer.commit().await });

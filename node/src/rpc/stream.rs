@@ -84,6 +84,8 @@ pub(super) fn answer<P: Producer>(
                 Ok(Turn::More) => {}
                 Ok(Turn::Done) => return,
                 Err(error) => {
+                    // Who does not read keeps no shard.
+                    drop(producer);
                     let _ = sender.send(Err(observed.behind(error).await)).await;
                     return;
                 }

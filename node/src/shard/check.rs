@@ -112,7 +112,7 @@ impl FindingKind {
 pub type Report<'a> = dyn FnMut(CheckItem) -> ControlFlow<()> + 'a;
 
 /// Checks everything that a view shows. With `read_data` every chunk is read as well. Findings are not
-/// errors; an error is one of the check itself.
+/// errors; an error is one of the check itself: `Unavailable`, and no summary, if the view has left (see [`ReadView::leaving`]).
 pub fn check(view: &ReadView, read_data: bool, report: &mut Report<'_>) -> Result<()> {
     let mut checker = Checker {
         view,
@@ -126,6 +126,10 @@ pub fn check(view: &ReadView, read_data: bool, report: &mut Report<'_>) -> Resul
     tree::check(&mut checker, &mut window);
     content::check(&mut checker, window);
     sys::check(&mut checker);
+    if view.has_left() {
+        let why = "the shard is being handed over or opened anew, which broke the check off: run it again";
+        return Err(Error::unavailable(why).with_shard(view.shard_id()));
+    }
     if !checker.stopped {
         let summary = checker.summary;
         let _ = (checker.report)(CheckItem::Summary(summary));
@@ -170,6 +174,8 @@ struct Checker<'a> {
 
 impl Checker<'_> {
     fn finding(&mut self, kind: FindingKind, detail: impl fmt::Display) {
+        // What was not read for that is not wrong.
+        self.stopped |= self.view.has_left();
         if self.stopped {
             return;
         }

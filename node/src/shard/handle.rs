@@ -11,6 +11,7 @@ use std::time::Duration;
 use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition, ShardState};
 use shardfs_proto::types::{Attr, Error, InodeNo, Result, Sequence, SessionId, ShardId, clock};
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
 use super::content::{ContentWriter, PutStreamStart};
 use super::executor::{Answer, Command, Executor, Numbered, Work};
@@ -45,8 +46,10 @@ pub struct Shard {
     executor: Executor,
     runtime: Handle,
     me: Weak<Shard>,
-    /// It is to be closed: who reads for long lets go.
+    /// It is to be closed: who holds it for long lets go.
     wanted_back: Arc<AtomicBool>,
+    /// Wakes who waits for that.
+    asked_back: Notify,
 }
 
 impl Shard {
@@ -64,6 +67,7 @@ impl Shard {
             runtime,
             me: Weak::clone(me),
             wanted_back: Arc::default(),
+            asked_back: Notify::new(),
         }))
     }
 
@@ -97,9 +101,37 @@ impl Shard {
         self.executor.is_broken()
     }
 
-    /// Asks those who read for long to let go, or takes that back.
+    /// Asks those who hold it for long to let go, ends a reclaim and lets none begin; or takes that back.
     pub(super) fn want_back(&self, wanted: bool) {
         self.wanted_back.store(wanted, Ordering::Release);
+        if wanted {
+            self.asked_back.notify_waiters();
+        }
+        self.stop_reclaiming(wanted);
+    }
+
+    /// Ends once the shard is wanted back. Whoever waits for a client, and holds the shard meanwhile, waits for this as well, and
+    /// lets go. It may be dropped at any time.
+    pub async fn wanted_back(&self) {
+        loop {
+            // Before the look: it hears all that is told from here on.
+            let asked = self.asked_back.notified();
+            if self.wanted_back.load(Ordering::Acquire) {
+                return;
+            }
+            asked.await;
+        }
+    }
+
+    /// Ends a reclaim that is under way, soon, and lets none begin; `false`: they may run again. Does not wait.
+    pub(super) fn stop_reclaiming(&self, stopped: bool) {
+        if !self.executor.store().stop_reclaims(stopped) {
+            return;
+        }
+        // The shard, not only its store: who waits for the last holder to leave must not find the database open.
+        if let Some(shard) = self.me.upgrade() {
+            self.runtime.spawn_blocking(move || shard.executor.store().settle_reclaims());
+        }
     }
 
     pub(super) fn runtime(&self) -> &Handle {

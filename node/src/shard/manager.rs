@@ -430,21 +430,15 @@ impl ShardManager {
             let short = room.growth_bytes() < SHORT_ROOM_BYTES;
             let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
             let executor = shard.executor();
-            // The files tell as well: a reclaim that found no room for itself, or a snapshot in its way,
-            // gave back less than was freed.
-            let left = || {
-                let (files, used) = (shard.properties(), executor.usage().used_bytes);
-                (files.sst_bytes + files.blob_bytes).saturating_sub(used + used / 4) >= RECLAIM_LEFT_BYTES
-            };
-            let again = short && ticks.is_multiple_of(RECLAIM_AGAIN_TICKS) && left();
-            if (executor.freed_bytes() >= enough || again) && executor.begin_reclaim() {
-                let freed = executor.take_freed_bytes();
-                // Not waited for: it may take minutes. The shard stays open meanwhile.
-                tokio::task::spawn_blocking(move || {
-                    let executor = shard.executor();
-                    if let Err(error) = executor.store().reclaim() {
-                        executor.note_freed_bytes(freed);
-                        tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet");
+            if let Err(error) = executor.store().reclaim() {
+                executor.note_freed_bytes(freed);
+                match error.reason() {
+                    // It was stopped for the shard to be closed.
+                    Reason::Unavailable => {
+                        tracing::debug!(shard = %shard.id(), %error, "freed space is given back later")
+                    }
+                    _ => {
+                        tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet")
                     }
                     executor.end_reclaim();
                 });

@@ -12,8 +12,10 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use bytes::Bytes;
+use parking_lot::Mutex;
 use rocksdb::checkpoint::Checkpoint;
 use rocksdb::{
     BlockBasedOptions, BottommostLevelCompaction, Cache, ColumnFamily, ColumnFamilyDescriptor,
@@ -246,6 +248,37 @@ impl Inner {
 /// A store on RocksDB.
 pub struct RocksStore {
     inner: Arc<Inner>,
+    reclaims: Reclaims,
+}
+
+/// Whether reclaims may run. `stopped` and `under_way` are each changed before the other one is looked at, so either a
+/// reclaim sees that it must not run, or who stops them sees that one does.
+#[derive(Default)]
+struct Reclaims {
+    stopped: AtomicBool,
+    under_way: AtomicUsize,
+    /// Whether RocksDB runs no manual compactions. It counts how often it was told, and must not be told to go on once too often.
+    paused: Mutex<bool>,
+}
+
+/// A reclaim is under way, for as long as this lives.
+struct Reclaiming<'a>(&'a Reclaims);
+
+impl Reclaiming<'_> {
+    fn begin(reclaims: &Reclaims) -> Reclaiming<'_> {
+        reclaims.under_way.fetch_add(1, Ordering::SeqCst);
+        Reclaiming(reclaims)
+    }
+
+    fn is_stopped(&self) -> bool {
+        self.0.stopped.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for Reclaiming<'_> {
+    fn drop(&mut self) {
+        self.0.under_way.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl RocksStore {
@@ -269,7 +302,11 @@ impl RocksStore {
         }
         let db = DB::open_cf_descriptors(&shared.db_options(create), path, families)
             .map_err(|e| map_error(shard, &format!("open {}", path.display()), &e))?;
-        Ok(RocksStore { inner: Arc::new(Inner { shard, db }) })
+        Ok(RocksStore::of(shard, db))
+    }
+
+    fn of(shard: ShardId, db: DB) -> RocksStore {
+        RocksStore { inner: Arc::new(Inner { shard, db }), reclaims: Reclaims::default() }
     }
 
     /// Deletes the files of a closed database.
@@ -320,7 +357,7 @@ pub fn open_published(shared: &RocksShared, shard: ShardId, path: &Path) -> Resu
     }
     let db = DB::open_cf_descriptors_read_only(&options, path, families, false)
         .map_err(|e| map_error(shard, &format!("open the view {}", path.display()), &e))?;
-    Ok(Arc::new(RocksStore { inner: Arc::new(Inner { shard, db }) }))
+    Ok(Arc::new(RocksStore::of(shard, db)))
 }
 
 /// A snapshot with the database that it is of.
@@ -422,15 +459,45 @@ impl Store for RocksStore {
     }
 
     fn reclaim(&self) -> Result<()> {
+        let reclaiming = Reclaiming::begin(&self.reclaims);
+        let go_on = || match reclaiming.is_stopped() {
+            false => Ok(()),
+            true => {
+                let shard = self.inner.shard;
+                let message = format!("shard {shard}: a reclaim was stopped: the shard is wanted back");
+                Err(Error::unavailable(message).with_shard(shard))
+            }
+        };
+        go_on()?;
         self.flush()?;
         let mut options = CompactOptions::default();
         options.set_exclusive_manual_compaction(false);
         options.set_bottommost_level_compaction(BottommostLevelCompaction::ForceOptimized);
         // All of them: entries and index values that were deleted may weigh more than content.
         for cf in Cf::ALL {
+            go_on()?;
             self.inner.db.compact_range_cf_opt(self.inner.cf(cf), None::<&[u8]>, None::<&[u8]>, &options);
         }
-        Ok(())
+        // One that was cut short does not say so.
+        go_on()
+    }
+
+    fn stop_reclaims(&self, stopped: bool) -> bool {
+        self.reclaims.stopped.store(stopped, Ordering::SeqCst);
+        !stopped || self.reclaims.under_way.load(Ordering::SeqCst) > 0
+    }
+
+    fn settle_reclaims(&self) {
+        let mut paused = self.reclaims.paused.lock();
+        // Under the lock: whoever comes last, the last word is what was told last.
+        let stopped = self.reclaims.stopped.load(Ordering::SeqCst);
+        match (stopped, *paused) {
+            // Stays so until it is taken back: a compaction that has not quite begun ends as well.
+            (true, false) => self.inner.db.disable_manual_compaction(),
+            (false, true) => self.inner.db.enable_manual_compaction(),
+            (true, true) | (false, false) => {}
+        }
+        *paused = stopped;
     }
 
     fn unflushed_bytes(&self) -> u64 {
@@ -498,4 +565,86 @@ fn map_error(shard: ShardId, what: &str, e: &rocksdb::Error) -> Error {
         | ErrorKind::Unknown => Error::io(format!("shard {shard}: {what}: {text}")),
     };
     error.with_shard(shard)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    /// Keys of one file: it takes four files until RocksDB compacts them by itself.
+    const KEYS: usize = 3_000;
+    const VALUE_BYTES: usize = 4 << 10;
+
+    /// A database half of whose bytes are deleted ones, in three files.
+    fn worth_a_reclaim(dir: &Path) -> (RocksShared, RocksStore) {
+        let shared = RocksShared::new(8 << 20, 64 << 20);
+        let store = RocksStore::create(&shared, ShardId::new(7).unwrap(), dir).unwrap();
+        fill(&store, "kept");
+        fill(&store, "gone");
+        let delete = |n: usize| (Cf::Index, Bytes::from(format!("gone{n:06}")), Change::Delete);
+        let changes = (0..KEYS).map(delete).collect();
+        store.write(&Batch { chunk_ranges: Vec::new(), changes }, false).unwrap();
+        store.flush().unwrap();
+        (shared, store)
+    }
+
+    fn fill(store: &RocksStore, prefix: &str) {
+        let mut rng = fastrand::Rng::with_seed(7);
+        for from in (0..KEYS).step_by(1000) {
+            let put = |n: usize| {
+                let mut value = vec![0; VALUE_BYTES];
+                rng.fill(&mut value);
+                (Cf::Index, Bytes::from(format!("{prefix}{n:06}")), Change::Put(Bytes::from(value)))
+            };
+            let changes = (from..from + 1000).map(put).collect();
+            store.write(&Batch { chunk_ranges: Vec::new(), changes }, false).unwrap();
+        }
+        store.flush().unwrap();
+    }
+
+    #[test]
+    fn no_reclaim_runs_while_they_are_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_shared, store) = worth_a_reclaim(dir.path());
+        assert!(!store.stop_reclaims(true), "none is under way");
+        let stopped = store.reclaim().unwrap_err();
+        assert_eq!((stopped.reason(), stopped.shard()), (Reason::Unavailable, ShardId::new(7).ok()));
+        let before = store.properties().sst_bytes;
+        assert!(store.stop_reclaims(false));
+        store.settle_reclaims();
+        store.reclaim().unwrap();
+        let after = store.properties().sst_bytes;
+        assert!(after < before * 3 / 4, "{after} bytes of {before} are left");
+    }
+
+    #[test]
+    fn a_reclaim_ends_when_it_is_stopped_and_another_one_runs_afterwards() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_shared, store) = worth_a_reclaim(dir.path());
+        let before = store.properties().sst_bytes;
+        // Before it compacts, while it does, and perhaps when it is done.
+        for pause_ms in [0, 1, 3, 10, 30, 100] {
+            std::thread::scope(|scope| {
+                let reclaim = scope.spawn(|| store.reclaim());
+                std::thread::sleep(Duration::from_millis(pause_ms));
+                if store.stop_reclaims(true) {
+                    store.settle_reclaims();
+                }
+                if let Err(stopped) = reclaim.join().unwrap() {
+                    assert_eq!(stopped.reason(), Reason::Unavailable, "{stopped}");
+                }
+                if store.stop_reclaims(false) {
+                    store.settle_reclaims();
+                }
+            });
+        }
+        store.reclaim().unwrap();
+        let after = store.properties().sst_bytes;
+        assert!(after < before * 3 / 4, "{after} bytes of {before} are left");
+        let kept = store.get(Cf::Index, b"kept000001").unwrap().map(|value| value.len());
+        assert_eq!(kept, Some(VALUE_BYTES));
+        assert_eq!(store.get(Cf::Index, b"gone000001").unwrap(), None);
+    }
 }

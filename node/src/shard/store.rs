@@ -123,8 +123,18 @@ pub trait Store: Reader {
     /// Tries to make writes possible again after one failed.
     fn resume(&self) -> Result<()>;
 
-    /// Gives space of deleted content back to the volume: rewrites what is needed, may take long.
+    /// Gives space of deleted content back to the volume: rewrites what is needed, may take long. Fails with `Unavailable` if it
+    /// was stopped.
     fn reclaim(&self) -> Result<()>;
+
+    /// Lets no reclaim begin, and has one that is under way end at its next step; `false`: they may run again. Does not block.
+    /// Whether [`Store::settle_reclaims`] must follow for that to come about soon.
+    fn stop_reclaims(&self, _stopped: bool) -> bool {
+        false
+    }
+
+    /// Brings about what [`Store::stop_reclaims`] was told last. Blocks until a step that is under way has ended, cut short.
+    fn settle_reclaims(&self) {}
 
     /// Bytes that a flush would write, roughly.
     fn unflushed_bytes(&self) -> u64;
