@@ -192,6 +192,9 @@ struct Core {
     live: Live,
     cache: InodeCache,
     trouble: Option<Trouble>,
+    /// A version given since the shard was opened is on the device: those given after another opening are greater than all of
+    /// this one.
+    gap_is_durable: bool,
 }
 
 /// Writes do not work at the moment.
@@ -240,7 +243,13 @@ impl Executor {
             queue: Mutex::default(),
             places: Arc::new(Semaphore::new(QUEUE_OPS_MAX)),
             kib: Arc::new(Semaphore::new(QUEUE_KIB_MAX)),
-            core: Mutex::new(Core { counters, live, cache: InodeCache::default(), trouble: None }),
+            core: Mutex::new(Core {
+                counters,
+                live,
+                cache: InodeCache::default(),
+                trouble: None,
+                gap_is_durable: false,
+            }),
             log: SyncLog::default(),
             usage: Mutex::new(usage),
             broken: AtomicBool::new(false),
@@ -458,7 +467,7 @@ impl Executor {
             return;
         }
         self.flush_if_short(ROOM_SHORT_BYTES);
-        let Core { counters, live, cache, .. } = core;
+        let Core { counters, live, cache, gap_is_durable, .. } = core;
         let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
         let mut run = Group::new(txn, live, &*self.store, &header, self.room.growth_bytes());
         let mut outcomes = Vec::with_capacity(group.len());
@@ -482,7 +491,11 @@ impl Executor {
         let written = match txn.finish() {
             None if sync => self.log.sync_blocking(&*self.store, &*self.room).map(|()| None),
             None => Ok(None),
-            Some(done) => self.write(&done.batch, changed_by.into_iter(), sync).map(|()| Some(done)),
+            // Else all that is answered from here on might be lost, and its versions be given again, to others.
+            Some(done) => {
+                let sync = sync || !*gap_is_durable;
+                self.write(&done.batch, changed_by.into_iter(), sync).map(|()| Some(done))
+            }
         };
         match written {
             Ok(None) => {}
@@ -495,6 +508,7 @@ impl Executor {
                 drop(told);
                 let freed = core.counters.charged_bytes().saturating_sub(done.counters.charged_bytes());
                 self.note_freed_bytes(freed);
+                core.gap_is_durable = true;
                 core.counters = done.counters;
                 self.sequence.store(core.counters.op_seq, Ordering::Release);
                 for (ino, record) in done.inodes {
@@ -594,7 +608,7 @@ impl Executor {
             Ok(std::ops::ControlFlow::Continue(()))
         })?;
         let mut core = self.core.lock();
-        let Core { counters, live, cache, .. } = &mut *core;
+        let Core { counters, live, cache, gap_is_durable, .. } = &mut *core;
         let stale = live.stale_orphans();
         if staged.is_empty() && stale.is_empty() {
             return Ok(());
@@ -622,6 +636,7 @@ impl Executor {
             for effect in effects {
                 live.apply(effect);
             }
+            *gap_is_durable = true;
             *counters = done.counters;
             self.sequence.store(counters.op_seq, Ordering::Release);
             cache.clear();

@@ -301,3 +301,22 @@ async fn what_is_repeated_overwrites_nothing_of_others() {
         world.check("repetitions").await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn versions_that_were_answered_are_never_given_again() {
+    for mut world in World::both(None, 4096) {
+        let a = session(&world).await;
+        let f = world.create(ROOT, "f").await.inode;
+        world.shard().sync().await.unwrap();
+        world.reopen();
+        // An older session writes, and nobody asks for a sync. Were all of it lost, as by a failover, the next opening would count
+        // from the same number.
+        let shard = world.shard();
+        assert!(shard.executor().log().age().is_none());
+        world.run_as(Some(a), Some(1), write(f, 0, b"first")).await.unwrap();
+        assert!(shard.executor().log().age().is_none(), "the first one after an opening is durable");
+        world.run_as(Some(a), Some(2), write(f, 0, b"second")).await.unwrap();
+        assert!(shard.executor().log().age().is_some(), "the others are buffered");
+        drop(shard);
+    }
+}
