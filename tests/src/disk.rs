@@ -85,3 +85,30 @@ impl Loss {
         assert_eq!(done, 0, "shutting {} down: {}", at.display(), std::io::Error::last_os_error());
     }
 }
+
+/// A filesystem on which every write waits, as on a device that hangs, for as long as this lives.
+#[derive(Debug)]
+pub struct Frozen(File);
+
+/// `FIFREEZE`: `_IOWR('X', 119, int)`.
+const FREEZE: libc::c_ulong = 0xC004_5877;
+/// `FITHAW`: `_IOWR('X', 120, int)`.
+const THAW: libc::c_ulong = 0xC004_5878;
+
+impl Frozen {
+    /// Freezes what is mounted at `at`. The open file keeps it mounted.
+    pub fn new(at: &Path) -> Frozen {
+        let root = File::open(at).unwrap_or_else(|e| panic!("{}: {e}", at.display()));
+        // SAFETY: the kernel takes no argument.
+        let done = unsafe { libc::ioctl(root.as_raw_fd(), FREEZE as _, 0) };
+        assert_eq!(done, 0, "freezing {}: {}", at.display(), std::io::Error::last_os_error());
+        Frozen(root)
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // SAFETY: as above. One that was shut down meanwhile is thawed already.
+        unsafe { libc::ioctl(self.0.as_raw_fd(), THAW as _, 0) };
+    }
+}

@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use shardfs_tests::cluster::eventually;
-use shardfs_tests::disk::Loss;
+use shardfs_tests::disk::{Frozen, Loss};
 use shardfs_tests::load::{self, ShardLoad};
 use shardfs_tests::{Cluster, Options};
 
@@ -98,6 +98,37 @@ fn an_fsync_after_the_loss_covers_what_was_written_before_it() {
 fn a_node_without_backups_takes_its_volume_again() {
     // What is not synced may be lost there: so nothing is left unsynced.
     loses(1, &[ShardLoad::new("alone", &[3], 0, false)], &ALL);
+}
+
+/// A device that hangs gives no error, so nobody would hear of it. Its node gives the volume up all the same.
+#[test]
+fn a_device_that_hangs_is_given_up() {
+    let cluster = Cluster::start(&Options::default());
+    let loads = [ShardLoad::new("hangs", &[2], 1, true)];
+    cluster.shard("hangs");
+    load::run(&cluster, &loads, load::seed(), |progress| {
+        progress.wait_for(10, SERVED_MAX);
+        let (before, at) = (cluster.primary_of("hangs"), cluster.volume_mount("hangs"));
+        let log = cluster.dir().join(format!("logs/{before}.log"));
+        let frozen = Frozen::new(&at);
+        eventually(SERVED_MAX, || {
+            let said = std::fs::read_to_string(&log).map_err(|e| e.to_string())?;
+            let given_up = said
+                .lines()
+                .any(|line| line.contains("stepping down") && line.contains("a write has not ended"));
+            if given_up { Ok(()) } else { Err(format!("{before} has not given the volume up")) }
+        });
+        drop(frozen);
+        progress.wait_for(10, SERVED_MAX);
+        println!("served by {before}, then by {}", cluster.primary_of("hangs"));
+    });
+    let found = load::contents(&cluster, "hangs");
+    loads[0].history().check_all(&found).unwrap_or_else(|e| panic!("{e}"));
+    cluster.assert_clean("hangs");
+    eventually(SERVED_MAX, || {
+        let status = cluster.cli_json(&["status"]);
+        if status["healthy"] == true { Ok(()) } else { Err(status["troubles"].to_string()) }
+    });
 }
 
 #[test]

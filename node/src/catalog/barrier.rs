@@ -29,6 +29,8 @@ struct State {
     running: bool,
     /// Somebody asked after the one that is running began.
     again: bool,
+    /// The write that was running at the last look, and looks since at which it still was.
+    looked_at: (u64, u32),
 }
 
 impl Barrier {
@@ -72,13 +74,32 @@ impl Barrier {
         }
     }
 
+    /// Looks whether the device still answers; to be called at a steady pace. A write that is the same one at `looks_max` looks is
+    /// not waited for any longer: a device that hangs gives no error, and nobody else would take the volume. Counted in looks,
+    /// for a process that was stopped has missed them as well.
+    pub fn look(&self, looks_max: u32) {
+        let looks = {
+            let mut state = self.state.lock();
+            state.looked_at = match (state.running, state.looked_at) {
+                (true, (number, looks)) if number == state.begun => (number, looks + 1),
+                _ => (state.begun, 0),
+            };
+            state.looked_at.1
+        };
+        if looks >= looks_max && self.failed().is_none() {
+            self.fail(&Error::unavailable(format!("a write has not ended after {looks} looks")));
+        }
+    }
+
     /// Whether the filesystem is there, so that the syncs before count; `None`: that takes a write to tell. Cheap, and
     /// does not wait.
     pub fn glance(&self) -> Option<Result<()>> {
         if let Some(error) = self.failed() {
             return Some(Err(error));
         }
-        let seen = match &*self.witness.lock() {
+        // Not under the lock: a look waits for nothing, but another thread's journal check may.
+        let witness = self.witness.lock().clone();
+        let seen = match witness {
             Some(witness) => witness.glance()?,
             None => Err(Error::unavailable("the volume is being given up")),
         };
@@ -88,7 +109,8 @@ impl Barrier {
     /// A sync has succeeded. If it may not count, everything fails from now on: what waits for it asks for proof before it is
     /// answered.
     pub fn synced(&self) {
-        let checked = match &*self.witness.lock() {
+        let witness = self.witness.lock().clone();
+        let checked = match witness {
             Some(witness) => witness.check_journal(),
             // Nothing is confirmed any more.
             None => return,
@@ -153,6 +175,35 @@ fn lost(error: &Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn a_device_that_hangs_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("identity");
+        std::fs::write(&path, "x").unwrap();
+        let barrier = Barrier::new(Witness::of(&path).unwrap());
+        for _ in 0..10 {
+            barrier.pass().await.unwrap();
+            barrier.look(2);
+        }
+        assert!(barrier.failed().is_none(), "each write was another one");
+        // As while one is under way that does not end.
+        {
+            let mut state = barrier.state.lock();
+            state.running = true;
+            state.begun += 1;
+        }
+        let waiting = tokio::spawn({
+            let barrier = barrier.clone();
+            async move { barrier.pass().await }
+        });
+        barrier.look(2);
+        barrier.look(2);
+        assert!(barrier.failed().is_none());
+        barrier.look(2);
+        assert!(waiting.await.unwrap().is_err(), "who waits hears of it");
+        assert!(barrier.failed().is_some());
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn questions_share_writes_that_begin_after_them() {

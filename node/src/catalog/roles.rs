@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use shardfs_proto::types::clock;
 use shardfs_proto::types::cluster::{NewVolume, NodeInfo, VolumeInfo};
-use shardfs_proto::types::{Error, NodeId, Result, VolumeId};
+use shardfs_proto::types::{Error, NodeId, Reason, Result, VolumeId};
 use tokio::sync::Notify;
 
 use super::serving::now_ns;
@@ -258,7 +258,14 @@ impl Catalog {
                 if kept.record.epoch != *epoch {
                     return Ok(());
                 }
-                self.take(kept).await?;
+                if let Err(error) = self.take(kept).await {
+                    // The device has seen a later epoch. If nobody else has begun that one, the records are older than the
+                    // device, as after a restore: a later epoch is reached step by step.
+                    if error.reason() == Reason::StaleEpoch {
+                        self.serving.note_failed(id, *epoch);
+                    }
+                    return Err(error);
+                }
                 self.failovers.note_takeover(id, kept.record.handed_over);
                 let (this, id) = (self.clone(), id.clone());
                 tokio::spawn(async move { this.resume(&id).await });
@@ -272,7 +279,7 @@ impl Catalog {
                     served.publisher.stop().await;
                     self.flush_volume(&served).await;
                     let paused = clock::monotonic();
-                    unmounted = self.let_go(&served, false).await?;
+                    unmounted = self.let_go(&served, served.lost().is_some()).await?;
                     tracing::info!(volume = %id, to = %to, ms = paused.elapsed().as_millis() as u64, "stopped serving");
                 }
                 let me = &self.parts.node_id;

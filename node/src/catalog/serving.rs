@@ -5,9 +5,10 @@
 //! this node's lease was held at a moment after it was made, or a write that began after the question reached the device.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -28,6 +29,20 @@ use crate::volume::fence::{self, FenceKey, FenceKind, Takeover};
 use crate::volume::room::VolumeRoom;
 use crate::volume::{self, Attached, Standby, VolumeSpec};
 
+/// Looks, a second apart, after which a device whose write has not ended is given up: EBS heals itself within this, mostly.
+const DEVICE_LOOKS_MAX: u32 = 10;
+/// How long what is done before a hand-over, while calls are answered, may take: a device may hang.
+const FLUSH_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long shards may take to close, if what is dirty is written; those who hold one have their own bound.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The same if it is dropped.
+const ABANDON_WAIT_MAX: Duration = Duration::from_secs(12);
+/// How long an unmount may take.
+const UNMOUNT_WAIT_MAX: Duration = Duration::from_secs(10);
+/// How long it may take to attach a volume, or to fence and mount it.
+const TAKE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The same for one that is made first.
+const MAKE_WAIT_MAX: Duration = Duration::from_secs(180);
 /// How long a fence may take before it is tried again.
 const FENCE_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How long the note that a volume is in use is waited for.
@@ -58,6 +73,8 @@ pub struct Served {
     takeover: TakeoverTimes,
     /// When the first of its shards was open.
     opened_ns: AtomicU64,
+    /// Its room is being looked after.
+    tending: AtomicBool,
 }
 
 impl Served {
@@ -130,6 +147,18 @@ struct Trouble {
     again: Instant,
 }
 
+/// Takes a volume out of those on which something is under way.
+struct Ended {
+    under_way: Arc<Mutex<HashSet<VolumeId>>>,
+    volume: VolumeId,
+}
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.under_way.lock().remove(&self.volume);
+    }
+}
+
 /// What is attached, and what is not and why.
 #[derive(Default)]
 pub(super) struct Serving {
@@ -141,6 +170,8 @@ pub(super) struct Serving {
     standbys: Mutex<BTreeMap<VolumeId, Standby>>,
     /// Epochs under which this node serves volumes no more: they failed, or were perhaps given away.
     failed: Mutex<HashMap<VolumeId, Epoch>>,
+    /// Volumes on which blocking work is under way, also such as nobody waits for any more.
+    under_way: Arc<Mutex<HashSet<VolumeId>>>,
     /// The first round of attaching is over.
     settled: CancellationToken,
 }
@@ -231,18 +262,20 @@ impl Catalog {
     /// Attaches a volume without mounting it.
     pub(super) async fn stand_by(&self, record: &VolumeRecord) -> Result<()> {
         let (spec, name) = (self.spec_of(record), record.provider.clone());
-        let standby = blocking(move || {
-            let provider = volume::provider(&name)?;
-            // Its first primary makes it.
-            if !provider.describe(&spec)?.exists && !spec.formatted {
-                let (id, source) = (&spec.id, spec.source.display());
-                return Err(Error::unavailable(format!(
-                    "volume {id} is not made yet: {source} is not there"
-                )));
-            }
-            provider.attach_backup(&spec)
-        })
-        .await?;
+        self.drop_leftovers(&record.id).await?;
+        let standby = self
+            .work(&record.id, TAKE_WAIT_MAX, move || {
+                let provider = volume::provider(&name)?;
+                // Its first primary makes it.
+                if !provider.describe(&spec)?.exists && !spec.formatted {
+                    let (id, source) = (&spec.id, spec.source.display());
+                    return Err(Error::unavailable(format!(
+                        "volume {id} is not made yet: {source} is not there"
+                    )));
+                }
+                provider.attach_backup(&spec)
+            })
+            .await?;
         tracing::info!(volume = %record.id, device = %standby.device().display(), "standing by");
         self.serving.standbys.lock().insert(record.id.clone(), standby);
         Ok(())
@@ -252,7 +285,46 @@ impl Catalog {
     pub(super) async fn stand_down(&self, record: &VolumeRecord) -> Result<()> {
         let Some(standby) = self.serving.standbys.lock().remove(&record.id) else { return Ok(()) };
         let (spec, name) = (self.spec_of(record), record.provider.clone());
-        blocking(move || volume::provider(&name)?.detach_backup(&spec, standby)).await
+        self.work(&record.id, UNMOUNT_WAIT_MAX, move || {
+            volume::provider(&name)?.detach_backup(&spec, standby)
+        })
+        .await
+    }
+
+    /// Closes what is open still of the shards of a volume that is to be attached: somebody did not leave when it was let go of.
+    async fn drop_leftovers(&self, id: &VolumeId) -> Result<()> {
+        let of_it = |shard| self.parts.view.shard(shard).is_some_and(|kept| kept.record.volume == *id);
+        self.parts.manager.abandon_all(of_it).await
+    }
+
+    /// Does blocking work on a volume, and waits for it for so long at most: a device may hang. Nothing else is begun on a volume
+    /// while something of before has not ended.
+    async fn work<T: Send + 'static>(
+        &self,
+        id: &VolumeId,
+        at_most: Duration,
+        work: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let under_way = self.serving.under_way.clone();
+        if !under_way.lock().insert(id.clone()) {
+            return Err(Error::unavailable(format!(
+                "volume {id}: what was begun on it before has not ended: its device hangs"
+            )));
+        }
+        let volume = id.clone();
+        let working = blocking(move || {
+            // Also if it panics.
+            let ended = Ended { under_way, volume };
+            let outcome = work();
+            drop(ended);
+            outcome
+        });
+        tokio::time::timeout(at_most, working).await.unwrap_or_else(|_| {
+            Err(Error::unavailable(format!(
+                "volume {id}: its device has not answered within {} s",
+                at_most.as_secs()
+            )))
+        })
     }
 
     /// Fences a volume, mounts it, and serves it under its record's epoch, which was given to this process.
@@ -260,32 +332,35 @@ impl Catalog {
         let record = kept.record.clone();
         let spec = self.spec_of(&record);
         let takeover = self.takeover(&record)?;
+        self.drop_leftovers(&record.id).await?;
         let standby = self.serving.standbys.lock().remove(&record.id);
         let begun = clock::monotonic();
+        let at_most = if record.formatted { TAKE_WAIT_MAX } else { MAKE_WAIT_MAX };
         let won = self.serving.won.lock().remove(&record.id);
         let (begun_ns, elected_ns) = won.unwrap_or_else(|| (now_ns(), now_ns()));
         let (name, work_spec) = (record.provider.clone(), spec.clone());
-        let (attached, fence, fenced_ns, how) = blocking(move || {
-            let provider = volume::provider(&name)?;
-            fence::required(provider.fence(), &work_spec).or_else(|error| {
-                // One that is not there yet has nobody to be fenced from.
-                if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
-                    Err(error)
-                } else {
-                    Ok(FenceKind::None)
-                }
-            })?;
-            provider.create(&work_spec)?;
-            let standby = match standby {
-                Some(standby) => standby,
-                None => provider.attach_backup(&work_spec)?,
-            };
-            let fenced = provider.fence().acquire(&work_spec, &takeover)?;
-            let (fenced_ns, how) = (now_ns(), fenced.to_string());
-            let fence = (fenced.kind(), fenced.took().as_millis() as u64);
-            Ok((provider.promote(&work_spec, standby, fenced)?, fence, fenced_ns, how))
-        })
-        .await?;
+        let (attached, fence, fenced_ns, how) = self
+            .work(&record.id, at_most, move || {
+                let provider = volume::provider(&name)?;
+                fence::required(provider.fence(), &work_spec).or_else(|error| {
+                    // One that is not there yet has nobody to be fenced from.
+                    if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
+                        Err(error)
+                    } else {
+                        Ok(FenceKind::None)
+                    }
+                })?;
+                provider.create(&work_spec)?;
+                let standby = match standby {
+                    Some(standby) => standby,
+                    None => provider.attach_backup(&work_spec)?,
+                };
+                let fenced = provider.fence().acquire(&work_spec, &takeover)?;
+                let (fenced_ns, how) = (now_ns(), fenced.to_string());
+                let fence = (fenced.kind(), fenced.took().as_millis() as u64);
+                Ok((provider.promote(&work_spec, standby, fenced)?, fence, fenced_ns, how))
+            })
+            .await?;
         let (kind, fenced_ms) = fence;
         tracing::info!(volume = %record.id, epoch = %record.epoch, device = %attached.device,
             root = %attached.root.display(), fence = kind.as_str(), ms = begun.elapsed().as_millis() as u64, fenced_ms, "serving the volume");
@@ -306,6 +381,7 @@ impl Catalog {
             attached: Mutex::new(Some(attached)),
             takeover: TakeoverTimes { begun_ns, elected_ns, fenced_ns, mounted_ns: now_ns(), opened_ns: 0 },
             opened_ns: AtomicU64::new(0),
+            tending: AtomicBool::new(false),
         };
         self.serving.troubles.lock().remove(&record.id);
         self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
@@ -373,14 +449,21 @@ impl Catalog {
     /// Ballasts, and the note that a volume has been in use.
     pub(super) async fn tend(self: &Arc<Self>) {
         for served in self.serving.all() {
-            // A device that failed, or was taken, is noticed although nobody asks.
+            // A device that failed, hangs, or was taken, is noticed although nobody asks.
             if served.refuses_deposed {
+                served.barrier.look(DEVICE_LOOKS_MAX);
                 let barrier = served.barrier.clone();
                 tokio::spawn(async move { drop(barrier.pass().await) });
             }
-            let room = served.room.clone();
-            if let Err(error) = tokio::task::spawn_blocking(move || room.tend()).await {
-                tracing::error!(volume = %served.id, %error, "looking after a volume's room");
+            // One that hangs keeps no other waiting.
+            if !served.tending.swap(true, Ordering::AcqRel) {
+                tokio::task::spawn_blocking(move || {
+                    let tended = catch_unwind(AssertUnwindSafe(|| served.room.tend()));
+                    served.tending.store(false, Ordering::Release);
+                    if tended.is_err() {
+                        tracing::error!(volume = %served.id, "looking after a volume's room failed");
+                    }
+                });
             }
         }
         for kept in self.wanted() {
@@ -413,6 +496,45 @@ impl Catalog {
         self.serving.served.lock().remove(&served.id);
         // One that is under way holds a shard open.
         served.publisher.stop().await;
+        let mut closed = self.close_shards(served, lost).await;
+        let clean = closed && !lost;
+        if !closed {
+            // What it had not synced may be lost.
+            self.serving.note_failed(&served.id, served.epoch);
+        }
+        // Where only a lock keeps others away, it is kept for as long as a shard is open.
+        while !closed && !served.refuses_deposed {
+            if self.stop.is_cancelled() {
+                return Err(Error::unavailable(format!(
+                    "volume {}: shards of it are in use until this process ends",
+                    served.id
+                )));
+            }
+            tracing::warn!(volume = %served.id, "waiting for those who use its shards");
+            closed = self.close_shards(served, true).await;
+        }
+        match self.demote(served).await {
+            Ok(standby) => {
+                if let Some(standby) = standby {
+                    self.serving.standbys.lock().insert(served.id.clone(), standby);
+                }
+                Ok(clean)
+            }
+            // Its next primary takes it from this node all the same; what is left is cleaned up before it is attached again.
+            Err(error) if served.refuses_deposed => {
+                tracing::error!(volume = %served.id, %error, "a volume that is let go of cannot be unmounted");
+                self.serving.note_failed(&served.id, served.epoch);
+                Ok(false)
+            }
+            Err(error) => {
+                self.serving.note_failed(&served.id, served.epoch);
+                Err(error)
+            }
+        }
+    }
+
+    /// Closes the shards of a volume; whether all of them are closed. `lost`: what is dirty is dropped.
+    async fn close_shards(&self, served: &Served, lost: bool) -> bool {
         let closing = self.parts.view.shards(|record| record.volume == served.id).into_iter().map(|kept| {
             let id = kept.record.id;
             async move {
@@ -426,22 +548,35 @@ impl Catalog {
                 closed.is_ok()
             }
         });
-        let closed = !futures::future::join_all(closing).await.contains(&false);
-        if !closed {
-            // What it had not synced may be lost.
-            self.serving.note_failed(&served.id, served.epoch);
+        let at_most = if lost { ABANDON_WAIT_MAX } else { CLOSE_WAIT_MAX };
+        match tokio::time::timeout(at_most, futures::future::join_all(closing)).await {
+            Ok(closed) => !closed.contains(&false),
+            Err(_) => {
+                tracing::error!(volume = %served.id, "its shards cannot be closed: its device hangs");
+                false
+            }
         }
-        if let Some(standby) = demote(served).await? {
-            self.serving.standbys.lock().insert(served.id.clone(), standby);
-        }
-        Ok(closed && !lost)
+    }
+
+    /// Unmounts a volume; it is stood by for then.
+    async fn demote(&self, served: &Arc<Served>) -> Result<Option<Standby>> {
+        let this = served.clone();
+        self.work(&served.id, UNMOUNT_WAIT_MAX, move || {
+            let Some(attached) = this.attached.lock().take() else { return Ok(None) };
+            this.barrier.close();
+            volume::provider(&this.provider)?.demote(&this.spec, attached).map(Some)
+        })
+        .await
     }
 
     /// Lets what is in memory reach the files while the volume is still served, so that the pause after is short.
     pub(super) async fn flush_volume(&self, served: &Served) {
         let on_it = self.parts.view.shards(|record| record.volume == served.id);
         let ids: HashSet<ShardId> = on_it.into_iter().map(|kept| kept.record.id).collect();
-        self.parts.manager.flush(|id| ids.contains(&id)).await;
+        let flushing = self.parts.manager.flush(|id| ids.contains(&id));
+        if tokio::time::timeout(FLUSH_WAIT_MAX, flushing).await.is_err() {
+            tracing::warn!(volume = %served.id, "its shards are not flushed yet");
+        }
     }
 
     /// Plans no more and gives every volume to a node that is ready, as far as there is one.
@@ -466,10 +601,11 @@ impl Catalog {
         for served in self.serving.all() {
             served.publisher.stop().await;
         }
-        let closed = self.parts.manager.close_all().await;
+        let closing = tokio::time::timeout(CLOSE_WAIT_MAX, self.parts.manager.close_all());
+        let closed = closing.await.unwrap_or_else(|_| Err(Error::unavailable("a device hangs")));
         for served in self.serving.all() {
             self.serving.served.lock().remove(&served.id);
-            match demote(&served).await {
+            match self.demote(&served).await {
                 Ok(standby) => {
                     drop(standby.map(|s| self.serving.standbys.lock().insert(served.id.clone(), s)))
                 }
@@ -551,17 +687,6 @@ impl Catalog {
 pub(super) fn now_ns() -> u64 {
     let now = clock::now();
     u64::try_from(now.seconds()).unwrap_or(0).saturating_mul(1_000_000_000) + u64::from(now.nanos())
-}
-
-/// Unmounts a volume; it is stood by for then.
-async fn demote(served: &Arc<Served>) -> Result<Option<Standby>> {
-    let served = served.clone();
-    blocking(move || -> Result<Option<Standby>> {
-        let Some(attached) = served.attached.lock().take() else { return Ok(None) };
-        served.barrier.close();
-        volume::provider(&served.provider)?.demote(&served.spec, attached).map(Some)
-    })
-    .await
 }
 
 pub(super) async fn blocking<T: Send + 'static>(

@@ -12,7 +12,7 @@
 //! Must not: decide which shards exist or who may use them (`catalog`).
 
 use std::any::Any;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -120,6 +120,8 @@ pub struct ShardManager {
     slots: Mutex<HashMap<ShardId, Arc<Slot>>>,
     clock: AtomicU64,
     started: AtomicBool,
+    /// Shards that are being looked after.
+    kept_up: Mutex<HashSet<ShardId>>,
 }
 
 impl ShardManager {
@@ -132,6 +134,7 @@ impl ShardManager {
             slots: Mutex::default(),
             clock: AtomicU64::new(0),
             started: AtomicBool::new(false),
+            kept_up: Mutex::default(),
         })
     }
 
@@ -239,9 +242,14 @@ impl ShardManager {
             let mut closed = false;
             for (_, id, slot) in candidates {
                 let Ok(mut guard) = slot.shard.try_lock() else { continue };
-                if self.close_if_idle(id, &slot, &mut guard).await? {
-                    closed = true;
-                    break;
+                match self.close_if_idle(id, &slot, &mut guard).await {
+                    Ok(true) => {
+                        closed = true;
+                        break;
+                    }
+                    Ok(false) => {}
+                    // Another one may do.
+                    Err(error) => tracing::debug!(shard = %id, %error, "an idle shard cannot be closed"),
                 }
             }
             if closed {
@@ -322,6 +330,17 @@ impl ShardManager {
         self.close_locked(id, &slot, &mut guard).await
     }
 
+    /// Closes those shards that are open; see [`ShardManager::abandon`]. The first error after all were tried.
+    pub async fn abandon_all(&self, which: impl Fn(ShardId) -> bool) -> Result<()> {
+        let ids: Vec<ShardId> = {
+            let slots = self.slots.lock();
+            let open = |slot: &Slot| slot.shard.try_lock().is_ok_and(|shard| shard.is_some());
+            slots.iter().filter(|(id, slot)| which(**id) && open(slot)).map(|(id, _)| *id).collect()
+        };
+        let closed = futures::future::join_all(ids.into_iter().map(|id| self.abandon(id))).await;
+        closed.into_iter().collect()
+    }
+
     /// Writes what shards have in memory to their files; what fails is logged.
     pub async fn flush(&self, which: impl Fn(ShardId) -> bool) {
         let flushing =
@@ -399,36 +418,73 @@ impl ShardManager {
                 tokio::time::sleep(TICK).await;
                 let Some(manager) = manager.upgrade() else { return };
                 ticks += 1;
-                manager.keep_up(ticks).await;
+                manager.keep_up(ticks);
             }
         });
     }
 
-    async fn keep_up(&self, ticks: u64) {
-        let shards = self.open_shards();
+    /// Looks after every open shard, each in a task of its own: one whose device hangs keeps no other waiting.
+    fn keep_up(self: &Arc<Self>, ticks: u64) {
         let ttl = self.settings.session_ttl;
-        futures::future::join_all(shards.into_iter().map(|(shard, room)| async move {
-            if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
-                tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
+        for (shard, room) in self.open_shards() {
+            if !self.kept_up.lock().insert(shard.id()) {
+                continue;
             }
-            let unflushed = shard.executor().note_unflushed();
-            if room.growth_bytes() < SHORT_ROOM_BYTES && unflushed >= FLUSH_WORTH_BYTES {
-                let shard = Arc::clone(&shard);
-                let flush = move || shard.executor().flush_if_short(SHORT_ROOM_BYTES);
-                if let Err(error) = tokio::task::spawn_blocking(flush).await {
-                    tracing::error!(%error, "a flush panicked");
-                }
-            }
-            if ticks.is_multiple_of(SESSION_TICKS)
-                && let Err(error) = shard.expire_sessions(ttl).await
-            {
-                tracing::debug!(shard = %shard.id(), %error, "sessions could not be looked at");
-            }
-            if !ticks.is_multiple_of(RECLAIM_TICKS) {
-                return;
-            }
-            let short = room.growth_bytes() < SHORT_ROOM_BYTES;
-            let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
+            let under_way = KeptUp { manager: self.clone(), shard: shard.id() };
+            tokio::spawn(async move {
+                keep_up_one(shard, room, ticks, ttl).await;
+                drop(under_way);
+            });
+        }
+    }
+}
+
+/// A shard is being looked after, for as long as this lives.
+struct KeptUp {
+    manager: Arc<ShardManager>,
+    shard: ShardId,
+}
+
+impl Drop for KeptUp {
+    fn drop(&mut self) {
+        self.manager.kept_up.lock().remove(&self.shard);
+    }
+}
+
+async fn keep_up_one(shard: Arc<Shard>, room: Arc<dyn Room>, ticks: u64, ttl: Duration) {
+    if let Err(error) = shard.keep_up(UNSYNCED_AGE).await {
+        tracing::warn!(shard = %shard.id(), %error, "buffered operations could not be synced yet");
+    }
+    let unflushed = shard.executor().note_unflushed();
+    if room.growth_bytes() < SHORT_ROOM_BYTES && unflushed >= FLUSH_WORTH_BYTES {
+        let shard = Arc::clone(&shard);
+        let flush = move || shard.executor().flush_if_short(SHORT_ROOM_BYTES);
+        if let Err(error) = tokio::task::spawn_blocking(flush).await {
+            tracing::error!(%error, "a flush panicked");
+        }
+    }
+    if ticks.is_multiple_of(SESSION_TICKS)
+        && let Err(error) = shard.expire_sessions(ttl).await
+    {
+        tracing::debug!(shard = %shard.id(), %error, "sessions could not be looked at");
+    }
+    if !ticks.is_multiple_of(RECLAIM_TICKS) {
+        return;
+    }
+    let short = room.growth_bytes() < SHORT_ROOM_BYTES;
+    let enough = if short { RECLAIM_BYTES_SHORT } else { RECLAIM_BYTES };
+    let executor = shard.executor();
+    // The files tell as well: a reclaim that found no room for itself, or a snapshot in its way,
+    // gave back less than was freed.
+    let left = || {
+        let (files, used) = (shard.properties(), executor.usage().used_bytes);
+        (files.sst_bytes + files.blob_bytes).saturating_sub(used + used / 4) >= RECLAIM_LEFT_BYTES
+    };
+    let again = short && ticks.is_multiple_of(RECLAIM_AGAIN_TICKS) && left();
+    if (executor.freed_bytes() >= enough || again) && executor.begin_reclaim() {
+        let freed = executor.take_freed_bytes();
+        // Not waited for: it may take minutes. The shard stays open meanwhile.
+        tokio::task::spawn_blocking(move || {
             let executor = shard.executor();
             if let Err(error) = executor.store().reclaim() {
                 executor.note_freed_bytes(freed);
@@ -440,11 +496,10 @@ impl ShardManager {
                     _ => {
                         tracing::warn!(shard = %shard.id(), %error, "freed space could not be given back yet")
                     }
-                    executor.end_reclaim();
-                });
+                }
             }
-        }))
-        .await;
+            executor.end_reclaim();
+        });
     }
 }
 
