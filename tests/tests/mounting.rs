@@ -179,3 +179,22 @@ fn a_node_that_is_away_does_not_freeze_the_root() {
     cluster.cli_run(&["dev", "start", &node]);
     fs::write(shards[0].join("k"), "v").unwrap();
 }
+
+/// With no node left the mount cannot answer. It is unmounted all the same, and nobody waits for what cannot come.
+#[test]
+fn a_cluster_whose_nodes_are_all_stopped_is_taken_down() {
+    const PATIENCE: Duration = Duration::from_secs(30);
+    let cluster = Cluster::start(&Options::default());
+    fs::write(cluster.shard("s").join("k"), "v").unwrap();
+    for node in ["node-1", "node-2", "node-3"] {
+        cluster.cli_run(&["dev", "kill", node, "--signal", "TERM"]);
+    }
+    eventually(PATIENCE, || match cluster.nodes().len() {
+        0 => Ok(()),
+        left => Err(format!("{left} nodes run")),
+    });
+    let said = cluster.cli_fails(&["status"]);
+    assert!(said.contains("dev start") || said.contains("is down"), "{said}");
+    cluster.cli_run(&["dev", "down"]);
+    assert!(!fs::read_to_string("/proc/self/mounts").unwrap().contains(cluster.mount().to_str().unwrap()));
+}

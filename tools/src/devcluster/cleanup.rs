@@ -52,7 +52,10 @@ pub async fn stop_everything(
 /// Unmounts the cluster and ends the daemon.
 async fn take_mount_away(mount: &Path, daemon: Option<&ProcessRecord>, force: bool) -> Result<()> {
     let running = daemon.filter(|d| d.identity.is_running());
-    system::mend_stale_mount(mount).await.or_else(|e| if force { Ok(false) } else { Err(e) })?;
+    // Of a daemon that runs nothing is asked: with its nodes gone it does not answer, and who waits for it keeps the mount in use.
+    if running.is_none() {
+        system::mend_stale_mount(mount).await.or_else(|e| if force { Ok(false) } else { Err(e) })?;
+    }
     // A live mount there that is not our daemon's is somebody else's.
     if let Some(daemon) = running {
         let ours = system::mount_at(mount)?.is_some_and(|m| m.fs_type.starts_with("fuse"));
