@@ -110,6 +110,12 @@ fn a_full_volume_refuses_writes_reads_on_and_recovers() {
             .unwrap_err();
         assert_eq!(error.reason(), Reason::VolumeFull, "{error}");
     });
+    eventually(Duration::from_secs(20), || {
+        let status = cluster.cli_json(&["status"]);
+        let told = status["troubles"].to_string().contains("full: writes are refused");
+        if told && status["healthy"] == false { Ok(()) } else { Err(status.to_string()) }
+    });
+    assert!(cluster.cli_run(&["volume", "list"]).contains(" full"));
     for number in 0..whole {
         assert!(fs::read(mount.join(format!("f{number}"))).unwrap() == piece, "f{number}");
     }

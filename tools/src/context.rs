@@ -160,6 +160,11 @@ impl Context {
 
     /// The client of the cluster: the same one for every caller. No network I/O yet.
     pub fn client(&self) -> Result<Client> {
+        self.client_within(Duration::MAX)
+    }
+
+    /// The same with a deadline of its own for calls, if that is shorter, for the first who asks.
+    pub fn client_within(&self, at_most: Duration) -> Result<Client> {
         if let Some(client) = self.client.get() {
             return Ok(client.clone());
         }
@@ -173,7 +178,7 @@ impl Context {
         let client = Client::new(ClientConfig {
             endpoints: cluster.endpoints,
             client_id: cluster.client_id,
-            deadline: cluster.deadline,
+            deadline: cluster.deadline.min(at_most),
             label: format!("shardfs pid {}", std::process::id()),
         })?;
         Ok(self.client.get_or_init(|| client).clone())

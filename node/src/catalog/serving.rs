@@ -670,7 +670,7 @@ impl Catalog {
                 id: record.id.clone(),
                 provider: served.as_ref().map_or(&record.provider, |s| &s.provider).clone(),
                 total_bytes: served.as_ref().map_or(0, |s| s.room.total_bytes()),
-                free_bytes: served.as_ref().map_or(0, |s| s.room.free_bytes()),
+                free_bytes: served.as_ref().map_or(0, |s| s.room.growth_bytes()),
                 shards: self.parts.view.shard_count(&record.id),
                 epoch: record.epoch,
                 source: served.as_ref().map_or(&record.source, |s| &s.device).clone(),

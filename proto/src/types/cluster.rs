@@ -145,7 +145,7 @@ pub struct VolumeStatus {
     pub provider: String,
     /// Bytes in all.
     pub total_bytes: u64,
-    /// Bytes free.
+    /// Bytes by which its shards may still grow.
     pub free_bytes: u64,
     /// Shards on it.
     pub shards: u32,

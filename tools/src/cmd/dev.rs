@@ -118,7 +118,7 @@ struct UpArgs {
     meta: Option<String>,
     #[command(flatten)]
     meta_flags: MetaFlags,
-    /// Size of each loop volume, sparse [default: 4GiB]
+    /// Size of each loop volume, sparse, 256MiB at least [default: 4GiB]
     #[arg(long, value_name = "SIZE", value_parser = size::parse)]
     volume_size: Option<u64>,
     /// Volumes of each node [default: 1]

@@ -88,6 +88,7 @@ async fn drain(client: &Client, node: &NodeId, drain: bool) -> Result<()> {
         return out.flush();
     }
     let deadline = clock::monotonic() + DRAIN_WAIT_MAX;
+    let mut told = false;
     loop {
         let left: Vec<VolumeId> = client
             .volumes()
@@ -104,8 +105,21 @@ async fn drain(client: &Client, node: &NodeId, drain: bool) -> Result<()> {
         }
         if clock::monotonic() >= deadline {
             let left: Vec<&str> = left.iter().map(VolumeId::as_str).collect();
-            return Err(Failure::new(format!("{node} still serves {}", left.join(", ")))
-                .hint("a volume is handed over when one of its backups is alive and not drained: see `shardfs volume list`"));
+            return Err(Failure::new(format!(
+                "{node} is drained, and still serves {}: nobody else can take it",
+                left.join(", ")
+            ))
+            .hint(format!(
+                "it is handed over as soon as one of its backups is alive and not drained (`shardfs volume list`); `shardfs node \
+                 drain {node} --undo` lets {node} keep it"
+            )));
+        }
+        if !told {
+            told = true;
+            crate::output::note(format!(
+                "{node} hands over {}",
+                crate::output::count(left.len() as u64, "volume")
+            ));
         }
         tokio::time::sleep(DRAIN_PAUSE).await;
     }

@@ -1,16 +1,21 @@
 //! `shardfs status`: the whole cluster on one screen.
 
+use std::time::Duration;
+
 use serde_json::json;
 use shardfs_proto::client::Client;
 use shardfs_proto::types::cluster::{NodeInfo, NodeStatus, ShardInfo};
 use shardfs_proto::types::op::ShardState;
-use shardfs_proto::types::{self};
+use shardfs_proto::types::{self, Reason};
 
 use super::{node, volume};
-use crate::context::Context;
-use crate::failure::Result;
+use crate::context::{Cluster, Context};
+use crate::failure::{Failure, Result};
 use crate::output::{Align, Out, Table, duration_text};
 use crate::size;
+
+/// How long a node is waited for: who asks how the cluster is wants to know that nobody answers.
+const ANSWER_WAIT_MAX: Duration = Duration::from_secs(5);
 
 /// `shardfs status`.
 #[derive(clap::Args, Debug)]
@@ -55,12 +60,29 @@ fn views(figures: &types::ViewFigures) -> serde_json::Value {
     })
 }
 
+/// No node has answered.
+fn nobody_answers(error: types::Error, cluster: &Cluster) -> Failure {
+    let nobody = matches!(error.reason(), Reason::Unavailable | Reason::Deadline);
+    let failure = Failure::from(error);
+    match (&cluster.dir, nobody) {
+        (_, false) => failure,
+        (Some(dir), true) => failure.context("no node of the cluster answers").hint(format!(
+            "`shardfs --dir {0} dev status` shows its processes, `shardfs --dir {0} dev start NODE` starts one",
+            dir.display()
+        )),
+        (None, true) => failure
+            .context("no node of the cluster answers")
+            .hint("see whether shardfs-node runs at these addresses, and what its log says"),
+    }
+}
+
 /// Runs.
 pub async fn run(args: Args, context: &Context) -> Result<()> {
     let cluster = context.cluster()?;
-    let client = context.client()?;
+    let client = context.client_within(ANSWER_WAIT_MAX)?;
     let (nodes, volumes, shards) = tokio::join!(client.nodes(), client.volumes(), client.all_shards(false));
-    let (nodes, volumes, shards) = (ask_nodes(&client, nodes?).await, volumes?, shards?);
+    let nodes = nodes.map_err(|error| nobody_answers(error, &cluster))?;
+    let (nodes, volumes, shards) = (ask_nodes(&client, nodes).await, volumes?, shards?);
     let served = volume::served(&nodes);
     let cluster_id =
         nodes.iter().find_map(|(_, s)| s.as_ref().ok().map(|s| s.cluster_id.clone())).unwrap_or_default();
@@ -85,6 +107,10 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         match served.get(&v.id) {
             None => troubles.push(format!("{}: no node serves it", v.id)),
             Some(s) if !s.trouble.is_empty() => troubles.push(format!("{}: {}", v.id, s.trouble)),
+            Some(s) if volume::is_full(s) => troubles.push(format!(
+                "{}: full: writes are refused until something is deleted, or its shards are elsewhere",
+                v.id
+            )),
             Some(_) => {}
         }
     }

@@ -14,6 +14,9 @@ use crate::failure::{Failure, Result};
 use crate::output::{Align, Out, Table};
 use crate::size;
 
+/// A volume with less room than this is full: a value of one message may not fit.
+const FULL_BELOW_BYTES: u64 = 4 << 20;
+
 /// `shardfs volume`.
 #[derive(clap::Args, Debug)]
 pub struct Args {
@@ -178,6 +181,7 @@ pub fn table(volumes: &[VolumeInfo], served: &HashMap<VolumeId, &VolumeStatus>) 
             used,
             total,
             match status {
+                Some(s) if is_full(s) => "full".to_owned(),
                 Some(s) if s.trouble.is_empty() => "served".to_owned(),
                 Some(s) => s.trouble.clone(),
                 None => "not served".to_owned(),
@@ -185,6 +189,11 @@ pub fn table(volumes: &[VolumeInfo], served: &HashMap<VolumeId, &VolumeStatus>) 
         ]);
     }
     table.render()
+}
+
+/// Whether it is served, and has no room that shards could use.
+pub fn is_full(status: &VolumeStatus) -> bool {
+    status.trouble.is_empty() && status.total_bytes > 0 && status.free_bytes < FULL_BELOW_BYTES
 }
 
 /// As JSON.
