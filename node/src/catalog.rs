@@ -53,6 +53,8 @@ use views::Views;
 const REFRESH_WAIT_MAX: Duration = Duration::from_secs(1);
 /// How long a change waits until this node's copy shows it.
 const SHOWN_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Shards whose files are being removed at a time on a node.
+const PURGES_MAX: usize = 4;
 /// Changes of shards under way at a time on a node.
 const CHANGES_MAX: usize = 256;
 
@@ -96,6 +98,7 @@ pub struct Catalog {
     /// Shards whose calls are refused for the moment.
     fenced: Mutex<HashSet<ShardId>>,
     changes: Arc<tokio::sync::Semaphore>,
+    purges: tokio::sync::Semaphore,
     damage: Arc<DamageList>,
     failovers: Arc<Failovers>,
     views: Views,
@@ -128,6 +131,7 @@ impl Catalog {
             locks: Locks::default(),
             fenced: Mutex::default(),
             changes: Arc::new(tokio::sync::Semaphore::new(CHANGES_MAX)),
+            purges: tokio::sync::Semaphore::new(PURGES_MAX),
             damage: Arc::default(),
             failovers: Arc::default(),
             views: Views::default(),

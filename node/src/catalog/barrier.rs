@@ -29,9 +29,12 @@ struct State {
     running: bool,
     /// Somebody asked after the one that is running began.
     again: bool,
-    /// The write that was running at the last look, and looks since at which it still was.
-    looked_at: (u64, u32),
+    /// What was seen at the last look, and looks since at which it was the same.
+    looked_at: (Seen, u32),
 }
+
+/// What a look sees: the write that is running, and what the device has completed.
+type Seen = (Option<u64>, Option<u64>);
 
 impl Barrier {
     /// Of the volume that the witness tells of.
@@ -74,16 +77,21 @@ impl Barrier {
         }
     }
 
-    /// Looks whether the device still answers; to be called at a steady pace. A write that is the same one at `looks_max` looks is
-    /// not waited for any longer: a device that hangs gives no error, and nobody else would take the volume. Counted in looks,
-    /// for a process that was stopped has missed them as well.
+    /// Looks whether the device still answers; to be called at a steady pace. If a write is the same one at `looks_max` looks, and
+    /// the device has completed nothing meanwhile, it is not waited for any longer: a device that hangs gives no error, and nobody
+    /// else would take the volume. One that is slow because it has much to do completes something. Counted in looks, for a
+    /// process that was stopped has missed them as well.
     pub fn look(&self, looks_max: u32) {
+        let witness = self.witness.lock().clone();
+        self.look_at(witness.and_then(|witness| witness.completed()), looks_max);
+    }
+
+    fn look_at(&self, completed: Option<u64>, looks_max: u32) {
         let looks = {
             let mut state = self.state.lock();
-            state.looked_at = match (state.running, state.looked_at) {
-                (true, (number, looks)) if number == state.begun => (number, looks + 1),
-                _ => (state.begun, 0),
-            };
+            let seen = (state.running.then_some(state.begun), completed);
+            let same = state.looked_at.0 == seen && state.running && completed.is_some();
+            state.looked_at = (seen, if same { state.looked_at.1 + 1 } else { 0 });
             state.looked_at.1
         };
         if looks >= looks_max && self.failed().is_none() {
@@ -184,7 +192,7 @@ mod tests {
         let barrier = Barrier::new(Witness::of(&path).unwrap());
         for _ in 0..10 {
             barrier.pass().await.unwrap();
-            barrier.look(2);
+            barrier.look_at(Some(7), 2);
         }
         assert!(barrier.failed().is_none(), "each write was another one");
         // As while one is under way that does not end.
@@ -197,10 +205,18 @@ mod tests {
             let barrier = barrier.clone();
             async move { barrier.pass().await }
         });
-        barrier.look(2);
-        barrier.look(2);
-        assert!(barrier.failed().is_none());
-        barrier.look(2);
+        for completed in 0..10 {
+            barrier.look_at(Some(completed), 2);
+        }
+        assert!(barrier.failed().is_none(), "it is slow, and has much to do");
+        for _ in 0..10 {
+            barrier.look_at(None, 2);
+        }
+        assert!(barrier.failed().is_none(), "nobody knows");
+        for looks in 0..3 {
+            assert!(barrier.failed().is_none(), "{looks} looks");
+            barrier.look_at(Some(10), 2);
+        }
         assert!(waiting.await.unwrap().is_err(), "who waits hears of it");
         assert!(barrier.failed().is_some());
     }

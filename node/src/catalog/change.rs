@@ -367,6 +367,8 @@ impl Catalog {
         if !self.release_views(&served, record.id).await {
             return;
         }
+        // Many files are removed for a shard: many shards at once would hold up the journal of their volume.
+        let Ok(_permit) = self.purges.acquire().await else { return };
         if let Err(error) = self.parts.manager.delete(record.id, &served.shard_dir(record.id)).await {
             tracing::error!(shard = %record.id, %error, "a deleted shard's bytes cannot be removed; it is tried again");
             return;
