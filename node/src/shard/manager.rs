@@ -49,6 +49,8 @@ const RECLAIM_LEFT_BYTES: u64 = 16 << 20;
 /// How long an open waits for a place, and a close for its callers to leave.
 const PLACE_WAIT_MAX: Duration = Duration::from_secs(5);
 const LEAVE_WAIT_MAX: Duration = Duration::from_secs(10);
+/// Shards that are being opened at a time: an opening reads and replays a log, on a thread of its own.
+const OPENINGS_MAX: usize = 8;
 const WAIT_STEP: Duration = Duration::from_millis(10);
 
 /// Sizes of what the shards of a node share.
@@ -120,6 +122,7 @@ pub struct ShardManager {
     slots: Mutex<HashMap<ShardId, Arc<Slot>>>,
     clock: AtomicU64,
     started: AtomicBool,
+    opening: tokio::sync::Semaphore,
     /// Shards that are being looked after.
     kept_up: Mutex<HashSet<ShardId>>,
 }
@@ -134,6 +137,7 @@ impl ShardManager {
             slots: Mutex::default(),
             clock: AtomicU64::new(0),
             started: AtomicBool::new(false),
+            opening: tokio::sync::Semaphore::new(OPENINGS_MAX),
             kept_up: Mutex::default(),
         })
     }
@@ -189,6 +193,9 @@ impl ShardManager {
             self.close_locked(id, &slot, &mut guard).await?;
         }
         self.make_place(id).await?;
+        // When a volume moves, everybody comes for his shards at once: all of them together would leave the node no time to live.
+        let permit = self.opening.acquire().await;
+        permit.as_ref().map_err(|_| Error::unavailable("the node is stopping"))?;
         let (shared, path, room_too) = (self.shared.clone(), dir.to_owned(), Arc::clone(&room));
         let runtime = Handle::current();
         let opened = tokio::task::spawn_blocking(move || -> Result<Arc<Shard>> {
@@ -203,6 +210,7 @@ impl ShardManager {
             Shard::open(id, Arc::new(store), room_too, runtime)
         })
         .await;
+        drop(permit);
         let shard = opened.map_err(|e| Error::internal(format!("shard {id}: the open was lost: {e}")))??;
         *slot.open.lock() = Arc::downgrade(&shard);
         *guard = Some((Arc::clone(&shard), room));
