@@ -29,7 +29,8 @@ use crate::volume::fence::{self, FenceKey, FenceKind, Takeover};
 use crate::volume::room::VolumeRoom;
 use crate::volume::{self, Attached, Standby, VolumeSpec};
 
-/// Looks, a second apart, after which a device whose write has not ended is given up: EBS heals itself within this, mostly.
+/// Looks, a second apart, after which a device that has completed nothing is given up: so that callers, who wait for a minute, are
+/// still there when a backup has the volume.
 const DEVICE_LOOKS_MAX: u32 = 10;
 /// How long what is done before a hand-over, while calls are answered, may take: a device may hang.
 const FLUSH_WAIT_MAX: Duration = Duration::from_secs(10);
