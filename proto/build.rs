@@ -11,6 +11,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 "idl/shardfs/v1/storage.proto",
                 "idl/shardfs/v1/files.proto",
                 "idl/shardfs/v1/admin.proto",
+                "idl/shardfs/v1/backups.proto",
                 "idl/shardfs/meta/v1/meta.proto",
             ],
             &["idl"],

@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, anyhow, bail};
 
 /// Names the descriptor of the pipe to the child.
-const READY_VARIABLE: &str = "SHARDFSD_READY_FD";
+pub const READY_VARIABLE: &str = "SHARDFSD_READY_FD";
 /// What is written when the mount is usable.
 const READY: &[u8] = b"ready\n";
 
@@ -47,6 +47,11 @@ impl Waiting {
         }
         let to = File::from(copy);
         Ok(Waiting { to: Some(to) })
+    }
+
+    /// The descriptor, for a child that is to tell it.
+    pub fn descriptor(&self) -> Option<RawFd> {
+        self.to.as_ref().map(AsRawFd::as_raw_fd)
     }
 
     /// The mount is usable.
@@ -89,6 +94,10 @@ pub fn start() -> Result<()> {
         .arg0(program)
         .args(words)
         .env(READY_VARIABLE, fd.to_string())
+        // Whoever mounts may be a service; this process is not that service.
+        .env_remove("NOTIFY_SOCKET")
+        .env_remove("WATCHDOG_USEC")
+        .env_remove("WATCHDOG_PID")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());

@@ -3,9 +3,11 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use clap::{Parser, ValueEnum};
+use rustix::mount::MountFlags;
 use serde::Deserialize;
 
 /// Exit status of a mount helper whose mount failed (mount(8)).
@@ -43,11 +45,67 @@ pub enum Who {
     Backup,
 }
 
+/// How long requests are repeated.
+#[derive(Clone, Copy, PartialEq, Debug, Deserialize)]
+#[serde(try_from = "DeadlineWord")]
+pub enum Deadline {
+    /// For so many seconds.
+    Seconds(f64),
+    /// For the default time.
+    Soft,
+    /// For ever.
+    Hard,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum DeadlineWord {
+    Number(f64),
+    Word(String),
+}
+
+impl TryFrom<DeadlineWord> for Deadline {
+    type Error = anyhow::Error;
+
+    fn try_from(word: DeadlineWord) -> Result<Deadline> {
+        match word {
+            DeadlineWord::Number(seconds) => Ok(Deadline::Seconds(seconds)),
+            DeadlineWord::Word(word) => word.parse(),
+        }
+    }
+}
+
+impl FromStr for Deadline {
+    type Err = anyhow::Error;
+
+    fn from_str(word: &str) -> Result<Deadline> {
+        match word {
+            "hard" => Ok(Deadline::Hard),
+            "soft" => Ok(Deadline::Soft),
+            seconds => {
+                seconds.parse().map(Deadline::Seconds).context("expected seconds, such as 1.5, or `hard`")
+            }
+        }
+    }
+}
+
+/// For whom POSIX locks hold.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Locks {
+    /// For all mounts of the cluster.
+    Shared,
+    /// For processes of this mount.
+    Local,
+}
+
 /// Mounts a ShardFS cluster: its shards as directories, their keys as files.
 ///
 /// Goes to the background once the mount is usable, and ends when the mount is unmounted (`umount`,
-/// `fusermount3 -u`) or at SIGTERM, SIGINT or SIGHUP, which unmount it. Settings come from -o, then flags, then
-/// the environment, then the YAML file named by --config, then defaults. SOURCE, as mount(8) gives it, is a
+/// `fusermount3 -u`) or at SIGTERM or SIGINT, which unmount it. At SIGHUP it opens its log file anew and takes up another
+/// --log-level; in the foreground of a terminal it unmounts. A daemon that dies is started again at the same place by its parent
+/// process; what was open there fails, everything else goes on. Settings come from -o, then flags, then the environment, then the YAML
+/// file named by --config, then defaults. SOURCE, as mount(8) gives it, is a
 /// list of endpoints.
 #[derive(Parser, Clone, Debug, Default)]
 #[command(
@@ -79,9 +137,10 @@ pub struct Args {
     /// Let other users in [default: if root mounts]
     #[arg(long)]
     pub allow_other: bool,
-    /// Seconds for which a request is repeated while the cluster does not answer; then EIO [default: 60]
-    #[arg(long, value_name = "SECONDS", env = "SHARDFS_DEADLINE")]
-    pub deadline: Option<f64>,
+    /// Seconds for which a request is repeated while the cluster does not answer; then EIO. Or `hard`: for ever. Whoever waits can
+    /// be killed at any time. As mount options also `soft`, `soft=SECONDS` and `hard` [default: 60]
+    #[arg(long, value_name = "SECONDS|hard", env = "SHARDFS_DEADLINE")]
+    pub deadline: Option<Deadline>,
     /// Seconds to wait for a node to answer before mounting [default: 10]
     #[arg(long, value_name = "SECONDS", env = "SHARDFS_CONNECT_TIMEOUT")]
     pub connect_timeout: Option<f64>,
@@ -102,6 +161,10 @@ pub struct Args {
     /// Read directories together with attributes [default: auto]
     #[arg(long, value_name = "WHEN", env = "SHARDFS_READDIRPLUS")]
     pub readdirplus: Option<Readdirplus>,
+    /// For whom POSIX locks (fcntl, lockf) hold: shared, for all mounts, kept by the shard; local, for the processes of this mount. Those of
+    /// flock(2) hold for this mount only, always [default: shared; local with --read-from backup]
+    #[arg(long, value_name = "WHOM", env = "SHARDFS_LOCKS")]
+    pub locks: Option<Locks>,
     /// Threads that take requests from the kernel [default: 4]
     #[arg(long, value_name = "N", env = "SHARDFS_THREADS")]
     pub threads: Option<usize>,
@@ -123,9 +186,13 @@ pub struct Args {
     /// What is logged: error, warn, info, debug, trace, or filters such as shardfsd=debug [default: info]
     #[arg(long, value_name = "FILTER", env = "SHARDFS_LOG_LEVEL")]
     pub log_level: Option<String>,
-    /// Take away a dead mount at MOUNTPOINT, whose daemon is gone, when everything else is ready
+    /// Take away a dead mount at MOUNTPOINT, whose daemon is gone, when everything else is ready; and leave one there if this
+    /// daemon dies for good: whoever starts it again has it taken away
     #[arg(long)]
     pub replace_dead: bool,
+    /// Do not start the daemon again when it dies
+    #[arg(long)]
+    pub no_restart: bool,
     /// With --foreground: write "ready" and a newline to this descriptor once the mount is usable
     #[arg(long, value_name = "FD", requires = "foreground")]
     pub ready_fd: Option<RawFd>,
@@ -142,14 +209,21 @@ Examples:
 In fstab (with shardfsd linked as /sbin/mount.fuse.shardfs):
   node-1:7400,node-2:7400 /mnt/shards fuse.shardfs client_id=photos,_netdev 0 0
 
-After a crash of the daemon the mount point says \"Transport endpoint is not connected\": `shardfs umount
-/mnt/shards` (or, as root, `umount /mnt/shards`) mends it.";
+Should the mount point say \"Transport endpoint is not connected\" for long, the daemon and its parent are gone: `shardfs
+umount /mnt/shards` (or, as root, `umount /mnt/shards`) mends it.";
 
 /// How the program was called.
 #[derive(Debug)]
 pub enum Invocation {
     /// To mount.
     Mount(Box<Args>),
+    /// As a mount helper: to change the flags of what is mounted there.
+    Remount {
+        /// Where it is mounted.
+        point: PathBuf,
+        /// All of them, old and new.
+        flags: MountFlags,
+    },
     /// As a mount helper that is to do nothing but check its arguments (mount(8) -f).
     Pretend,
 }
@@ -195,9 +269,12 @@ pub fn parse_helper(words: impl IntoIterator<Item = OsString>) -> Result<Invocat
             args.paths.len()
         );
     }
+    let options = crate::options::parse(args.options.iter().map(String::as_str), args.sloppy)?;
     if pretend {
-        crate::options::parse(args.options.iter().map(String::as_str), args.sloppy)?;
         return Ok(Invocation::Pretend);
+    }
+    if options.remount {
+        return Ok(Invocation::Remount { point: args.paths.remove(1), flags: options.flags });
     }
     // mount(8) cleans the environment, but its caller may have set some: the same names as for the daemon.
     let from_environment = Args::try_parse_from([OsString::from("shardfsd"), OsString::from("/")])?;
@@ -234,6 +311,14 @@ mod tests {
         assert!(matches!(helper(&["h:1", "/mnt", "-f"]).unwrap(), Invocation::Pretend));
         assert!(helper(&["h:1", "/mnt", "-f", "-o", "nonsense"]).is_err());
         assert!(helper(&["h:1", "/mnt", "-sf", "-o", "nonsense"]).is_ok());
+    }
+
+    #[test]
+    fn a_remount_is_told_from_a_mount() {
+        let words = ["h:1", "/mnt", "-v", "-o", "rw,remount,noexec", "-t", "fuse.shardfs"];
+        let Invocation::Remount { point, flags } = helper(&words).unwrap() else { panic!("not a remount") };
+        assert_eq!(point, PathBuf::from("/mnt"));
+        assert!(flags.contains(MountFlags::NOEXEC) && !flags.contains(MountFlags::RDONLY));
     }
 
     #[test]

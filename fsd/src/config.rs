@@ -13,11 +13,11 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use rustix::mount::MountFlags;
 use serde::Deserialize;
-use shardfs_proto::client::DEADLINE_DEFAULT;
+use shardfs_proto::client::{DEADLINE_DEFAULT, DEADLINE_NEVER};
 use shardfs_proto::types::limits::STALENESS_DEFAULT;
 use shardfs_proto::types::{ClientId, ReadFrom};
 
-use crate::cli::{Args, LogFormat, Readdirplus, Who};
+use crate::cli::{Args, Deadline, Locks, LogFormat, Readdirplus, Who};
 use crate::options;
 
 /// Time for a node to answer before mounting.
@@ -37,13 +37,14 @@ const READ_AHEAD_KIB_DEFAULT: u32 = 1024;
 pub struct File {
     endpoints: Option<Vec<String>>,
     client_id: Option<String>,
-    deadline: Option<f64>,
+    deadline: Option<Deadline>,
     connect_timeout: Option<f64>,
     attr_ttl: Option<f64>,
     entry_ttl: Option<f64>,
     read_from: Option<Who>,
     max_staleness: Option<f64>,
     readdirplus: Option<Readdirplus>,
+    locks: Option<Locks>,
     threads: Option<usize>,
     read_ahead_kib: Option<u32>,
     root_mode: Option<String>,
@@ -70,7 +71,7 @@ pub struct Settings {
     pub flags: MountFlags,
     /// Let other users in.
     pub allow_other: bool,
-    /// How long a request is repeated.
+    /// How long a request is repeated; [`DEADLINE_NEVER`]: for ever.
     pub deadline: Duration,
     /// How long to wait for a node before mounting.
     pub connect_timeout: Duration,
@@ -82,6 +83,8 @@ pub struct Settings {
     pub reads: ReadFrom,
     /// Read directories with attributes.
     pub readdirplus: bool,
+    /// POSIX locks hold for all mounts of the cluster.
+    pub posix_locks: bool,
     /// Threads that take requests.
     pub threads: usize,
     /// Read-ahead; 0: the kernel's default.
@@ -106,6 +109,9 @@ impl Settings {
     /// Reads the file that `args` name, if any, and puts the layers together.
     pub fn load(mut args: Args) -> Result<Settings> {
         let options = options::parse(args.options.iter().map(String::as_str), args.sloppy)?;
+        if options.remount {
+            bail!("mount option remount: mount(8) changes the options of a mount (mount -o remount,ro DIR)");
+        }
         for (name, value) in &options.settings {
             apply(&mut args, name, value).with_context(|| format!("mount option {name}={value}"))?;
         }
@@ -126,13 +132,14 @@ fn apply(args: &mut Args, name: &str, value: &str) -> Result<()> {
         "endpoints" => args.endpoints = Some(value.split(';').map(str::to_owned).collect()),
         "client_id" => args.client_id = Some(value.into()),
         "config" => args.config = Some(value.into()),
-        "deadline" => args.deadline = Some(seconds()?),
+        "deadline" => args.deadline = Some(value.parse()?),
         "connect_timeout" => args.connect_timeout = Some(seconds()?),
         "attr_ttl" => args.attr_ttl = Some(seconds()?),
         "entry_ttl" => args.entry_ttl = Some(seconds()?),
         "read_from" => args.read_from = Some(choice(value)?),
         "max_staleness" => args.max_staleness = Some(seconds()?),
         "readdirplus" => args.readdirplus = Some(choice(value)?),
+        "locks" => args.locks = Some(choice(value)?),
         "threads" => args.threads = Some(number()? as usize),
         "read_ahead_kib" => args.read_ahead_kib = Some(number()?),
         "root_mode" => args.root_mode = Some(value.into()),
@@ -199,7 +206,11 @@ fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result
         None => Ok(default),
     };
     let attr_ttl = seconds("attr-ttl", args.attr_ttl, file.attr_ttl, Duration::ZERO)?;
-    let deadline = seconds("deadline", args.deadline, file.deadline, DEADLINE_DEFAULT)?;
+    let deadline = match args.deadline.or(file.deadline) {
+        Some(Deadline::Hard) => DEADLINE_NEVER,
+        Some(Deadline::Seconds(given)) => seconds("deadline", Some(given), None, DEADLINE_DEFAULT)?,
+        Some(Deadline::Soft) | None => DEADLINE_DEFAULT,
+    };
     if deadline.is_zero() {
         bail!("--deadline 0: requests need some time");
     }
@@ -215,6 +226,13 @@ fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result
             bail!("--max-staleness is for --read-from backup: the primary's answers are not stale")
         }
         Some(Who::Primary) | None => ReadFrom::Primary,
+    };
+    let posix_locks = match (args.locks.or(file.locks), reads) {
+        (Some(Locks::Shared), ReadFrom::Backup { .. }) => {
+            bail!("--locks shared: with --read-from backup the mount changes nothing, locks neither")
+        }
+        (Some(Locks::Local), _) | (None, ReadFrom::Backup { .. }) => false,
+        (Some(Locks::Shared) | None, ReadFrom::Primary) => true,
     };
     let http = args.http.or(file.http);
     let http = http.map(|http| {
@@ -248,6 +266,7 @@ fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result
             Readdirplus::On => true,
             Readdirplus::Off => false,
         },
+        posix_locks,
         threads,
         read_ahead_kib: args.read_ahead_kib.or(file.read_ahead_kib).unwrap_or(READ_AHEAD_KIB_DEFAULT),
         root_mode,

@@ -27,7 +27,7 @@ pub fn of_reason(reason: Reason) -> Errno {
         Reason::CrossShard => Errno::EXDEV,
         Reason::NotDirectory => Errno::ENOTDIR,
         Reason::IsDirectory => Errno::EISDIR,
-        Reason::NotEmpty | Reason::ShardNotEmpty => Errno::ENOTEMPTY,
+        Reason::NotEmpty | Reason::ShardNotEmpty | Reason::ShardHasSnapshots => Errno::ENOTEMPTY,
         Reason::WrongKind => Errno::EINVAL,
         Reason::ShardReadOnly => Errno::EROFS,
         Reason::NotPermitted => Errno::EPERM,
@@ -38,6 +38,9 @@ pub fn of_reason(reason: Reason) -> Errno {
         Reason::ShardFull | Reason::VolumeFull => Errno::ENOSPC,
         Reason::IdsExhausted => Errno::ENOSPC,
         Reason::FileTooLarge => Errno::EFBIG,
+        Reason::LocksExhausted => Errno::ENOLCK,
+        Reason::LockConflict => Errno::EAGAIN,
+        Reason::Deadlock => Errno::EDEADLK,
         Reason::Unsupported => Errno::EOPNOTSUPP,
         // The client has repeated the call until its deadline; what is left is an I/O error.
         Reason::Busy
@@ -70,7 +73,10 @@ fn of_posix(posix: Posix) -> Errno {
         Posix::TooManyOpen => Errno::ENFILE,
         Posix::NotDirectory => Errno::ENOTDIR,
         Posix::IsDirectory => Errno::EISDIR,
+        Posix::NotInFile => Errno::ENXIO,
         Posix::NoAttribute => Errno::ENODATA,
+        Posix::NoLocks => Errno::ENOLCK,
+        Posix::Interrupted => Errno::EINTR,
     }
 }
 
@@ -92,9 +98,13 @@ mod tests {
         let of = |reason| errno(&Error::new(reason, "x").into()).code();
         assert_eq!(of(Reason::NotFound), libc::ENOENT);
         assert_eq!(of(Reason::ShardReadOnly), libc::EROFS);
+        assert_eq!(of(Reason::ShardHasSnapshots), libc::ENOTEMPTY);
         assert_eq!(of(Reason::ShardFull), libc::ENOSPC);
         assert_eq!(of(Reason::VolumeFull), libc::ENOSPC);
         assert_eq!(of(Reason::FileTooLarge), libc::EFBIG);
+        assert_eq!(of(Reason::LockConflict), libc::EAGAIN);
+        assert_eq!(of(Reason::Deadlock), libc::EDEADLK);
+        assert_eq!(of(Reason::LocksExhausted), libc::ENOLCK);
         assert_eq!(of(Reason::TooManyLinks), libc::EMLINK);
         assert_eq!(of(Reason::NoAttribute), libc::ENODATA);
         assert_eq!(of(Reason::WrongOwner), libc::EACCES);

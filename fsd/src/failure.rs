@@ -49,6 +49,12 @@ pub enum Posix {
     IsDirectory,
     /// No such extended attribute.
     NoAttribute,
+    /// What is sought in a file does not come any more.
+    NotInFile,
+    /// Locks cannot be had: the node that serves the shard is too old.
+    NoLocks,
+    /// A signal came while a lock was waited for.
+    Interrupted,
 }
 
 impl From<Error> for Failure {

@@ -2,7 +2,7 @@
 //!
 //! The root of the mount holds the client id's shards (`root`) and the virtual directory
 //! (`virtual_dir`); below a shard's root, requests become calls of the client (`names`, `attrs`, `files`,
-//! `dirs`).
+//! `locks`, `dirs`). `.snap` at a shard's root holds its snapshots (`snapshots`): closed shards, with other numbers than its own.
 //!
 //! What the kernel may keep, and until when:
 //! - Names and attributes in an active shard: not at all, unless the settings say otherwise. A change by
@@ -20,6 +20,7 @@ pub mod attrs;
 pub mod dirs;
 mod files;
 mod json;
+pub mod locks;
 mod memo;
 pub mod names;
 mod newborn;
@@ -27,6 +28,7 @@ mod pages;
 mod root;
 mod second_look;
 mod shards;
+mod snapshots;
 pub mod types;
 pub mod virtual_dir;
 
@@ -169,6 +171,9 @@ impl Fs {
         if let Some(node) = VirtualNode::of(global) {
             return Ok(Node::Virtual(node));
         }
+        if let Some(shard) = snapshots::shard_of(global) {
+            return Ok(Node::Snapshots(shard));
+        }
         let (shard, inode) = global.split().ok_or(Posix::Stale)?;
         Ok(Node::InShard(shard, inode))
     }
@@ -202,12 +207,24 @@ impl Fs {
     }
 
     async fn mutate(&self, shard: ShardId, operation: Operation, sync: bool) -> Outcome<OpResult> {
+        self.mutate_through(None, shard, operation, sync).await
+    }
+
+    /// The same through an open file: fails if locks were lost on which its users may rely.
+    async fn mutate_through(
+        &self,
+        handle: Option<u64>,
+        shard: ShardId,
+        operation: Operation,
+        sync: bool,
+    ) -> Outcome<OpResult> {
+        let seen = handle.and_then(|handle| self.seen_lock_losses(handle));
         let durability =
             if sync || self.settings.sync_changes { Durability::Sync } else { Durability::Buffered };
         if durability == Durability::Buffered {
             self.unsynced.lock().insert(shard);
         }
-        Ok(self.client.mutate(shard, operation, durability).await?)
+        Ok(self.client.mutate_through(shard, operation, durability, seen).await?)
     }
 
     /// `seen`: losses that the file knows of; without, whoever comes first is told.

@@ -3,16 +3,18 @@
 //! - The threads that read /dev/fuse never wait for a node: what needs one runs on the runtime. What needs
 //!   none is answered at once.
 //! - Requests in flight are bounded by their size (`IN_FLIGHT_BYTES_MAX`). At the bound the reading threads
-//!   wait, and the kernel queues; every request ends by the client's deadline, so that they go on.
+//!   wait, and the kernel queues; a request ends by the client's deadline, if there is one, or some time after its caller,
+//!   so that they go on. What the kernel has queued, a caller that is killed leaves without this program.
 //! - A reply that is dropped is answered with EIO by fuser: a task that panics fails its request only.
 //!
 //! Facts of fuser 0.18 that are dealt with here: it refuses a whole set of capabilities for one that the
 //! kernel lacks, so each is asked for alone; it decodes times before 1970 as if their nanoseconds counted
 //! backwards (`convert::timestamp_in`); of the kernel's word that set-id bits must go it passes on that for
-//! writes only (`fs::attrs` decides about the rest).
+//! writes only (`fs::attrs` decides about the rest, and so FUSE_SETXATTR_EXT is not asked for).
 
 mod answer;
 mod convert;
+mod locking;
 mod patience;
 
 use std::ffi::OsStr;
@@ -25,22 +27,26 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
+    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use shardfs_proto::types::clock;
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
-use shardfs_proto::types::op::SetAttr;
+use shardfs_proto::types::op::{SeekFor, SetAttr};
 use tokio::runtime::Handle as Runtime;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use answer::{Asked, GENERATION, Refuse, Unwanted, asked, conclude, note_walk, reply_bytes, reply_entry};
-use convert::{attr_of_name, attr_out, bytes_of, kind_in, kind_out, open_flags, open_mode, set_time};
+use convert::{
+    attr_of_name, attr_out, bytes_of, kind_in, kind_out, new_mode, open_flags, open_mode, set_time,
+};
 
 use crate::failure::{Outcome, Posix};
 use crate::fs::Fs;
 use crate::fs::attrs::XattrMode;
+use crate::fs::locks::LockCall;
 use crate::fs::names::NewNode;
 use crate::fs::types::{BLOCK_BYTES, Caller, DirItem, Entry, FileStat, Opened, RenameMode, Space, WriteMode};
 use crate::metrics::{Metrics, Op};
@@ -59,6 +65,8 @@ const MAX_BACKGROUND: u16 = 64;
 pub struct Negotiation {
     /// Read directories together with attributes. Worth it only when the kernel may keep them.
     pub readdirplus: bool,
+    /// Get POSIX locks, to have them kept by the cluster. Not those of flock(2), which this transport cannot tell from them.
+    pub posix_locks: bool,
 }
 
 /// The transport's side of a mount.
@@ -67,6 +75,7 @@ pub struct Fuse {
     runtime: Runtime,
     metrics: Arc<Metrics>,
     in_flight: Arc<Semaphore>,
+    lock_places: Arc<Semaphore>,
     negotiation: Negotiation,
 }
 
@@ -74,7 +83,8 @@ impl Fuse {
     /// Answers the kernel's requests with `fs` on `runtime`.
     pub fn new(fs: Arc<Fs>, runtime: Runtime, metrics: Arc<Metrics>, negotiation: Negotiation) -> Fuse {
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX / REQUEST_BYTES));
-        Fuse { fs, runtime, metrics, in_flight, negotiation }
+        let lock_places = locking::places();
+        Fuse { fs, runtime, metrics, in_flight, lock_places, negotiation }
     }
 
     /// Takes a request's place among those in flight, waiting at the bound.
@@ -90,7 +100,7 @@ impl Fuse {
     /// Runs a request on the runtime and replies. `bytes`: of content, either way.
     ///
     /// A caller with a fatal signal pending gets its reply early: the kernel would not let it go otherwise.
-    /// What was asked is done all the same.
+    /// What was asked is done all the same, if it can be within [`patience::AFTER_DEATH_MAX`].
     fn run<R, T, W>(
         &self,
         asked: Asked,
@@ -118,7 +128,7 @@ impl Fuse {
                 }
                 None => {
                     reply.refuse(Errno::EINTR);
-                    if let Ok(value) = work.await {
+                    if let Ok(Ok(value)) = tokio::time::timeout(patience::AFTER_DEATH_MAX, work).await {
                         value.give_back(&fs);
                     }
                     Some(libc::EINTR)
@@ -130,7 +140,7 @@ impl Fuse {
         });
     }
 
-    /// The same for a reply that the work fills.
+    /// The same for a reply that the work fills. The work changes nothing, and ends with its caller.
     fn run_filling<R, W>(
         &self,
         asked: Asked,
@@ -147,8 +157,15 @@ impl Fuse {
         let work = work(self.fs.clone(), reply);
         self.runtime.spawn(async move {
             let started = clock::monotonic();
-            let (reply, outcome) = work.await;
-            let failed = conclude(asked, reply, outcome, |reply, ()| ok(reply));
+            let mut work = Box::pin(work);
+            let failed = match patience::until_dying(asked.thread, work.as_mut()).await {
+                Some((reply, outcome)) => conclude(asked, reply, outcome, |reply, ()| ok(reply)),
+                None => {
+                    // With the work goes its reply, which fuser answers.
+                    drop(work);
+                    Some(libc::EINTR)
+                }
+            };
             metrics.in_flight.dec();
             metrics.answered(asked.op, started.elapsed(), failed);
             drop(permit);
@@ -182,11 +199,20 @@ impl Filesystem for Fuse {
             InitFlags::FUSE_CACHE_SYMLINKS,
             // Without it the kernel asks for `security.capability` before every write.
             InitFlags::FUSE_HANDLE_KILLPRIV_V2,
+            // The kernel checks access control lists, and keeps them for as long as attributes.
+            InitFlags::FUSE_POSIX_ACL,
+            // A directory's default list takes the umask's place, which only the shard can tell.
+            InitFlags::FUSE_DONT_MASK,
+            // Files that are appended to pass the page cache by, and may be mapped nevertheless.
+            InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP,
         ];
         if self.negotiation.readdirplus {
             wanted.extend([InitFlags::FUSE_DO_READDIRPLUS, InitFlags::FUSE_READDIRPLUS_AUTO]);
         }
-        // Not asked for: FUSE_POSIX_LOCKS and FUSE_FLOCK_LOCKS, so that locks hold within this mount.
+        if self.negotiation.posix_locks {
+            wanted.push(InitFlags::FUSE_POSIX_LOCKS);
+        }
+        // Not asked for: FUSE_FLOCK_LOCKS, so that those of flock(2) hold within this mount.
         for flag in wanted {
             if config.add_capabilities(flag).is_err() {
                 tracing::info!(?flag, "this kernel lacks a capability");
@@ -216,7 +242,7 @@ impl Filesystem for Fuse {
         {
             return self.at_once(asked, reply, Ok((stat, Duration::ZERO)), ok);
         }
-        let work = |fs: Arc<Fs>| async move { fs.get_attr(ino.0).await };
+        let work = move |fs: Arc<Fs>| async move { fs.get_attr(caller, ino.0).await };
         self.run(asked, 0, reply, work, ok);
     }
 
@@ -231,7 +257,7 @@ impl Filesystem for Fuse {
         atime: Option<TimeOrNow>,
         mtime: Option<TimeOrNow>,
         _ctime: Option<SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<SystemTime>,
         _chgtime: Option<SystemTime>,
         _bkuptime: Option<SystemTime>,
@@ -248,7 +274,8 @@ impl Filesystem for Fuse {
             mtime: mtime.map(set_time),
             kill_set_id: false,
         };
-        let work = move |fs: Arc<Fs>| async move { fs.set_attr(caller, ino.0, set).await };
+        let handle = fh.map(|fh| fh.0);
+        let work = move |fs: Arc<Fs>| async move { fs.set_attr(caller, ino.0, handle, set).await };
         self.run(asked(Op::SetAttr, ino, caller), 0, reply, work, |reply, (stat, ttl)| {
             reply.attr(&ttl, &attr_out(&stat));
         });
@@ -268,7 +295,7 @@ impl Filesystem for Fuse {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32,
+        umask: u32,
         rdev: u32,
         reply: ReplyEntry,
     ) {
@@ -277,7 +304,7 @@ impl Filesystem for Fuse {
         let Some(kind) = kind_in(mode) else {
             return self.at_once(asked, reply, Err(Posix::Invalid.into()), reply_entry);
         };
-        let new = NewNode { kind, mode: mode & 0o7777, rdev };
+        let new = NewNode { kind, mode: new_mode(mode, umask), rdev };
         let work = move |fs: Arc<Fs>| async move { fs.make_node(caller, parent.0, name, new).await };
         self.run(asked, 0, reply, work, reply_entry);
     }
@@ -288,12 +315,12 @@ impl Filesystem for Fuse {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32, // applied by the kernel: FUSE_DONT_MASK is not asked for
+        umask: u32,
         reply: ReplyEntry,
     ) {
         let (caller, name) = (self.caller(request), bytes_of(name));
-        let work =
-            move |fs: Arc<Fs>| async move { fs.make_directory(caller, parent.0, name, mode & 0o7777).await };
+        let mode = new_mode(mode, umask);
+        let work = move |fs: Arc<Fs>| async move { fs.make_directory(caller, parent.0, name, mode).await };
         self.run(asked(Op::MakeDirectory, parent, caller), 0, reply, work, reply_entry);
     }
 
@@ -375,12 +402,12 @@ impl Filesystem for Fuse {
         parent: INodeNo,
         name: &OsStr,
         mode: u32,
-        _umask: u32, // applied by the kernel
+        umask: u32,
         flags: i32,
         reply: ReplyCreate,
     ) {
         let (caller, name) = (self.caller(request), bytes_of(name));
-        let (mode, open) = (mode & 0o7777, open_mode(flags));
+        let (mode, open) = (new_mode(mode, umask), open_mode(flags));
         let work = move |fs: Arc<Fs>| async move { fs.create(caller, parent.0, name, mode, open).await };
         let metrics = self.metrics.clone();
         self.run(
@@ -453,11 +480,22 @@ impl Filesystem for Fuse {
         request: &Request,
         ino: INodeNo,
         fh: FileHandle,
-        _lock_owner: LockOwner,
+        lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
         let caller = self.caller(request);
-        self.at_once(asked(Op::Flush, ino, caller), reply, self.fs.flush(fh.0), |reply, ()| reply.ok());
+        let asked = asked(Op::Flush, ino, caller);
+        let told = self.fs.flush(fh.0);
+        match self.fs.closed_by(ino.0, fh.0, lock_owner.0) {
+            None => self.at_once(asked, reply, told, |reply, ()| reply.ok()),
+            Some(held) => {
+                let work = move |fs: Arc<Fs>| async move {
+                    let dropped = fs.drop_locks(held).await;
+                    told.and(dropped)
+                };
+                self.run(asked, 0, reply, work, |reply, ()| reply.ok());
+            }
+        }
     }
 
     fn release(
@@ -473,11 +511,18 @@ impl Filesystem for Fuse {
         let caller = self.caller(request);
         self.metrics.open_handles.dec();
         let asked = asked(Op::Release, ino, caller);
+        let locked = self.fs.locked_through(fh.0);
         match self.fs.release(fh.0) {
-            None => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
-            Some(held) => {
+            None if locked.is_empty() => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
+            held => {
                 let work = move |fs: Arc<Fs>| async move {
-                    fs.release_waiting(held).await;
+                    for locked in locked {
+                        // The caller has closed it long since: it is logged, and tried again.
+                        drop(fs.drop_locks(locked).await);
+                    }
+                    if let Some(held) = held {
+                        fs.release_waiting(held).await;
+                    }
                     Ok(())
                 };
                 self.run(asked, 0, reply, work, |reply, ()| reply.ok());
@@ -592,17 +637,22 @@ impl Filesystem for Fuse {
             replace_only: flags & libc::XATTR_REPLACE != 0,
         };
         let (name, value) = (bytes_of(name), Bytes::copy_from_slice(value));
-        let work = move |fs: Arc<Fs>| async move { fs.set_xattr(ino.0, name, value, mode).await };
+        let work = move |fs: Arc<Fs>| async move { fs.set_xattr(caller, ino.0, name, value, mode).await };
         self.run(asked(Op::SetXattr, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
     fn getxattr(&self, request: &Request, ino: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        let caller = self.caller(request);
+        // Not `self.caller`, as in getattr.
+        let caller = Caller { uid: request.uid(), gid: request.gid(), thread: request.pid() };
+        let asked = asked(Op::GetXattr, ino, caller);
         let name = bytes_of(name);
+        let ok = move |reply: ReplyXattr, value: Bytes| reply_bytes(reply, size, &value);
+        if self.fs.has_no_acl(caller, ino.0, &name) {
+            return self.at_once(asked, reply, Err(Posix::NoAttribute.into()), ok);
+        }
+        self.fs.asks_anew(caller.thread);
         let work = |fs: Arc<Fs>| async move { fs.get_xattr(ino.0, name).await };
-        self.run(asked(Op::GetXattr, ino, caller), 0, reply, work, move |reply, value: Bytes| {
-            reply_bytes(reply, size, &value);
-        });
+        self.run(asked, 0, reply, work, ok);
     }
 
     fn listxattr(&self, request: &Request, ino: INodeNo, size: u32, reply: ReplyXattr) {
@@ -624,18 +674,117 @@ impl Filesystem for Fuse {
         &self,
         request: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         length: u64,
         mode: i32,
         reply: ReplyEmpty,
     ) {
         let caller = self.caller(request);
-        let work = move |fs: Arc<Fs>| async move { fs.allocate(ino.0, offset, length, mode).await };
+        let work = move |fs: Arc<Fs>| async move {
+            fs.allocate(caller, (ino.0, fh.0), (offset, length), mode).await
+        };
         self.run(asked(Op::Allocate, ino, caller), 0, reply, work, |reply, ()| reply.ok());
     }
 
+    fn lseek(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let caller = self.caller(request);
+        let asked = asked(Op::Seek, ino, caller);
+        // Not past what a file can have: 16 TiB.
+        let ok = |reply: ReplyLseek, offset: u64| reply.offset(offset.cast_signed());
+        let what = match whence {
+            libc::SEEK_DATA => SeekFor::Data,
+            libc::SEEK_HOLE => SeekFor::Hole,
+            _ => return self.at_once(asked, reply, Err(Posix::Invalid.into()), ok),
+        };
+        let Ok(offset) = u64::try_from(offset) else {
+            return self.at_once(asked, reply, Err(Posix::NotInFile.into()), ok);
+        };
+        let work = move |fs: Arc<Fs>| async move { fs.seek(ino.0, fh.0, offset, what).await };
+        self.run(asked, 0, reply, work, ok);
+    }
+
+    fn copy_file_range(
+        &self,
+        request: &Request,
+        ino_in: INodeNo,
+        _fh_in: FileHandle,
+        offset_in: u64,
+        ino_out: INodeNo,
+        fh_out: FileHandle,
+        offset_out: u64,
+        len: u64,
+        _flags: CopyFileRangeFlags, // there are none yet
+        reply: ReplyWrite,
+    ) {
+        let caller = self.caller(request);
+        let (from, to) = ((ino_in.0, offset_in), (ino_out.0, fh_out.0, offset_out));
+        let work = move |fs: Arc<Fs>| async move { fs.copy_range(caller, from, to, len).await };
+        self.run(asked(Op::CopyRange, ino_out, caller), 0, reply, work, |reply, copied: u32| {
+            reply.written(copied);
+        });
+    }
+
+    fn getlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        reply: ReplyLock,
+    ) {
+        let asked = asked(Op::GetLock, ino, self.caller(request));
+        match lock_call((ino, fh, lock_owner), (start, end), typ, pid) {
+            Err(failure) => self.at_once(asked, reply, Err(failure), locking::reply_lock),
+            Ok(call) => {
+                let work = move |fs: Arc<Fs>| async move { fs.get_lock(call).await };
+                self.run(asked, 0, reply, work, locking::reply_lock);
+            }
+        }
+    }
+
+    fn setlk(
+        &self,
+        request: &Request,
+        ino: INodeNo,
+        fh: FileHandle,
+        lock_owner: LockOwner,
+        start: u64,
+        end: u64,
+        typ: i32,
+        pid: u32,
+        sleep: bool,
+        reply: ReplyEmpty,
+    ) {
+        let asked = asked(Op::SetLock, ino, self.caller(request));
+        match lock_call((ino, fh, lock_owner), (start, end), typ, pid) {
+            Err(failure) => self.at_once(asked, reply, Err(failure), |reply, ()| reply.ok()),
+            Ok(call) => self.run_set_lock(asked, call, sleep, reply),
+        }
+    }
+
     // Left as they are in fuser, which answers ENOSYS, whereupon the kernel does without and asks no more:
-    // lseek (SEEK_DATA and SEEK_HOLE see one extent), copy_file_range (copied by read and write), poll, bmap,
-    // access (the kernel decides, by default_permissions), getlk and setlk (locks hold within this mount).
+    // poll, bmap, access (the kernel decides, by default_permissions).
+}
+
+fn lock_call(
+    (ino, fh, owner): (INodeNo, FileHandle, LockOwner),
+    (start, end): (u64, u64),
+    typ: i32,
+    pid: u32,
+) -> Outcome<LockCall> {
+    let (range, kind) = (locking::range_in(start, end)?, locking::kind_in(typ)?);
+    Ok(LockCall { ino: ino.0, handle: fh.0, owner: owner.0, pid, range, kind })
 }

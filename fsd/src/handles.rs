@@ -5,9 +5,11 @@
 //!   for nobody. What is unlinked and open everywhere lives until that happens.
 //! - Handle numbers start at 1 and are never used twice.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -26,6 +28,8 @@ const RELEASES_QUEUED_MAX: usize = 16_384;
 const RELEASE_BATCH_MAX: usize = 1024;
 /// Calls that give back registrations at a time: a shard that does not answer holds up few others.
 const RELEASE_CALLS_MAX: usize = 16;
+/// A call that takes longer counts no more among them: one may wait for ever.
+const RELEASE_CALL_TIME: Duration = Duration::from_secs(60);
 
 /// An open file of a shard.
 #[derive(Debug)]
@@ -38,12 +42,38 @@ pub struct FileHandle {
     untold: Mutex<Option<Failure>>,
     /// Losses of its shard that were told by this handle, or before it was opened.
     pub seen_losses: AtomicU64,
+    /// Losses of locks in its shard before it was opened.
+    pub seen_lock_losses: u64,
+    /// Owners who have locked something through it, and not closed a descriptor of it since.
+    lockers: Mutex<BTreeSet<u64>>,
 }
 
 impl FileHandle {
     /// For an inode that is registered with its shard.
-    pub fn new(shard: ShardId, inode: InodeNo, seen_losses: u64) -> FileHandle {
-        FileHandle { shard, inode, untold: Mutex::new(None), seen_losses: seen_losses.into() }
+    pub fn new(shard: ShardId, inode: InodeNo, seen_losses: u64, seen_lock_losses: u64) -> FileHandle {
+        FileHandle {
+            shard,
+            inode,
+            untold: Mutex::new(None),
+            seen_losses: seen_losses.into(),
+            seen_lock_losses,
+            lockers: Mutex::default(),
+        }
+    }
+
+    /// Notes that an owner has locked something through it.
+    pub fn note_locker(&self, owner: u64) {
+        self.lockers.lock().insert(owner);
+    }
+
+    /// An owner has closed a descriptor of it.
+    pub fn forget_locker(&self, owner: u64) {
+        self.lockers.lock().remove(&owner);
+    }
+
+    /// Owners who may have something locked through it.
+    pub fn lockers(&self) -> Vec<u64> {
+        self.lockers.lock().iter().copied().collect()
     }
 
     /// Keeps a failure for the next flush.
@@ -180,11 +210,17 @@ async fn give_back(client: Client, mut requests: mpsc::Receiver<Release>) {
             let Ok(permit) = calls.clone().acquire_owned().await else { return };
             let client = client.clone();
             tokio::spawn(async move {
-                if let Err(error) = client.release(shard, inodes).await {
+                let mut call = pin!(client.release(shard, inodes));
+                let in_time = tokio::time::timeout(RELEASE_CALL_TIME, call.as_mut()).await;
+                drop(permit);
+                let given_back = match in_time {
+                    Ok(given_back) => given_back,
+                    Err(_) => call.await,
+                };
+                if let Err(error) = given_back {
                     // The session's end frees what it held, so nothing is lost.
                     tracing::debug!(%shard, %error, "cannot give back open files");
                 }
-                drop(permit);
             });
         }
         if !waiting.is_empty() {
@@ -216,7 +252,7 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_told_once() {
-        let file = FileHandle::new(ShardId::new(1).unwrap(), InodeNo::ROOT, 0);
+        let file = FileHandle::new(ShardId::new(1).unwrap(), InodeNo::ROOT, 0, 0);
         assert!(file.take_failure().is_none());
         file.keep_failure(&Error::io("first").into());
         file.keep_failure(&Error::not_found("second").into());

@@ -63,6 +63,10 @@ requests! {
     ListXattr "listxattr",
     RemoveXattr "removexattr",
     Allocate "fallocate",
+    Seek "lseek",
+    CopyRange "copy_file_range",
+    GetLock "getlk",
+    SetLock "setlk",
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
@@ -92,6 +96,7 @@ pub struct Metrics {
     pub open_handles: Gauge,
     backup_reads: Counter<u64, AtomicU64>,
     primary_instead: Counter<u64, AtomicU64>,
+    restarts: Counter<u64, AtomicU64>,
 }
 
 impl Default for Metrics {
@@ -121,7 +126,13 @@ impl Default for Metrics {
             open_handles: Gauge::default(),
             backup_reads: Counter::default(),
             primary_instead: Counter::default(),
+            restarts: Counter::default(),
         };
+        registry.register(
+            "restarts",
+            "How often this mount's daemon died and was started again by its parent",
+            metrics.restarts.clone(),
+        );
         registry.register(
             "reads_from_backups",
             "Reads that a backup answered (--read-from backup, and closed shards)",
@@ -158,6 +169,11 @@ impl Metrics {
     pub fn set_reads(&self, counts: ReadCounts) {
         self.backup_reads.inner().store(counts.backup, Ordering::Relaxed);
         self.primary_instead.inner().store(counts.primary_instead, Ordering::Relaxed);
+    }
+
+    /// Notes how often the daemon was started again.
+    pub fn set_restarts(&self, restarts: u32) {
+        self.restarts.inner().store(restarts.into(), Ordering::Relaxed);
     }
 
     /// Counts an answered request. `errno`: the number it failed with.
@@ -225,6 +241,7 @@ mod tests {
         metrics.answered(Op::Lookup, Duration::from_micros(50), Some(libc::ENOENT));
         metrics.answered(Op::Allocate, Duration::from_micros(50), Some(libc::EOPNOTSUPP));
         metrics.written_bytes.inc_by(5);
+        metrics.set_restarts(3);
         let text = metrics.text();
         for line in [
             "shardfsd_requests_total{op=\"lookup\",outcome=\"ok\"} 1",
@@ -232,6 +249,7 @@ mod tests {
             "shardfsd_requests_total{op=\"fallocate\",outcome=\"EOPNOTSUPP\"} 1",
             "shardfsd_request_duration_seconds_count{op=\"lookup\"} 2",
             "shardfsd_written_bytes_total 5",
+            "shardfsd_restarts_total 3",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
         }

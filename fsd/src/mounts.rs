@@ -6,17 +6,27 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
 
 /// The filesystem type of our mounts.
 pub const FS_TYPE: &str = "fuse.shardfs";
 /// How long a look at a mount point may take before it counts as hung.
 const LOOK_MAX: Duration = Duration::from_secs(3);
 
+/// Which mount it is. The kernel uses the numbers again once a mount is gone: what has the same ones later need not be the same.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MountId {
+    /// Its number in the table.
+    pub mount: u64,
+    /// Major and minor number of its st_dev.
+    pub device: (u32, u32),
+}
+
 /// A line of mountinfo.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Mount {
-    /// Major and minor number of its st_dev.
-    pub device: (u32, u32),
+    /// Which it is.
+    pub id: MountId,
     /// Where.
     pub mount_point: PathBuf,
     /// What.
@@ -25,8 +35,12 @@ pub struct Mount {
 
 /// The mount that a lookup of this path meets: of several at one path, the last. The path must be canonical.
 pub fn at(path: &Path) -> Result<Option<Mount>> {
-    let text = std::fs::read("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
-    Ok(parse(&text).into_iter().rfind(|mount| mount.mount_point == path))
+    Ok(all()?.into_iter().rfind(|mount| mount.mount_point == path))
+}
+
+/// The whole table.
+pub fn all() -> Result<Vec<Mount>> {
+    Ok(parse(&std::fs::read("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?))
 }
 
 fn parse(text: &[u8]) -> Vec<Mount> {
@@ -36,13 +50,14 @@ fn parse(text: &[u8]) -> Vec<Mount> {
 /// `36 35 98:0 /root /mount/point options [optional fields] - type source options`
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let device = std::str::from_utf8(fields.nth(2)?).ok()?;
+    let mount = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let device = std::str::from_utf8(fields.nth(1)?).ok()?;
     let (major, minor) = device.split_once(':')?;
     let mount_point = unescape(fields.nth(1)?);
     let mut rest = fields.skip_while(|field| *field != b"-");
     let fs_type = String::from_utf8_lossy(rest.nth(1)?).into_owned();
     Some(Mount {
-        device: (major.parse().ok()?, minor.parse().ok()?),
+        id: MountId { mount, device: (major.parse().ok()?, minor.parse().ok()?) },
         mount_point: PathBuf::from(OsString::from_vec(mount_point)),
         fs_type,
     })
@@ -159,11 +174,11 @@ mod tests {
             41 28 0:53 / /mnt/a\\040b rw - fuse.shardfs shardfs rw\nbroken line\n";
         let mounts = parse(text);
         assert_eq!(mounts.len(), 3);
-        assert_eq!(mounts[1].device, (0, 52));
+        assert_eq!(mounts[1].id, MountId { mount: 40, device: (0, 52) });
         assert_eq!(mounts[1].mount_point, PathBuf::from("/mnt/a b"));
         assert_eq!(mounts[1].fs_type, FS_TYPE);
         let last = mounts.iter().rfind(|m| m.mount_point == Path::new("/mnt/a b")).unwrap();
-        assert_eq!(last.device, (0, 53));
+        assert_eq!(last.id, MountId { mount: 41, device: (0, 53) });
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub struct MountOptions {
     pub flags: MountFlags,
     /// `allow_other`, if given.
     pub allow_other: bool,
+    /// Another mount's flags are to change; the daemon's settings stay as they are.
+    pub remount: bool,
     /// What mount(8) shows as the source.
     pub source: Option<String>,
     /// Settings of the daemon by name, in the order given.
@@ -20,7 +22,7 @@ pub struct MountOptions {
 }
 
 /// The daemon's settings that can be given as options. Names are those of the flags, with `_` for `-`.
-pub const SETTINGS: [&str; 17] = [
+pub const SETTINGS: [&str; 18] = [
     "endpoints",
     "client_id",
     "config",
@@ -31,6 +33,7 @@ pub const SETTINGS: [&str; 17] = [
     "read_from",
     "max_staleness",
     "readdirplus",
+    "locks",
     "threads",
     "read_ahead_kib",
     "root_mode",
@@ -45,6 +48,7 @@ pub fn parse<'a>(options: impl IntoIterator<Item = &'a str>, sloppy: bool) -> Re
     let mut found = MountOptions {
         flags: MountFlags::NOSUID | MountFlags::NODEV,
         allow_other: false,
+        remount: false,
         source: None,
         settings: Vec::new(),
     };
@@ -69,14 +73,21 @@ pub fn parse<'a>(options: impl IntoIterator<Item = &'a str>, sloppy: bool) -> Re
             ("noatime", None) => found.flags.insert(MountFlags::NOATIME),
             ("nodiratime", None) => found.flags.insert(MountFlags::NODIRATIME),
             ("allow_other", None) => found.allow_other = true,
+            ("remount", None) => found.remount = true,
             ("fsname", Some(source)) => found.source = Some(source.to_owned()),
             ("subtype", Some("shardfs")) => {}
+            (name, Some(_)) if SHOWN_BY_THE_KERNEL.contains(&name) => {}
             (name, None) if WITHOUT_EFFECT.contains(&name) => {}
             (name, _) if ["x-", "X-", "comment"].iter().any(|prefix| name.starts_with(prefix)) => {}
             ("allow_root", None) => bail!("mount option allow_root is not supported; use allow_other"),
             ("auto_unmount", None) => bail!(
-                "mount option auto_unmount is not supported; after a crash of the daemon, use `shardfs umount`"
+                "mount option auto_unmount is not supported: a daemon that dies is started again at the same place"
             ),
+            // NFS's names.
+            ("hard" | "soft", None) => found.settings.push(("deadline".into(), name.into())),
+            ("soft", Some(value)) if value.parse::<f64>().is_ok() => {
+                found.settings.push(("deadline".into(), value.into()));
+            }
             // libfuse's names.
             ("attr_timeout", Some(value)) => found.settings.push(("attr_ttl".into(), value.into())),
             ("entry_timeout", Some(value)) => found.settings.push(("entry_ttl".into(), value.into())),
@@ -89,7 +100,7 @@ pub fn parse<'a>(options: impl IntoIterator<Item = &'a str>, sloppy: bool) -> Re
             _ if sloppy => {}
             _ => bail!(
                 "mount option {option:?} is not known; the daemon's own are {}=..., beside ro, suid, dev, noexec, \
-                 sync, dirsync, noatime and allow_other",
+                 sync, dirsync, noatime, allow_other, hard, soft and soft=SECONDS",
                 SETTINGS.join("=..., ")
             ),
         }
@@ -123,6 +134,9 @@ const WITHOUT_EFFECT: [&str; 23] = [
     "loud",
     "intr",
 ];
+
+/// What the kernel says of a FUSE mount: mount(8) repeats it for a remount.
+const SHOWN_BY_THE_KERNEL: [&str; 4] = ["user_id", "group_id", "max_read", "blksize"];
 
 #[cfg(test)]
 mod tests {
@@ -158,11 +172,29 @@ mod tests {
             ("client_id", "needs a value"),
             ("allow_root", "allow_other"),
             ("subtype=x", "subtype=x"),
+            ("soft=hard", "soft=hard"),
+            ("hard=2", "hard=2"),
         ] {
             let error = parse([bad], false).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
         assert!(parse(["colour=red"], true).is_ok());
+    }
+
+    #[test]
+    fn the_names_of_nfs_are_understood() {
+        let deadline = |option| parse([option], false).unwrap().settings;
+        assert_eq!(deadline("hard"), [("deadline".to_owned(), "hard".to_owned())]);
+        assert_eq!(deadline("soft"), [("deadline".to_owned(), "soft".to_owned())]);
+        assert_eq!(deadline("soft=2.5"), [("deadline".to_owned(), "2.5".to_owned())]);
+    }
+
+    #[test]
+    fn a_remount_has_what_the_kernel_shows() {
+        let shown = "ro,nosuid,nodev,relatime,remount,user_id=0,group_id=0,default_permissions,allow_other";
+        let found = parse([shown], false).unwrap();
+        assert!(found.remount && found.flags == MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV);
+        assert!(!parse(["ro"], false).unwrap().remount);
     }
 
     #[test]

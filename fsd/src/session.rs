@@ -2,7 +2,10 @@
 //!
 //! - The daemon mounts and unmounts by itself: fuser, when it drops a session that was unmounted from outside,
 //!   unmounts once more and can hit another mount at the same path. Here a mount is taken away only if the
-//!   device number at the path is the one that this session got.
+//!   numbers of the mount at the path are those that this session got, and a dead one of an earlier daemon only
+//!   if it is dead besides, since numbers are used again.
+//! - A connection may end and leave its mount (`umount -f` of a busy one, an abort through fusectl): who did that
+//!   wants it gone, and it is detached.
 //! - Root calls mount(2); others, and root without the right to, go through fusermount3.
 //! - A busy mount is detached lazily after [`BUSY_MAX`]; who still uses it is served for [`LINGER_MAX`].
 
@@ -19,7 +22,9 @@ use tokio::sync::oneshot;
 
 use crate::config::Settings;
 use crate::fuse::Fuse;
-use crate::mounts::{self, FS_TYPE};
+use crate::mounts::{self, FS_TYPE, MountId};
+use crate::probe;
+use crate::records::{Place, Records};
 
 mod fusermount;
 
@@ -27,13 +32,15 @@ mod fusermount;
 pub const BUSY_MAX: Duration = Duration::from_secs(5);
 /// How long programs that still use a detached mount are served; after that they see ENOTCONN.
 pub const LINGER_MAX: Duration = Duration::from_secs(30);
+/// How long whoever ended the connection may take to unmount as well; then it is detached here.
+const ABORTED_MAX: Duration = Duration::from_secs(1);
 /// How often a busy mount is tried again.
 const BUSY_RETRY: Duration = Duration::from_millis(100);
 
 /// A mount that is attached and served.
 pub struct Mounted {
     path: PathBuf,
-    device: Option<(u32, u32)>,
+    id: Option<MountId>,
     /// By fusermount3, so that unmounting must go the same way.
     by_helper: bool,
     threads: JoinHandle<()>,
@@ -49,13 +56,31 @@ pub enum Ending {
     Abandoned,
 }
 
-/// Mounts at a path that `mounts::usable` has checked, and starts to serve.
-pub fn mount(path: &Path, settings: &Settings, fuse: Fuse) -> Result<Mounted> {
-    // As late as can be: meanwhile programs write to the directory below.
-    while settings.replace_dead && mounts::dead_at(path)? {
-        let by_helper = !rustix::process::geteuid().is_root();
-        detach(path, by_helper, true).context("taking the dead mount away")?;
+/// Changes the flags of what is mounted at `path` (`ro`, `noexec` and the like). Its daemon's settings stay.
+pub fn remount(path: &Path, flags: MountFlags) -> Result<()> {
+    rustix::mount::mount_remount(path, flags, c"")
+        .map_err(std::io::Error::from)
+        .with_context(|| format!("remounting {}", path.display()))
+}
+
+/// Mounts at a path that `mounts::usable` has checked, and starts to serve. `records`: where it is noted for the parent, and
+/// where the mount of the daemon before this one is.
+pub fn mount(path: &Path, settings: &Settings, records: Option<&Records>, fuse: Fuse) -> Result<Mounted> {
+    let before = records.and_then(|records| records.told().place);
+    if let Some(place) = &before
+        && place.mount.is_some()
+        && !place.is_there()?
+    {
+        bail!("the mount of the daemon that died was taken away meanwhile: nothing is mounted in its place");
     }
+    let note = |id, by_helper| match records {
+        Some(records) => records.note_place(Place::new(path, id, by_helper)),
+        None => Ok(()),
+    };
+    // Should this process die from here on, a dead mount at the path is its own, or the one of before; or there is none yet.
+    note(None, before.as_ref().map_or(!rustix::process::geteuid().is_root(), |place| place.by_helper))?;
+    // As late as can be: meanwhile programs write to the directory below.
+    take_dead_away(path, settings.replace_dead, before.as_ref())?;
     if mounts::hides_something(path) {
         tracing::warn!(
             path = %path.display(),
@@ -63,16 +88,16 @@ pub fn mount(path: &Path, settings: &Settings, fuse: Fuse) -> Result<Mounted> {
         );
     }
     let (fd, by_helper) = attach(path, settings)?;
-    let device = match mounts::at(path) {
-        Ok(Some(mount)) if mount.fs_type == FS_TYPE => Some(mount.device),
+    let id = match mounts::at(path) {
+        Ok(Some(mount)) if mount.fs_type == FS_TYPE => Some(mount.id),
         Ok(_) | Err(_) => None,
     };
-    match start(fd, settings, fuse) {
+    match note(id, by_helper).and_then(|()| start(fd, settings, fuse)) {
         Ok((threads, ended)) => {
-            if let Some(device) = device.filter(|_| settings.read_ahead_kib != 0) {
-                raise_read_ahead(device, settings.read_ahead_kib);
+            if let Some(id) = id.filter(|_| settings.read_ahead_kib != 0) {
+                raise_read_ahead(id.device, settings.read_ahead_kib);
             }
-            Ok(Mounted { path: path.to_path_buf(), device, by_helper, threads, ended })
+            Ok(Mounted { path: path.to_path_buf(), id, by_helper, threads, ended })
         }
         Err(error) => {
             if let Err(left) = detach(path, by_helper, true) {
@@ -81,6 +106,29 @@ pub fn mount(path: &Path, settings: &Settings, fuse: Fuse) -> Result<Mounted> {
             Err(error)
         }
     }
+}
+
+/// Takes dead mounts at the path away: any with `any`, else the one that the daemon before has left.
+fn take_dead_away(path: &Path, any: bool, before: Option<&Place>) -> Result<()> {
+    loop {
+        let ours = before.map_or(Ok(false), Place::is_on_top)?;
+        if !(any || ours) || !mounts::dead_at(path)? {
+            return Ok(());
+        }
+        let by_helper = match before {
+            Some(place) if ours => place.by_helper,
+            Some(_) | None => !rustix::process::geteuid().is_root(),
+        };
+        detach(path, by_helper, true).context("taking the dead mount away")?;
+    }
+}
+
+/// Takes away the dead mount that a daemon has left, if it is there still and is dead.
+pub fn clear(place: &Place) -> Result<()> {
+    if place.is_on_top()? && mounts::dead_at(&place.path())? {
+        detach(&place.path(), place.by_helper, true).context("taking the dead mount away")?;
+    }
+    Ok(())
 }
 
 type Serving = (JoinHandle<()>, oneshot::Receiver<std::io::Result<()>>);
@@ -113,11 +161,30 @@ impl Mounted {
         }
     }
 
+    /// To be called when the mount has ended: takes it away if who ended the connection has left it.
+    pub async fn clear_up(&self) {
+        let left = || match (mounts::at(&self.path), self.id) {
+            (Ok(Some(mount)), Some(id)) => mount.id == id,
+            _ => false,
+        };
+        let mut waited = Duration::ZERO;
+        while left() {
+            if waited >= ABORTED_MAX {
+                tracing::warn!("the connection to the kernel was ended from outside: taking the mount away");
+                if let Err(error) = self.take_away(true) {
+                    tracing::error!(error = %format!("{error:#}"), "cannot detach");
+                }
+                return;
+            }
+            tokio::time::sleep(BUSY_RETRY).await;
+            waited += BUSY_RETRY;
+        }
+    }
+
     /// Returns when the root of the mount answers.
     pub async fn answers(&self) -> Result<()> {
-        let path = self.path.clone();
-        let looked = tokio::task::spawn_blocking(move || std::fs::metadata(path)).await?;
-        looked.map(drop).with_context(|| format!("the mount at {} does not answer", self.path.display()))
+        let answer = probe::answer(&self.path).await.context("asking whether the mount answers")?;
+        answer.with_context(|| format!("the mount at {} does not answer", self.path.display()))
     }
 
     /// Unmounts; `now` completes when there is no more time (a second signal).
@@ -167,10 +234,8 @@ impl Mounted {
     /// Takes the mount away if it is still the one at its path.
     fn take_away(&self, lazily: bool) -> Result<()> {
         let there = mounts::at(&self.path)?;
-        match (there, self.device) {
-            (Some(mount), Some(device)) if mount.device == device => {
-                detach(&self.path, self.by_helper, lazily)
-            }
+        match (there, self.id) {
+            (Some(mount), Some(id)) if mount.id == id => detach(&self.path, self.by_helper, lazily),
             // Gone already, or covered by another mount, which is not ours to take away.
             (Some(_) | None, Some(_)) => Ok(()),
             (_, None) => detach(&self.path, self.by_helper, lazily),

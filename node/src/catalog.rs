@@ -3,7 +3,8 @@
 //! A shard's record in the metadata store decides; its bytes follow. The orders that make every crash harmless:
 //! - new: record `creating` with its name and id, then the bytes, then `active`;
 //! - close: the bytes are sealed, then the record says so;
-//! - delete: calls are refused, then the record says `deleted` (the name is free from here), then the bytes go.
+//! - delete: calls are refused, then the record says `deleted` (the name is free from here), then the bytes go;
+//! - copy, rollback: see `make` and `rollback`.
 //!
 //! What a crash left half-done is finished when its volume is attached, and once in a while (`resume`).
 //! Changes of one shard are made one after the other, by the primary of its volume. They run to their end
@@ -15,6 +16,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -29,20 +31,31 @@ use crate::cluster::records::{NodeRecord, ShardRecord, StateWord};
 use crate::cluster::store::MetaStore;
 use crate::cluster::view::{Kept, View};
 use crate::shard::{Room, Shard, ShardManager};
+use crate::volume::Providers;
 
+mod backups;
 mod barrier;
 mod change;
 mod damage;
+mod disks;
 mod figures;
+mod make;
+mod provisioning;
 mod publish;
 mod resume;
 mod roles;
+mod rollback;
 mod serving;
 mod shard_room;
+mod snapshots;
+mod versions;
 mod views;
+mod volumes;
 
+use backups::Backups;
 pub use damage::DamageList;
 pub use figures::{Cause, Failovers};
+use provisioning::Provisioner;
 use roles::Roles;
 pub use serving::Served;
 use serving::Serving;
@@ -66,14 +79,16 @@ pub struct CatalogParts {
     pub data_dir: PathBuf,
     /// What devices are called on this machine, where their volumes' records call them otherwise.
     pub devices: BTreeMap<VolumeId, PathBuf>,
+    /// The kinds of volumes that this node can use.
+    pub providers: Providers,
+    /// Where backups of loop volumes lie; `None`: beside their backing files.
+    pub backup_dir: Option<PathBuf>,
     /// The cluster's id, as the volumes must name it.
     pub cluster_id: String,
-    /// The limit of shards that ask for none.
-    pub limit_bytes_default: Option<u64>,
     /// Bytes of a chunk of new shards.
     pub chunk_bytes: u32,
-    /// Pause between two views of a shard that is read on backups; zero: none are published.
-    pub publish_every: Duration,
+    /// What may change while it runs.
+    pub tunable: Tunable,
     /// The metadata store.
     pub store: Arc<dyn MetaStore>,
     /// The copy of its records; somebody runs it.
@@ -102,7 +117,20 @@ pub struct Catalog {
     damage: Arc<DamageList>,
     failovers: Arc<Failovers>,
     views: Views,
+    backups: Backups,
+    provisioner: Provisioner,
+    tunable: Mutex<Tunable>,
+    rounds: AtomicU64,
     stop: CancellationToken,
+}
+
+/// Settings that may change while the node runs; each use takes what is there at its moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Tunable {
+    /// The limit of shards that ask for none.
+    pub limit_bytes_default: Option<u64>,
+    /// Pause between two views of a shard that is read on backups; zero: none are published.
+    pub publish_every: Duration,
 }
 
 /// A shard that this node serves.
@@ -124,6 +152,7 @@ impl Catalog {
     /// Serves nothing until [`Catalog::run`] has attached the volumes.
     pub fn new(parts: CatalogParts) -> Arc<Catalog> {
         Arc::new(Catalog {
+            tunable: Mutex::new(parts.tunable),
             parts,
             started: clock::monotonic(),
             serving: Serving::default(),
@@ -135,8 +164,26 @@ impl Catalog {
             damage: Arc::default(),
             failovers: Arc::default(),
             views: Views::default(),
+            backups: Backups::default(),
+            provisioner: Provisioner::default(),
+            rounds: AtomicU64::new(0),
             stop: CancellationToken::new(),
         })
+    }
+
+    /// What may change while it runs.
+    fn tunable(&self) -> Tunable {
+        *self.tunable.lock()
+    }
+
+    /// Takes other settings from now on.
+    pub fn tune(&self, tunable: Tunable) {
+        *self.tunable.lock() = tunable;
+    }
+
+    /// How often the loop that looks after the volumes has gone round.
+    pub fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Relaxed)
     }
 
     /// The shard, if the caller owns it and this node serves its volume under `epoch` (`None`: not compared).
@@ -160,9 +207,11 @@ impl Catalog {
         }
         let served = self.served(&record, epoch)?;
         if self.fenced.lock().contains(&id) {
-            return Err(Error::unavailable(format!("shard {id} is being deleted, or looked at for it"))
-                .with_shard(id)
-                .with_retry_after_ms(20));
+            return Err(Error::unavailable(format!(
+                "shard {id} is being deleted, looked at for it, or rolled back"
+            ))
+            .with_shard(id)
+            .with_retry_after_ms(20));
         }
         Ok(LocalShard {
             id,
@@ -172,6 +221,18 @@ impl Catalog {
             epoch: served.epoch,
             served,
         })
+    }
+
+    /// The shard as [`Catalog::local_shard`] has it, with what is open of it: nothing is opened.
+    pub fn opened_shard(
+        &self,
+        client: &ClientId,
+        selector: &Selector,
+        epoch: Option<Epoch>,
+    ) -> Result<(LocalShard, Option<Arc<Shard>>)> {
+        let local = self.local_shard(client, selector, epoch)?;
+        let shard = self.parts.manager.opened(local.id);
+        Ok((local, shard))
     }
 
     /// The shard, open: see [`Catalog::local_shard`].
@@ -193,12 +254,14 @@ impl Catalog {
         Ok(shard)
     }
 
-    /// The caller's shards in order of name. Shows every change that was answered before, on any node, unless the
+    /// The caller's shards in order of name, snapshots excepted. Shows every change that was answered before, on any node, unless the
     /// metadata store is away.
     pub async fn list_shards(&self, client: &ClientId, include_deleted: bool) -> Result<Vec<ShardInfo>> {
         self.refresh().await?;
         let mut infos = self.infos(|record| {
-            record.owner == *client && (include_deleted || record.state != StateWord::Deleted)
+            record.owner == *client
+                && record.snapshot_of.is_none()
+                && (include_deleted || record.state != StateWord::Deleted)
         });
         infos.sort_by(|a, b| a.name.cmp(&b.name).then(a.id.cmp(&b.id)));
         Ok(infos)
@@ -210,7 +273,7 @@ impl Catalog {
         Ok(self.parts.view.shard_info(&self.find(client, selector)?.record))
     }
 
-    /// All shards of all owners in order of id.
+    /// All shards of all owners in order of id, snapshots included.
     pub async fn list_all_shards(&self, include_deleted: bool) -> Result<Vec<ShardInfo>> {
         self.refresh().await?;
         Ok(self.infos(|record| include_deleted || record.state != StateWord::Deleted))

@@ -15,6 +15,7 @@ use clap::{Parser, ValueEnum};
 use serde::Deserialize;
 use shardfs_proto::types::{NodeId, VolumeId};
 
+use crate::catalog::Tunable;
 use crate::cluster::connect::MetaSettings;
 use crate::shard::chunk::CHUNK_BYTES;
 
@@ -22,6 +23,8 @@ use crate::shard::chunk::CHUNK_BYTES;
 const PUBLISH_EVERY_DEFAULT: f64 = 5.0;
 /// Views that are older are of no use to most.
 const PUBLISH_EVERY_MAX: f64 = 3600.0;
+/// A tag's value on EC2.
+const TAG_BYTES_MAX: usize = 256;
 /// Calls that a shutdown waits for.
 const SHUTDOWN_DEFAULT: Duration = Duration::from_secs(10);
 /// A block cache below this holds not even the indexes of a few shards.
@@ -45,8 +48,9 @@ pub enum LogFormat {
 ///
 /// Settings come from flags, then the environment, then the YAML file named by --config, then defaults.
 /// The node learns from the metadata store which volumes are its own, attaches and mounts them under
-/// DATA_DIR/volumes, and serves until SIGTERM or SIGINT; a second signal ends it at once.
-#[derive(Parser, Debug, Default)]
+/// DATA_DIR/volumes, and serves until SIGTERM or SIGINT; a second signal ends it at once. At SIGHUP it reads its settings again and
+/// takes up --log-level, --shutdown-seconds, --default-limit and --publish-every; the others need a restart.
+#[derive(Parser, Clone, Debug, Default)]
 #[command(name = "shardfs-node", version, after_help = EXAMPLES)]
 pub struct Args {
     /// YAML file with settings (see shardfs-node.example.yaml)
@@ -58,9 +62,25 @@ pub struct Args {
     /// Id of the machine in its cloud; stands in for --id
     #[arg(long, value_name = "ID", env = "INSTANCE_ID")]
     pub instance_id: Option<String>,
-    /// Region of the machine in its cloud; shown in the log
+    /// Region of the machine in its cloud [default: with --aws-cluster, what the instance metadata service says]
     #[arg(long, value_name = "REGION", env = "AWS_REGION")]
     pub region: Option<String>,
+    /// Availability zone of the machine [default: with --aws-cluster, what the instance metadata service says]
+    #[arg(long, value_name = "ZONE", env = "AWS_ZONE")]
+    pub zone: Option<String>,
+    /// Use EBS volumes, as the cluster of this name: what belongs to it has it in the tag shardfs:cluster, which its instances' role is
+    /// limited to. On EC2 only
+    #[arg(long, value_name = "NAME", env = "SHARDFS_AWS_CLUSTER")]
+    pub aws_cluster: Option<String>,
+    /// Where EC2 answers [default: as the region has it]
+    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_EC2")]
+    pub aws_endpoint: Option<String>,
+    /// Where the instance metadata service answers [default: http://169.254.169.254]
+    #[arg(long, value_name = "URL", env = "AWS_EC2_METADATA_SERVICE_ENDPOINT")]
+    pub aws_metadata: Option<String>,
+    /// Folder in which attached EBS volumes appear as links [default: /dev/disk/by-id]
+    #[arg(long, value_name = "DIR", env = "SHARDFS_DEVICE_LINKS")]
+    pub device_links: Option<PathBuf>,
     /// Folder for what this node keeps; volumes are mounted below it
     #[arg(long, value_name = "DIR", env = "SHARDFS_DATA_DIR")]
     pub data_dir: Option<PathBuf>,
@@ -98,6 +118,9 @@ pub struct Args {
     /// Path of a device volume on this machine, if it differs from the one in the volume's record; may be repeated
     #[arg(long = "device", value_name = "VOLUME=PATH", env = "SHARDFS_DEVICES", value_delimiter = ',')]
     pub devices: Vec<String>,
+    /// Folder for backups of volumes of kind loop, on the filesystem of their backing files [default: beside each of them]
+    #[arg(long, value_name = "DIR", env = "SHARDFS_BACKUP_DIR")]
+    pub backup_dir: Option<PathBuf>,
     /// Memory for cached blocks of all shards, such as 512MiB [default: 256MiB]
     #[arg(long, value_name = "BYTES", env = "SHARDFS_BLOCK_CACHE")]
     pub block_cache: Option<String>,
@@ -145,6 +168,11 @@ For a whole cluster on one machine, use `shardfs dev up`.";
 pub struct File {
     id: Option<String>,
     region: Option<String>,
+    zone: Option<String>,
+    aws_cluster: Option<String>,
+    aws_endpoint: Option<String>,
+    aws_metadata: Option<String>,
+    device_links: Option<PathBuf>,
     data_dir: Option<PathBuf>,
     listen: Option<String>,
     listen_unix: Option<PathBuf>,
@@ -157,6 +185,7 @@ pub struct File {
     meta_user: Option<String>,
     meta_password_file: Option<PathBuf>,
     devices: Option<Vec<String>>,
+    backup_dir: Option<PathBuf>,
     block_cache: Option<String>,
     write_buffer: Option<String>,
     open_shards: Option<usize>,
@@ -175,8 +204,18 @@ pub struct NodeConfig {
     pub id: NodeId,
     /// Its machine's id in its cloud.
     pub instance_id: Option<String>,
-    /// Its cloud's region, for the log.
+    /// Its cloud's region.
     pub region: Option<String>,
+    /// Its zone there.
+    pub zone: Option<String>,
+    /// The name of the cluster in the cloud's tags; `None`: no cloud is used.
+    pub aws_cluster: Option<String>,
+    /// Where EC2 answers.
+    pub aws_endpoint: Option<String>,
+    /// Where the instance metadata service answers.
+    pub aws_metadata: Option<String>,
+    /// Where attached EBS volumes appear.
+    pub device_links: Option<PathBuf>,
     /// Where it keeps what it keeps.
     pub data_dir: PathBuf,
     /// gRPC over TCP.
@@ -191,6 +230,8 @@ pub struct NodeConfig {
     pub meta: MetaSettings,
     /// Paths of device volumes on this machine.
     pub devices: BTreeMap<VolumeId, PathBuf>,
+    /// Where backups of loop volumes lie; `None`: beside their backing files.
+    pub backup_dir: Option<PathBuf>,
     /// Bytes of the block cache.
     pub block_cache_bytes: u64,
     /// Bytes of write buffers.
@@ -223,7 +264,77 @@ impl NodeConfig {
         };
         let config = resolve(args, file)?;
         config.meta.check().context("--meta")?;
+        if config.aws_cluster.is_some() && !cfg!(feature = "aws") {
+            bail!("--aws-cluster: this program was built without AWS: build it with `--features aws`");
+        }
         Ok(config)
+    }
+
+    /// What may change while the catalog runs.
+    pub fn tunable(&self) -> Tunable {
+        Tunable { limit_bytes_default: self.default_limit_bytes, publish_every: self.publish_every }
+    }
+
+    /// The settings in which two differ, by name. Where it says that it serves is none: that is said once.
+    pub fn differences(&self, other: &NodeConfig) -> Vec<&'static str> {
+        let NodeConfig {
+            id,
+            instance_id,
+            region,
+            zone,
+            aws_cluster,
+            aws_endpoint,
+            aws_metadata,
+            device_links,
+            data_dir,
+            listen,
+            listen_unix,
+            advertise,
+            http,
+            meta,
+            devices,
+            backup_dir,
+            block_cache_bytes,
+            write_buffer_bytes,
+            open_shards_max,
+            default_limit_bytes,
+            chunk_bytes,
+            publish_every,
+            shutdown,
+            log_format,
+            log_level,
+            ready_fd: _,
+        } = self;
+        [
+            ("id", *id != other.id),
+            ("instance_id", *instance_id != other.instance_id),
+            ("region", *region != other.region),
+            ("zone", *zone != other.zone),
+            ("aws_cluster", *aws_cluster != other.aws_cluster),
+            ("aws_endpoint", *aws_endpoint != other.aws_endpoint),
+            ("aws_metadata", *aws_metadata != other.aws_metadata),
+            ("device_links", *device_links != other.device_links),
+            ("data_dir", *data_dir != other.data_dir),
+            ("listen", *listen != other.listen),
+            ("listen_unix", *listen_unix != other.listen_unix),
+            ("advertise", *advertise != other.advertise),
+            ("http", *http != other.http),
+            ("meta", *meta != other.meta),
+            ("devices", *devices != other.devices),
+            ("backup_dir", *backup_dir != other.backup_dir),
+            ("block_cache", *block_cache_bytes != other.block_cache_bytes),
+            ("write_buffer", *write_buffer_bytes != other.write_buffer_bytes),
+            ("open_shards", *open_shards_max != other.open_shards_max),
+            ("default_limit", *default_limit_bytes != other.default_limit_bytes),
+            ("chunk_size", *chunk_bytes != other.chunk_bytes),
+            ("publish_every", *publish_every != other.publish_every),
+            ("shutdown_seconds", *shutdown != other.shutdown),
+            ("log_format", *log_format != other.log_format),
+            ("log_level", *log_level != other.log_level),
+        ]
+        .into_iter()
+        .filter_map(|(name, differs)| differs.then_some(name))
+        .collect()
     }
 }
 
@@ -290,6 +401,11 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         id: NodeId::new(id).context("--id")?,
         instance_id: args.instance_id,
         region: args.region.or(file.region),
+        zone: args.zone.or(file.zone),
+        aws_cluster: aws_cluster(args.aws_cluster.or(file.aws_cluster))?,
+        aws_endpoint: args.aws_endpoint.or(file.aws_endpoint),
+        aws_metadata: args.aws_metadata.or(file.aws_metadata),
+        device_links: args.device_links.or(file.device_links),
         data_dir: std::path::absolute(&data_dir)
             .with_context(|| format!("--data-dir {}", data_dir.display()))?,
         listen: address("listen", &listen)?,
@@ -302,6 +418,12 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         } else {
             args.devices
         })?,
+        backup_dir: match args.backup_dir.or(file.backup_dir) {
+            Some(folder) => Some(
+                std::path::absolute(&folder).with_context(|| format!("--backup-dir {}", folder.display()))?,
+            ),
+            None => None,
+        },
         block_cache_bytes,
         write_buffer_bytes,
         open_shards_max,
@@ -313,6 +435,16 @@ fn resolve(args: Args, file: File) -> Result<NodeConfig> {
         log_level: args.log_level.or(file.log_level).unwrap_or_else(|| "info".to_owned()),
         ready_fd: args.ready_fd,
     })
+}
+
+/// The name in the cloud's tags.
+fn aws_cluster(name: Option<String>) -> Result<Option<String>> {
+    match name {
+        Some(name) if name.is_empty() || name.len() > TAG_BYTES_MAX => {
+            bail!("--aws-cluster {name:?}: expected a name of 1 to {TAG_BYTES_MAX} bytes")
+        }
+        name => Ok(name),
+    }
 }
 
 fn devices(pairs: &[String]) -> Result<BTreeMap<VolumeId, PathBuf>> {
@@ -349,22 +481,6 @@ pub fn parse_bytes(text: &str) -> Result<u64> {
     let number: u64 =
         digits.parse().with_context(|| format!("{text:?} is no number of bytes, such as 512MiB"))?;
     number.checked_mul(1 << shift).with_context(|| format!("{text:?} is more bytes than 64 bits count"))
-}
-
-/// Starts logging to standard error.
-pub fn start_logging(config: &NodeConfig) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_new(&config.log_level)
-        .with_context(|| format!("--log-level {:?}", config.log_level))?;
-    // What a full disk keeps from being written is lost; by default it is told on standard error, where a failure panics.
-    let lines = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .log_internal_errors(false);
-    let started = match config.log_format {
-        LogFormat::Text => lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),
-        LogFormat::Json => lines.json().flatten_event(true).try_init(),
-    };
-    started.map_err(|error| anyhow::anyhow!("logging: {error}"))
 }
 
 #[cfg(test)]

@@ -5,15 +5,22 @@
 //! operation calls the metadata store.
 
 pub mod catalog;
+pub mod clouds;
 pub mod cluster;
 pub mod config;
+pub mod control;
 pub mod http;
+pub mod logging;
 pub mod metrics;
 pub mod net;
 pub mod node;
+pub mod notify;
 pub mod parent;
+pub mod reload;
 pub mod rpc;
+pub mod run;
 pub mod shard;
 pub mod volume;
 
-pub use node::{Node, run};
+pub use node::Node;
+pub use run::run;

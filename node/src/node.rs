@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::catalog::{Catalog, CatalogParts};
+use crate::clouds;
 use crate::cluster::bootstrap;
 use crate::cluster::heartbeat::{self, Heart};
 use crate::cluster::lease::{self, Lease};
@@ -28,10 +29,13 @@ use crate::cluster::records::{self, FORMAT, NodeRecord};
 use crate::cluster::store::{MetaStore, get};
 use crate::cluster::view::View;
 use crate::config::NodeConfig;
+use crate::control::Control;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::net::{bind_tcp, bind_unix};
+use crate::notify;
 use crate::parent::Child;
+use crate::reload::Reload;
 use crate::rpc::{Listener, Services};
 use crate::shard::{ShardManager, ShardSettings};
 
@@ -61,11 +65,16 @@ pub struct Node {
     /// Without which a node is none, and what each looks after.
     vital: Vec<(&'static str, JoinHandle<()>)>,
     trimming: JoinHandle<()>,
+    /// Tells the service manager, if there is one.
+    telling: Option<JoinHandle<()>>,
     heartbeat: JoinHandle<()>,
+    stopping: CancellationToken,
     stop_serving: CancellationToken,
     stop_heartbeat: CancellationToken,
     stop_background: CancellationToken,
     replaced: CancellationToken,
+    /// Last: what runs on it is ended in order before.
+    _control: Control,
 }
 
 /// Where a node is reached.
@@ -84,9 +93,16 @@ impl Node {
         let lock = claim(&config.data_dir)?;
         raise_file_limit();
         let (listeners, addresses, http_listener) = bind(&config).await?;
-        let store: Arc<dyn MetaStore> = config.meta.connect().context("--meta")?;
+        let store = config.meta.connect().context("--meta")?;
+        let control = Control::start().context("starting the control runtime")?;
+        let control_store = {
+            let _on = control.enter();
+            config.meta.connect().context("--meta")?
+        };
+        notify::starting("waiting for the metadata store");
         let cluster_id = reach(&*store, &config.meta.address).await;
 
+        let (providers, instance_id) = clouds::connect(&config).await?;
         let record = NodeRecord {
             v: FORMAT,
             id: config.id.clone(),
@@ -95,8 +111,9 @@ impl Node {
             version: env!("CARGO_PKG_VERSION").into(),
             started: clock::now(),
             incarnation: child.incarnation.clone(),
-            instance_id: config.instance_id.clone().unwrap_or_default(),
+            instance_id,
             region: config.region.clone().unwrap_or_default(),
+            cloud: providers.ebs().is_ok(),
         };
         refuse_if_taken(&*store, &cluster_id, &record).await?;
         let alone = is_alone(&*store, &config).await?;
@@ -108,19 +125,20 @@ impl Node {
 
         let (stop_heartbeat, stop_background, replaced) =
             (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let stopping = CancellationToken::new();
         let lease = Arc::new(Lease::default());
         let view = View::new();
         let heart = Heart {
-            store: store.clone(),
+            store: control_store.clone(),
             id: config.id.clone(),
             registered: registered.clone(),
             view: view.clone(),
             lease: lease.clone(),
             replaced: replaced.clone(),
         };
-        let heartbeat = tokio::spawn(heart.run(stop_heartbeat.clone()));
+        let heartbeat = control.spawn(heart.run(stop_heartbeat.clone()));
         let mut vital =
-            vec![("the records", tokio::spawn(view.clone().run(store.clone(), stop_background.clone())))];
+            vec![("the records", control.spawn(view.clone().run(control_store, stop_background.clone())))];
         while view.wait_for(registered.revision, STORE_PAUSE).await.is_err() {
             tracing::warn!("waiting for the cluster's records");
         }
@@ -135,18 +153,20 @@ impl Node {
             node_id: config.id.clone(),
             data_dir: config.data_dir.clone(),
             devices: config.devices.clone(),
+            providers,
+            backup_dir: config.backup_dir.clone(),
             cluster_id,
-            limit_bytes_default: config.default_limit_bytes,
             chunk_bytes: config.chunk_bytes,
-            publish_every: config.publish_every,
+            tunable: config.tunable(),
             store,
             view,
-            lease,
+            lease: lease.clone(),
             record,
             alone_from,
             manager,
         });
         vital.push(("the volumes", tokio::spawn(catalog.clone().run())));
+        notify::starting("waiting for the volumes");
         if tokio::time::timeout(VOLUMES_WAIT_MAX, catalog.settled()).await.is_err() {
             tracing::warn!("some volumes are still being attached; serving the others");
         }
@@ -157,9 +177,17 @@ impl Node {
         let services = Services::new(catalog.clone(), metrics.clone());
         let stopped = stop_serving.clone().cancelled_owned();
         let serving = tokio::spawn(async move { services.serve(listeners, stopped).await });
-        let http = http_listener.map(|listener| {
+        let status: http::StatusSource = Arc::new({
             let catalog = catalog.clone();
-            let status: http::StatusSource = Arc::new(move || catalog.status_now());
+            move || catalog.status_now()
+        });
+        let telling = notify::wanted().then(|| {
+            let catalog = catalog.clone();
+            let rounds: notify::Rounds = Box::new(move || [lease.rounds(), catalog.rounds()]);
+            let (stopping, stop) = (stopping.clone(), stop_background.clone());
+            tokio::spawn(notify::keep_telling(status.clone(), rounds, stopping, stop))
+        });
+        let http = http_listener.map(|listener| {
             tokio::spawn(http::serve(listener, metrics, status, stop_background.clone().cancelled_owned()))
         });
         let node = Node {
@@ -171,14 +199,32 @@ impl Node {
             http,
             vital,
             trimming,
+            telling,
             heartbeat,
+            stopping,
             stop_serving,
             stop_heartbeat,
             stop_background,
             replaced,
+            _control: control,
         };
         node.say_ready()?;
         Ok(node)
+    }
+
+    /// Reads its settings again; what is refused changes nothing.
+    pub fn reload(&mut self, reload: &Reload) {
+        match reload.again(&mut self.config, |tunable| self.catalog.tune(tunable)) {
+            Ok(outcome) => tracing::info!(
+                changed = outcome.changed.join(", "),
+                need_restart = outcome.need_restart.join(", "),
+                "the settings are read again"
+            ),
+            Err(error) => tracing::error!(
+                error = %format!("{error:#}"),
+                "the settings are refused, those of before go on"
+            ),
+        }
     }
 
     /// Where it is reached.
@@ -192,7 +238,7 @@ impl Node {
     }
 
     /// Ends when the node cannot go on; answers why.
-    async fn failed(&mut self) -> anyhow::Error {
+    pub async fn failed(&mut self) -> anyhow::Error {
         let vital = self.vital.iter_mut().map(|(what, task)| {
             async move {
                 match task.await {
@@ -224,6 +270,8 @@ impl Node {
     /// detaches all volumes.
     pub async fn shutdown(mut self) -> Result<()> {
         tracing::info!(node = %self.config.id, "stopping");
+        self.stopping.cancel();
+        notify::stopping();
         // While it still serves: callers are told where the volumes have gone.
         self.catalog.leave().await;
         self.stop_serving.cancel();
@@ -242,6 +290,9 @@ impl Node {
             end(task).await;
         }
         end(&mut self.trimming).await;
+        if let Some(telling) = &mut self.telling {
+            end(telling).await;
+        }
         if let Some(http) = &mut self.http {
             end(http).await;
         }
@@ -257,6 +308,7 @@ impl Node {
     fn say_ready(&self) -> Result<()> {
         let line = serde_json::to_string(&self.addresses).context("the addresses as JSON")? + "\n";
         tracing::info!(node = %self.config.id, endpoints = ?self.addresses.endpoints, http = %self.addresses.http, "ready");
+        notify::ready();
         let Some(number) = self.config.ready_fd else { return Ok(()) };
         if number < 0 {
             bail!("--ready-fd {number}: no descriptor has this number");
@@ -298,75 +350,6 @@ async fn end<T>(task: &mut JoinHandle<T>) {
     }
     if tokio::time::timeout(TASK_END_WAIT_MAX, &mut *task).await.is_err() {
         task.abort();
-    }
-}
-
-/// Starts a node and keeps it until a signal, or until it cannot go on. A second signal ends the process at once, unless it
-/// comes so soon that it is the first one by another way.
-pub async fn run(config: NodeConfig, child: Child) -> Result<()> {
-    let mut signals = Signals::new()?;
-    let mut node = tokio::select! {
-        started = Node::start(config, child) => started?,
-        name = signals.next() => {
-            tracing::info!("{name} before the node was ready");
-            return Ok(());
-        }
-    };
-    let failure = tokio::select! {
-        name = signals.next() => {
-            tracing::info!("{name}");
-            None
-        }
-        failure = node.failed() => Some(failure),
-    };
-    let one_until = tokio::time::Instant::now() + ONE_SIGNAL;
-    let stopped = tokio::select! {
-        stopped = node.shutdown() => stopped,
-        name = signals.next_after(one_until) => {
-            tracing::warn!("{name} again: ending at once; the next start cleans up");
-            std::process::exit(1);
-        }
-    };
-    match failure {
-        Some(failure) => Err(failure),
-        None => stopped,
-    }
-}
-
-/// Signals within so long are one: systemd sends its to all processes of the unit, so the node hears it from systemd and from
-/// its parent, which passes it on.
-const ONE_SIGNAL: Duration = Duration::from_secs(2);
-
-struct Signals {
-    terminate: tokio::signal::unix::Signal,
-    interrupt: tokio::signal::unix::Signal,
-}
-
-impl Signals {
-    fn new() -> Result<Signals> {
-        use tokio::signal::unix::{SignalKind, signal};
-        Ok(Signals {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
-    }
-
-    async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
-        }
-    }
-
-    /// The next one that comes after that moment; those before it are taken for what was heard already.
-    async fn next_after(&mut self, moment: tokio::time::Instant) -> &'static str {
-        loop {
-            let name = self.next().await;
-            if tokio::time::Instant::now() >= moment {
-                return name;
-            }
-            tracing::debug!("{name} once more: taken for the same");
-        }
     }
 }
 
@@ -532,26 +515,6 @@ mod tests {
         for bad in ["", ":1", "host:x", "http://host:1"] {
             assert!(advertised(Some(bad), any).is_err(), "{bad:?}");
         }
-    }
-
-    #[tokio::test]
-    async fn a_signal_by_two_ways_is_one() {
-        const ONE: Duration = Duration::from_millis(400);
-        let mut signals = Signals::new().unwrap();
-        let send = || {
-            let me = rustix::process::getpid();
-            rustix::process::kill_process(me, rustix::process::Signal::TERM).unwrap();
-        };
-        send();
-        assert_eq!(signals.next().await, "SIGTERM");
-        let until = tokio::time::Instant::now() + ONE;
-        send();
-        let soon = tokio::time::timeout(ONE / 2, signals.next_after(until)).await;
-        assert!(soon.is_err(), "it is the first one still");
-        tokio::time::sleep_until(until).await;
-        send();
-        let later = tokio::time::timeout(Duration::from_secs(20), signals.next_after(until)).await;
-        assert_eq!(later.unwrap(), "SIGTERM");
     }
 
     #[test]

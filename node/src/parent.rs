@@ -4,7 +4,7 @@
 //! reaped has left the kernel: none of its threads is in a system call any more. So the record is true when it is
 //! written, and others need not wait for the lease's term.
 //!
-//! Invariants: signals to end are passed on, also those that the child may have got itself (it takes two at once for
+//! Invariants: signals to end, and the one to read the settings again, are passed on, also those that the child may have got itself (it takes two at once for
 //! one); the parent ends as its child did; a child never outlives its parent,
 //! because then nobody would record its end: the kernel kills it.
 //!
@@ -94,6 +94,8 @@ async fn watch(config: &NodeConfig) -> Result<ExitStatus> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    // The service manager's, to this process alone, when the node gives no sign of life: its death is to be recorded.
+    let mut abort = signal(SignalKind::from_raw(libc::SIGABRT))?;
     let incarnation = crate::cluster::bootstrap::random_id();
     let (told, tell) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("making a pipe")?;
     let mut child = {
@@ -105,6 +107,8 @@ async fn watch(config: &NodeConfig) -> Result<ExitStatus> {
             .args(std::env::args_os().skip(1))
             .env(INCARNATION, &incarnation)
             .env(REGISTERED_FD, number.to_string())
+            // It names this process; the signs of life are the child's.
+            .env_remove("WATCHDOG_PID")
             // Ctrl-C in a terminal reaches the parent, which passes it on.
             .process_group(0);
         let parent = rustix::process::getpid();
@@ -145,7 +149,12 @@ async fn watch(config: &NodeConfig) -> Result<ExitStatus> {
             status = child.wait() => break status.context("waiting for the node")?,
             _ = terminate.recv() => pass_on(Signal::TERM),
             _ = interrupt.recv() => pass_on(Signal::INT),
-            _ = hangup.recv() => {}
+            _ = hangup.recv() => pass_on(Signal::HUP),
+            _ = abort.recv() => {
+                pass_on(Signal::ABORT);
+                // One that was stopped takes no signal but this one.
+                pass_on(Signal::CONT);
+            }
         }
     };
     warm.abort();

@@ -4,6 +4,14 @@
 // A failed unwrap is a failed test.
 #![allow(clippy::unwrap_used)]
 
+#[path = "rpc/locks.rs"]
+mod locks;
+#[path = "rpc/sessions.rs"]
+mod sessions;
+#[path = "rpc/skew.rs"]
+mod skew;
+#[path = "rpc/snapshots.rs"]
+mod snapshots;
 mod support;
 
 use std::collections::BTreeMap;
@@ -626,7 +634,7 @@ async fn files_work_by_inode() {
             repetition: None,
         }
     };
-    let new_inode = Some(wire::NewInode { mode: 0o640, uid: 5, gid: 6 });
+    let new_inode = Some(wire::NewInode { mode: 0o640, uid: 5, gid: 6, unmasked_mode: None });
     let make = operation::Kind::MakeDirectory(wire::MakeDirectory {
         parent: 1,
         name: Bytes::from_static(b"d"),
@@ -788,7 +796,7 @@ async fn operators_see_the_node() {
 async fn health_and_reflection_answer_without_a_client_id() {
     let node = Node::start().await;
     let mut health = tonic_health::pb::health_client::HealthClient::new(node.channel());
-    for service in ["", "shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin"] {
+    for service in ["", "shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin", "shardfs.v1.Backups"] {
         let request = tonic_health::pb::HealthCheckRequest { service: service.into() };
         let status = health.check(request).await.unwrap().into_inner().status();
         assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::Serving, "{service}");
@@ -809,7 +817,13 @@ async fn health_and_reflection_answer_without_a_client_id() {
     let ServerReflectionResponse { message_response, .. } = answers.next().await.unwrap().unwrap();
     let Some(MessageResponse::ListServicesResponse(listed)) = message_response else { panic!("no list") };
     let names: Vec<_> = listed.service.into_iter().map(|service| service.name).collect();
-    for service in ["shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin", "grpc.health.v1.Health"] {
+    for service in [
+        "shardfs.v1.Storage",
+        "shardfs.v1.Files",
+        "shardfs.v1.Admin",
+        "shardfs.v1.Backups",
+        "grpc.health.v1.Health",
+    ] {
         assert!(names.iter().any(|name| name == service), "{service} is not in {names:?}");
     }
     assert!(!names.iter().any(|name| name.contains("meta")), "only what a node serves: {names:?}");

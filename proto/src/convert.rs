@@ -3,22 +3,32 @@
 //! `*_from_wire` returns [`Reason::InvalidArgument`](crate::types::Reason) (or a more exact reason) for
 //! anything that a well-behaved peer would not send. `*_to_wire` cannot fail.
 
+mod backups;
 mod cluster;
+mod locks;
 mod operation;
+mod provisioning;
 mod reads;
 
 use bytes::Bytes;
 
+pub use backups::{
+    restore_from_wire, restore_to_wire, restored_from_wire, restored_to_wire, schedule_from_wire,
+    schedule_to_wire, verify_item_from_wire, verify_item_to_wire, volume_backup_from_wire,
+    volume_backup_to_wire,
+};
 pub use cluster::{
     check_item_from_wire, check_item_to_wire, new_volume_from_wire, new_volume_to_wire, node_info_from_wire,
     node_info_to_wire, node_status_from_wire, node_status_to_wire, shard_stat_from_wire, shard_stat_to_wire,
-    volume_info_from_wire, volume_info_to_wire,
+    stray_from_wire, stray_to_wire, volume_info_from_wire, volume_info_to_wire,
 };
+pub use locks::{file_lock_from_wire, file_lock_to_wire, lock_kind_from_wire, lock_kind_to_wire};
 pub use operation::{
     op_result_from_wire, op_result_to_wire, operation_from_wire, operation_to_wire, put_result_from_wire,
-    put_result_to_wire,
+    put_result_to_wire, seek_for_from_wire, seek_for_to_wire, sought_from_wire, sought_to_wire,
 };
 
+pub use provisioning::{policy_from_wire, policy_to_wire, provisioning_from_wire, provisioning_to_wire};
 pub use reads::{
     read_from_from_wire, read_from_to_wire, view_figures_from_wire, view_figures_to_wire,
     view_label_from_wire, view_label_to_wire,
@@ -99,6 +109,7 @@ pub fn attr_to_wire(a: &Attr) -> wire::Attr {
         ctime: Some(time_to_wire(a.ctime)),
         btime: Some(time_to_wire(a.btime)),
         version: a.version.get(),
+        has_acl: a.has_acl,
     }
 }
 
@@ -131,6 +142,7 @@ pub fn attr_from_wire(a: wire::Attr) -> Result<Attr> {
         ctime: time(a.ctime)?,
         btime: time(a.btime)?,
         version: Version::new(a.version),
+        has_acl: a.has_acl,
     })
 }
 
@@ -206,6 +218,7 @@ pub fn shard_info_to_wire(s: &ShardInfo) -> wire::Shard {
         location: Some(location_to_wire(&s.location)),
         used_bytes: s.used_bytes,
         inodes: s.inodes,
+        snapshot_of: s.snapshot_of.map_or(0, ShardId::get),
     }
 }
 
@@ -221,6 +234,7 @@ pub fn shard_info_from_wire(s: wire::Shard) -> Result<ShardInfo> {
         location: location_from_wire(s.location.ok_or_else(|| missing("the shard's location"))?)?,
         used_bytes: s.used_bytes,
         inodes: s.inodes,
+        snapshot_of: if s.snapshot_of == 0 { None } else { Some(ShardId::new(s.snapshot_of)?) },
     })
 }
 

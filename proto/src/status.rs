@@ -40,19 +40,22 @@ pub fn code(reason: Reason) -> Code {
         | Reason::WrongKind
         | Reason::ShardReadOnly
         | Reason::ShardNotEmpty
+        | Reason::ShardHasSnapshots
         | Reason::NotPermitted
         | Reason::TooManyLinks
         | Reason::SessionUnknown
         | Reason::SequenceStale
-        | Reason::AttributeTooLarge => Code::FailedPrecondition,
+        | Reason::AttributeTooLarge
+        | Reason::Deadlock => Code::FailedPrecondition,
         Reason::WrongOwner => Code::PermissionDenied,
         Reason::NoClientId => Code::Unauthenticated,
         Reason::ShardFull
         | Reason::VolumeFull
         | Reason::Busy
         | Reason::FileTooLarge
-        | Reason::IdsExhausted => Code::ResourceExhausted,
-        Reason::VersionMismatch => Code::Aborted,
+        | Reason::IdsExhausted
+        | Reason::LocksExhausted => Code::ResourceExhausted,
+        Reason::VersionMismatch | Reason::LockConflict => Code::Aborted,
         Reason::NotPrimary | Reason::StaleEpoch | Reason::Unavailable => Code::Unavailable,
         Reason::Corrupt => Code::DataLoss,
         Reason::Io | Reason::Internal => Code::Internal,
@@ -80,6 +83,7 @@ fn reason_to_wire(reason: Reason) -> wire::ErrorReason {
         Reason::WrongKind => W::WrongKind,
         Reason::ShardReadOnly => W::ShardReadOnly,
         Reason::ShardNotEmpty => W::ShardNotEmpty,
+        Reason::ShardHasSnapshots => W::ShardHasSnapshots,
         Reason::NotPermitted => W::NotPermitted,
         Reason::TooManyLinks => W::TooManyLinks,
         Reason::SessionUnknown => W::SessionUnknown,
@@ -92,7 +96,10 @@ fn reason_to_wire(reason: Reason) -> wire::ErrorReason {
         Reason::Busy => W::Busy,
         Reason::FileTooLarge => W::FileTooLarge,
         Reason::IdsExhausted => W::IdsExhausted,
+        Reason::LocksExhausted => W::LocksExhausted,
         Reason::VersionMismatch => W::VersionMismatch,
+        Reason::LockConflict => W::LockConflict,
+        Reason::Deadlock => W::Deadlock,
         Reason::NotPrimary => W::NotPrimary,
         Reason::StaleEpoch => W::StaleEpoch,
         Reason::Unavailable => W::Unavailable,
@@ -125,6 +132,7 @@ fn reason_from_wire(reason: wire::ErrorReason) -> Option<Reason> {
         W::WrongKind => Reason::WrongKind,
         W::ShardReadOnly => Reason::ShardReadOnly,
         W::ShardNotEmpty => Reason::ShardNotEmpty,
+        W::ShardHasSnapshots => Reason::ShardHasSnapshots,
         W::NotPermitted => Reason::NotPermitted,
         W::TooManyLinks => Reason::TooManyLinks,
         W::SessionUnknown => Reason::SessionUnknown,
@@ -137,7 +145,10 @@ fn reason_from_wire(reason: wire::ErrorReason) -> Option<Reason> {
         W::Busy => Reason::Busy,
         W::FileTooLarge => Reason::FileTooLarge,
         W::IdsExhausted => Reason::IdsExhausted,
+        W::LocksExhausted => Reason::LocksExhausted,
         W::VersionMismatch => Reason::VersionMismatch,
+        W::LockConflict => Reason::LockConflict,
+        W::Deadlock => Reason::Deadlock,
         W::NotPrimary => Reason::NotPrimary,
         W::StaleEpoch => Reason::StaleEpoch,
         W::Unavailable => Reason::Unavailable,
@@ -188,7 +199,14 @@ pub fn detail_from_wire(detail: wire::ErrorDetail) -> Error {
     with_detail(reason, detail)
 }
 
-fn with_detail(reason: Reason, detail: wire::ErrorDetail) -> Error {
+/// A node says nothing more of a call that it does not have.
+const NO_SUCH_CALL: &str =
+    "the node does not know this call: it has an earlier version than this program, update it";
+
+fn with_detail(reason: Reason, mut detail: wire::ErrorDetail) -> Error {
+    if reason == Reason::Unsupported && detail.message.is_empty() {
+        detail.message = NO_SUCH_CALL.to_owned();
+    }
     let mut error = Error::new(reason, detail.message).with_retry_after_ms(detail.retry_after_ms);
     if let Ok(shard) = ShardId::new(detail.shard_id) {
         error = error.with_shard(shard);
@@ -306,6 +324,14 @@ mod tests {
         let error = from_status(&ended);
         assert_eq!(error.reason(), Reason::Unavailable);
         assert!(error.is_retryable() && error.message().contains("connection error received"), "{error}");
+    }
+
+    #[test]
+    fn a_call_that_a_node_does_not_have_is_told_in_words() {
+        let silent = to_status(&Error::new(Reason::Unsupported, ""));
+        assert!(from_status(&silent).message().contains("does not know this call"));
+        let told = to_status(&Error::new(Reason::Unsupported, "not here"));
+        assert_eq!(from_status(&told).message(), "not here");
     }
 
     #[test]

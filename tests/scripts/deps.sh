@@ -1,7 +1,7 @@
 #!/bin/bash
 # Installs what ShardFS needs on Debian 12: `deps.sh` to build and run it, `deps.sh test` to test it as
-# well, `deps.sh vm` for the test in a machine of its own. Idempotent, and a fraction of a second when everything is there. Other systems: it says what to
-# install.
+# well, `deps.sh long` for its long tests too, `deps.sh vm` for the test in a machine of its own. Idempotent, and a fraction of a second when everything is
+# there. Other systems: it says what to install.
 set -euo pipefail
 
 # rust-version of the workspace.
@@ -11,14 +11,21 @@ rust_minor_min=91
 build=(build-essential pkg-config clang libclang-dev protobuf-compiler libprotobuf-dev ca-certificates git
     e2fsprogs fuse3 util-linux mount procps)
 # vim-tiny brings vim.tiny, psmisc fuser(1), attr setfattr(1).
-test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl iproute2)
-vm=(qemu-system-x86 busybox-static cpio zstd)
+test=(rsync sqlite3 vim-tiny python3 python3-venv fio xfsprogs attr acl strace psmisc libacl1-dev openssl iproute2
+    stress-ng dbench nano ccache zip unzip)
+long=()
+# Node.js from elsewhere brings its own npm, and does not go together with Debian's.
+command -v npm >/dev/null || long+=(npm)
+vm=(qemu-system-x86 busybox-static cpio zstd xfsprogs)
 # Programs that Debian starts as services when they are installed, and that the tests start by themselves.
 idle=(etcd-server etcd-client)
+# The same, for `test` and `long` only.
+idle_test=(postgresql)
 
 want=("${build[@]}")
 case ${1-} in
-    test) want+=("${test[@]}" "${idle[@]}") ;;
+    test) want+=("${test[@]}" "${idle[@]}" "${idle_test[@]}") ;;
+    long) want+=("${test[@]}" "${long[@]}" "${idle[@]}" "${idle_test[@]}") ;;
     vm) want+=("${vm[@]}" "${idle[@]}") ;;
 esac
 
@@ -57,12 +64,17 @@ install_idle() {
         as_root rm -f "$policy"
         trap - EXIT
     fi
-    [ -x /etc/init.d/etcd ] || return 0
-    # Somebody else's policy may have let it start.
-    if [ -d /run/systemd/system ] && systemctl --quiet is-active etcd; then
-        as_root systemctl stop etcd
-    fi
-    as_root update-rc.d etcd disable
+    # Those of the packages that came now: one that was there before is somebody's.
+    local package service
+    for package in "$@"; do
+        service=${package%-server}
+        [ -x "/etc/init.d/$service" ] || continue
+        # Somebody else's policy may have let it start.
+        if [ -d /run/systemd/system ] && systemctl --quiet is-active "$service"; then
+            as_root systemctl stop "$service"
+        fi
+        as_root update-rc.d "$service" disable
+    done
 }
 
 rust_ok() {
@@ -84,7 +96,7 @@ missing_idle=()
 for package in "${want[@]}"; do
     state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
     [ "$state" = installed ] && continue
-    case " ${idle[*]} " in
+    case " ${idle[*]} ${idle_test[*]} " in
         *" $package "*) missing_idle+=("$package") ;;
         *) missing+=("$package") ;;
     esac

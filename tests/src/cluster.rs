@@ -20,7 +20,13 @@ use crate::etcd::Etcd;
 use crate::guard::Guard;
 use crate::network::Network;
 use crate::process::{self, Process};
+use crate::programs::{MOUNT, Programs};
 use crate::run::described;
+
+/// How long a member that is stopped in order may take to end.
+const END_MAX: Duration = Duration::from_secs(60);
+/// How long `dev up` may take.
+const UP_MAX: Duration = Duration::from_secs(120);
 
 /// What `dev up` is asked for.
 #[derive(Clone, Debug)]
@@ -50,6 +56,8 @@ pub struct Cluster {
     control: bool,
     /// Its nodes are in network namespaces of their own.
     network: Option<Network>,
+    /// Its members may be of different versions.
+    programs: Option<Programs>,
 }
 
 /// When set, [`Cluster::shared`] is a plain folder: `posix` and `real_use` then show what the local file
@@ -75,7 +83,7 @@ impl Cluster {
         let root = temporary_root();
         fs::create_dir(root.join("mnt")).unwrap();
         Guard::start(&root, Path::new("/nonexistent"), Path::new("")).at_exit();
-        Cluster { root, guard: None, control: true, network: None }
+        Cluster { root, guard: None, control: true, network: None, programs: None }
     }
 
     /// A cluster of the test's own; taken down when it is dropped.
@@ -97,7 +105,7 @@ impl Cluster {
         let root = temporary_root();
         fs::create_dir(root.join("mnt")).unwrap();
         let guard = Guard::start(&root, &bin_dir(), &bin_dir().join("../test-logs"));
-        Cluster { root, guard: Some(guard), control: false, network: None }
+        Cluster { root, guard: Some(guard), control: false, network: None, programs: None }
     }
 
     /// A cluster whose nodes are in network namespaces of their own, with links that can be cut, on an etcd of three members.
@@ -112,6 +120,39 @@ impl Cluster {
         (cluster, etcd)
     }
 
+    /// A cluster whose nodes and mount run the programs in `bin`, until others are chosen for some of them.
+    pub fn start_with_programs(options: &Options, arguments: &[&str], bin: &Path) -> Cluster {
+        let mut cluster = Cluster::prepare();
+        cluster.programs = Some(Programs::new(&cluster.root, options.nodes, bin));
+        let output = cluster.up(options, arguments);
+        assert!(output.status.success(), "{}", described("shardfs dev up", &output));
+        cluster
+    }
+
+    /// Stops a member (`node-1`, `mount`) in order and starts it with the programs in `bin`.
+    pub fn restart_with(&self, member: &str, bin: &Path) {
+        let old = if member == MOUNT { self.daemon() } else { self.node(member) };
+        self.cli_run(&["dev", "kill", member, "--signal", "TERM"]);
+        eventually(END_MAX, || if old.is_alive() { Err(format!("{member} runs")) } else { Ok(()) });
+        self.programs.as_ref().expect("the cluster was started with programs").choose(member, bin);
+        self.cli_run(&["dev", "start", member]);
+    }
+
+    /// The version that each node says it has, in order of their ids.
+    pub fn versions(&self) -> Vec<String> {
+        let nodes = self.cli_json(&["node", "list"]);
+        let nodes = nodes.as_array().expect("a list of nodes");
+        nodes.iter().map(|node| node["version"].as_str().expect("a version").to_owned()).collect()
+    }
+
+    /// Waits until every node serves what it should.
+    pub fn in_order(&self, within: Duration) {
+        eventually(within, || {
+            let status = self.cli_json(&["status"]);
+            if status["healthy"] == true { Ok(()) } else { Err(status["troubles"].to_string()) }
+        });
+    }
+
     /// The links of its nodes.
     pub fn network(&self) -> &Network {
         self.network.as_ref().expect("the cluster was started in namespaces")
@@ -120,7 +161,8 @@ impl Cluster {
     /// `dev up`, also of a cluster that was taken down before.
     pub fn up(&self, options: &Options, arguments: &[&str]) -> Output {
         let mut command = Command::new("timeout");
-        command.args(["--kill-after=5", "120"]).arg(bin_dir().join("shardfs")).args(["dev", "up"]);
+        let seconds = patient(UP_MAX).as_secs().to_string();
+        command.args(["--kill-after=5", &seconds]).arg(bin_dir().join("shardfs")).args(["dev", "up"]);
         command.arg("--dir").arg(self.dir()).arg("--mount").arg(self.mount());
         command.args(["--nodes", &options.nodes.to_string(), "--volumes", options.volumes]);
         if let Some(bytes) = options.volume_bytes {
@@ -129,6 +171,9 @@ impl Cluster {
         command.args(arguments).envs(options.environment.iter().map(|(name, value)| (name, value)));
         if let Some(network) = &self.network {
             command.envs(network.programs());
+        }
+        if let Some(programs) = &self.programs {
+            command.envs(programs.environment());
         }
         self.finish(command)
     }
@@ -164,7 +209,12 @@ impl Cluster {
 
     /// The command line, pointed at this cluster. No terminal, no input, no colours.
     pub fn cli(&self) -> Command {
-        let mut command = Command::new(bin_dir().join("shardfs"));
+        self.cli_of(&bin_dir())
+    }
+
+    /// The same of the programs in another folder.
+    pub fn cli_of(&self, bin: &Path) -> Command {
+        let mut command = Command::new(bin.join("shardfs"));
         command.arg("--dir").arg(self.dir()).stdin(Stdio::null()).env("NO_COLOR", "1");
         command
     }
@@ -274,8 +324,12 @@ impl Cluster {
 
     /// The daemon that serves the mount.
     pub fn daemon(&self) -> Process {
-        let daemons: Vec<Process> =
-            process::naming(&self.root).into_iter().filter(|p| p.program() == "shardfsd").collect();
+        // A test may have mounts of its own besides.
+        let mount = self.mount().display().to_string();
+        let daemons: Vec<Process> = process::naming(&self.root)
+            .into_iter()
+            .filter(|p| p.program() == "shardfsd" && p.arguments.contains(&mount))
+            .collect();
         assert_eq!(daemons.len(), 1, "daemons: {daemons:?}");
         daemons[0].clone()
     }
@@ -376,9 +430,17 @@ pub fn read_json(path: &Path) -> Value {
     serde_json::from_str(&text).unwrap_or_else(|e| panic!("{}: {e}\n{text}", path.display()))
 }
 
+/// How many times as long everything may take as on a machine of today: for such as are emulated.
+const PATIENCE_VARIABLE: &str = "SHARDFS_TEST_PATIENCE";
+
+/// As long as that is on this machine.
+fn patient(within: Duration) -> Duration {
+    within * std::env::var(PATIENCE_VARIABLE).map_or(1, |times| times.parse().unwrap())
+}
+
 /// Tries until it succeeds; panics with the last reason when the time is over.
 pub fn eventually<T>(within: Duration, mut attempt: impl FnMut() -> Result<T, String>) -> T {
-    let start = Instant::now();
+    let (start, within) = (Instant::now(), patient(within));
     loop {
         match attempt() {
             Ok(value) => return value,

@@ -4,6 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use crate::cluster::{Cluster, Options};
 use crate::run::Shell;
 
 /// An XFS with reflinks on a sparse file. Volumes that lie on it can be copied at one moment while they are written: the
@@ -19,12 +20,22 @@ pub struct Xfs {
 impl Xfs {
     /// Makes one in `image` and mounts it at `at`, which is there.
     pub fn mounted(image: &Path, at: &Path, bytes: u64) -> Xfs {
-        Shell::new("/").with("IMAGE", image).with("AT", at).with("BYTES", bytes.to_string()).run(
-            "truncate -s $BYTES $IMAGE
-             mkfs.xfs -q -m reflink=1 $IMAGE
-             mount -o loop,noatime $IMAGE $AT",
-        );
+        mount_new("mkfs.xfs -q -m reflink=1", image, at, bytes);
         Xfs { at: at.to_owned() }
+    }
+
+    /// Moves the loop volumes of a cluster that was just started with these options to one.
+    pub fn below_volumes(cluster: &Cluster, options: &Options, bytes: u64) -> Xfs {
+        // The cluster is made where its folder is, and its volumes move to the disk before anything is on them.
+        cluster.cli_run(&["dev", "down"]);
+        let volumes = cluster.dir().join("volumes");
+        let aside = cluster.scratch("aside");
+        crate::sh(&volumes, &format!("mv *.img {}", aside.display()));
+        let disk = Xfs::mounted(&cluster.root().join("disk.img"), &volumes, bytes);
+        crate::sh(&aside, &format!("chmod 700 {0}; cp --sparse=always *.img {0}", volumes.display()));
+        let output = cluster.up(options, &[]);
+        assert!(output.status.success(), "{output:?}");
+        disk
     }
 
     /// Where it is mounted.
@@ -35,11 +46,55 @@ impl Xfs {
 
 impl Drop for Xfs {
     fn drop(&mut self) {
-        // What a failed test left open on it is ended by the guard, which then unmounts it.
-        let unmounted = Shell::new("/").with("AT", &self.at).output("umount $AT");
-        if !unmounted.status.success() {
-            eprintln!("{} stays mounted until the guard has ended what uses it", self.at.display());
-        }
+        unmount(&self.at);
+    }
+}
+
+/// An ext4 on a sparse file, to compare with. The guard of the cluster's folder takes it away if the test cannot.
+#[derive(Debug)]
+pub struct Ext4 {
+    at: PathBuf,
+}
+
+impl Ext4 {
+    /// Makes one in `image` and mounts it at `at`, which is there.
+    pub fn mounted(image: &Path, at: &Path, bytes: u64) -> Ext4 {
+        mount_new("mkfs.ext4 -q -b 4096", image, at, bytes);
+        Ext4 { at: at.to_owned() }
+    }
+
+    /// Where it is mounted.
+    pub fn at(&self) -> &Path {
+        &self.at
+    }
+}
+
+impl Drop for Ext4 {
+    fn drop(&mut self) {
+        unmount(&self.at);
+    }
+}
+
+/// Makes a filesystem in a sparse file by `make`, and mounts it.
+fn mount_new(make: &str, image: &Path, at: &Path, bytes: u64) {
+    let script = format!(
+        "truncate -s $BYTES $IMAGE
+         {make} $IMAGE
+         device=$(losetup --find --show $IMAGE)
+         # The flag outlives whoever used the number before, if that was a node that was killed after a fence.
+         blockdev --setrw $device
+         mount -o noatime,nodev,nosuid $device $AT || {{ losetup --detach $device; exit 1; }}
+         # Once it is unmounted.
+         losetup --detach $device"
+    );
+    Shell::new("/").with("IMAGE", image).with("AT", at).with("BYTES", bytes.to_string()).run(&script);
+}
+
+fn unmount(at: &Path) {
+    // What a failed test left open on it is ended by the guard, which then unmounts it.
+    let unmounted = Shell::new("/").with("AT", at).output("umount $AT");
+    if !unmounted.status.success() {
+        eprintln!("{} stays mounted until the guard has ended what uses it", at.display());
     }
 }
 

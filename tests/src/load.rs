@@ -36,6 +36,8 @@ pub struct ShardLoad {
     clients: Vec<Vec<usize>>,
     /// Lanes on the mount.
     mounted: Vec<usize>,
+    /// Which mount; `None`: the cluster's.
+    mount: Option<PathBuf>,
     /// Whether clients put and remove without waiting for the device, now and then.
     buffered: bool,
     history: History,
@@ -56,7 +58,19 @@ impl ShardLoad {
         let clients = clients.iter().enumerate().map(|(c, count)| lanes(format!("c{c}-"), *count)).collect();
         let mounted = lanes("m".to_owned(), mounted);
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        ShardLoad { shard: shard.to_owned(), clients, mounted, buffered, history: History::new(&names) }
+        ShardLoad {
+            shard: shard.to_owned(),
+            clients,
+            mounted,
+            mount: None,
+            buffered,
+            history: History::new(&names),
+        }
+    }
+
+    /// Its lanes on the mount work on another mount.
+    pub fn on_mount(self, mount: &Path) -> ShardLoad {
+        ShardLoad { mount: Some(mount.to_owned()), ..self }
     }
 
     /// The shard.
@@ -138,7 +152,7 @@ pub fn run<T>(cluster: &Cluster, loads: &[ShardLoad], seed: u64, during: impl Fn
                 }));
             }
             for lane in &load.mounted {
-                let folder = cluster.mount().join(&load.shard);
+                let folder = load.mount.clone().unwrap_or_else(|| cluster.mount()).join(&load.shard);
                 workers.push(scope.spawn(move || {
                     let _told = Told(progress);
                     mounted_lane(
@@ -199,6 +213,25 @@ pub fn contents(cluster: &Cluster, shard: &str) -> State {
         client.close().await;
         state
     })
+}
+
+/// Everything that a folder of a mount holds, as [`contents`] has it of a shard.
+pub fn contents_on(folder: &Path) -> State {
+    let mut state = State::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(here) = folders.pop() {
+        for entry in fs::read_dir(&here).unwrap_or_else(|e| panic!("{}: {e}", here.display())) {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let name = path.strip_prefix(folder).expect("it lies there").to_str().expect("names are UTF-8");
+            let bytes = fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+            state.insert(name.to_owned(), bytes);
+        }
+    }
+    state
 }
 
 async fn id_of(client: &Client, shard: &str) -> ShardId {

@@ -36,6 +36,14 @@ impl Process {
             .is_ok_and(|c| !c.trim().is_empty())
     }
 
+    /// The processes that its main thread has started, and that it has not reaped.
+    pub fn children(&self) -> Vec<Process> {
+        let children =
+            fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid)).unwrap_or_default();
+        let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+        pids.map(|pid| Process { pid, arguments: Vec::new() }).collect()
+    }
+
     /// Who started it.
     pub fn parent(&self) -> Process {
         let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).expect("the process runs");

@@ -432,9 +432,12 @@ fn who_may_not_unmount_is_told_so() {
     assert!(shard.is_dir() && point.join("cli-umount").is_dir());
     // A dead one is not taken away by anybody either.
     let daemons = shardfs_tests::process::naming(cluster.root());
-    for daemon in daemons.iter().filter(|p| p.arguments.iter().any(|a| a == text(&point))) {
-        // SAFETY: a signal to the daemon of this mount, by number.
-        unsafe { libc::kill(daemon.pid as i32, libc::SIGKILL) };
+    // Its parent, which would start another, and the daemon, which would unmount without its parent.
+    for signal in [libc::SIGSTOP, libc::SIGKILL] {
+        for daemon in daemons.iter().filter(|p| p.arguments.iter().any(|a| a == text(&point))) {
+            // SAFETY: a signal to a process of this mount, by number.
+            unsafe { libc::kill(daemon.pid as i32, signal) };
+        }
     }
     eventually(Duration::from_secs(10), || match fs::metadata(&point).map_err(|e| e.raw_os_error()) {
         Err(Some(libc::ENOTCONN)) => Ok(()),

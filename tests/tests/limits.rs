@@ -11,6 +11,7 @@ use bytes::Bytes;
 use shardfs_proto::types::op::{Durability, PutOptions};
 use shardfs_proto::types::{Key, Reason, ShardName};
 use shardfs_tests::cluster::eventually;
+use shardfs_tests::volumes::{find, is_served};
 use shardfs_tests::{Cluster, Options, block_on};
 
 const LIMIT: u64 = 4 << 20;
@@ -138,6 +139,53 @@ fn a_full_volume_refuses_writes_reads_on_and_recovers() {
     write_synced(&keep.join("k2"), b"v2").unwrap();
     cluster.assert_clean("filler");
     cluster.assert_clean("bystander");
+}
+
+#[test]
+fn new_shards_come_to_volumes_that_have_room() {
+    let cluster = Cluster::start(&Options { nodes: 3, volume_bytes: Some(512 << 20), ..Options::default() });
+    let volume_of =
+        |shard: &str| cluster.cli_json(&["shard", "show", shard])["volume"].as_str().unwrap().to_owned();
+    let free = |id: &str| find(&cluster, id).unwrap()["served"]["free_bytes"].as_u64().unwrap();
+    // By something that is no shard, and so far that what shards give back makes no room.
+    let fill = |id: &str| {
+        let primary = find(&cluster, id).unwrap()["primary"].as_str().unwrap().to_owned();
+        let path = cluster.dir().join("nodes").join(primary).join("volumes").join(id).join("filler");
+        let file = fs::File::create(&path).unwrap();
+        let bytes = free(id) + (32 << 20);
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).unwrap();
+        file.sync_all().unwrap();
+        eventually(Duration::from_secs(20), || match free(id) {
+            0 => Ok(()),
+            left => Err(format!("{left} bytes are free")),
+        });
+        path
+    };
+    for id in ["vol-1", "vol-2", "vol-3"] {
+        is_served(&cluster, id);
+    }
+    cluster.shard("first");
+    let full = volume_of("first");
+    fill(&full);
+    for number in 0..20 {
+        let name = format!("next-{number}");
+        fs::create_dir(cluster.mount().join(&name)).unwrap();
+        assert_ne!(volume_of(&name), full, "{name}");
+    }
+    // No room anywhere.
+    let others: Vec<String> = (1..=3).map(|n| format!("vol-{n}")).filter(|id| *id != full).collect();
+    let fillers: Vec<_> = others.iter().map(|id| fill(id)).collect();
+    let refused = fs::create_dir(cluster.mount().join("none")).unwrap_err();
+    assert_eq!(refused.raw_os_error(), Some(libc::ENOSPC), "{refused}");
+    let refused = cluster.cli_fails(&["shard", "create", "none"]);
+    assert!(refused.contains("have no room"), "{refused}");
+    fs::remove_file(&fillers[1]).unwrap();
+    eventually(Duration::from_secs(20), || match free(&others[1]) {
+        0 => Err("no room yet".to_owned()),
+        _ => Ok(()),
+    });
+    cluster.cli_run(&["shard", "create", "last"]);
+    assert_eq!(volume_of("last"), others[1]);
 }
 
 #[test]

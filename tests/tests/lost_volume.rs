@@ -131,6 +131,32 @@ fn a_device_that_hangs_is_given_up() {
     });
 }
 
+/// The same while it is given away: what is waited for then cannot end.
+#[test]
+fn a_device_that_hangs_while_its_volume_is_given_away_is_given_up() {
+    let cluster = Cluster::start(&Options::default());
+    let loads = [ShardLoad::new("given", &[2], 1, true)];
+    cluster.shard("given");
+    load::run(&cluster, &loads, load::seed(), |progress| {
+        progress.wait_for(10, SERVED_MAX);
+        let (before, at) = (cluster.primary_of("given"), cluster.volume_mount("given"));
+        let to = ["node-1", "node-2"].into_iter().find(|node| **node != *before).unwrap();
+        let volume = cluster.cli_json(&["shard", "show", "given"])["volume"].as_str().unwrap().to_owned();
+        let frozen = Frozen::new(&at);
+        std::thread::scope(|scope| {
+            // It succeeds when the volume is served there, or says that it is not yet.
+            scope.spawn(|| cluster.cli_output(&["volume", "promote", &volume, to]));
+            progress.wait_for(10, SERVED_MAX);
+            assert_ne!(cluster.primary_of("given"), before);
+        });
+        drop(frozen);
+        progress.wait_for(10, SERVED_MAX);
+    });
+    let found = load::contents(&cluster, "given");
+    loads[0].history().check_all(&found).unwrap_or_else(|e| panic!("{e}"));
+    cluster.assert_clean("given");
+}
+
 #[test]
 #[ignore = "long: run by make test-long"]
 fn again_and_again() {

@@ -38,15 +38,8 @@ fn power_cuts(nodes: u32, copies: usize) {
         ..Options::default()
     };
     let cluster = Cluster::start(&options);
-    // The cluster is made where its folder is, and its volumes move to the disk before anything is on them.
-    cluster.cli_run(&["dev", "down"]);
+    let disk = Xfs::below_volumes(&cluster, &options, DISK_BYTES);
     let volumes = cluster.dir().join("volumes");
-    let aside = cluster.scratch("aside");
-    sh(&volumes, &format!("mv *.img {}", aside.display()));
-    let disk = Xfs::mounted(&cluster.root().join("disk.img"), &volumes, DISK_BYTES);
-    sh(&aside, &format!("chmod 700 {0}; cp --sparse=always *.img {0}", volumes.display()));
-    let output = cluster.up(&options, &[]);
-    assert!(output.status.success(), "{output:?}");
 
     // What one session leaves unsynced, another one's work makes durable: so two shards have one session each.
     let mut loads = vec![

@@ -1,27 +1,30 @@
 #!/bin/bash
-# Reservations on a real kernel: boots Debian's cloud kernel in qemu, where the kernel's own SCSI target gives two
-# initiator paths to one disk, and runs `shardfs doctor` and a fenced failover there (guest/*.sh).
+# What takes a kernel, or rights, that the machine of the tests may not have: boots Debian's cloud kernel in qemu, where the kernel's
+# own SCSI target gives two initiator paths to one disk, and runs `shardfs doctor` and a fenced failover there, and the test in which
+# an EBS volume grows while it is used, on the emulated EC2 (guest/*.sh).
 #
-# `run.sh BIN_DIR WORK_DIR`: where the programs are, and where the kernel is kept and the machine is made. Its last line is
-# `test-vm: PASSED`, `test-vm: FAILED: ...` (status 1) or `test-vm: SKIPPED: why` (status 0). No KVM is needed: the
-# machine is emulated, which takes a minute or two.
+# `run.sh BIN_DIR WORK_DIR AWS_CLUSTER`: where the programs are, which were built with the feature `aws`; where the kernel is kept and
+# the machine is made; and the test program `aws_cluster`. Its last line is `test-vm: PASSED`, `test-vm: FAILED: ...` (status 1) or
+# `test-vm: SKIPPED: why` (status 0). No KVM is needed: the machine is emulated, which takes some minutes.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 bin=$1
 work=$2
+aws_cluster=${3-}
 # The kernel package; its files are named by their version.
 kernel_package=linux-image-cloud-amd64
 # What the guest needs besides the kernel's built-ins. They are loaded in this order.
-modules=(virtio_pci virtio_blk sd_mod configfs target_core_mod target_core_iblock target_core_file tcm_loop loop fuse crc32c_generic)
-# Programs of this machine that the guest runs, with the libraries that they name.
-programs=(bash dd mkfs.ext4 e2fsck dumpe2fs fusermount3 etcd)
+modules=(virtio_pci virtio_blk sd_mod configfs target_core_mod target_core_iblock target_core_file tcm_loop loop fuse xfs crc32c_generic)
+# Programs of this machine that the guest runs, with the libraries that they name: what busybox does not have, or not with the options
+# that are used.
+programs=(bash dd mkfs.ext4 e2fsck dumpe2fs fusermount3 etcd mkfs.xfs losetup mount umount setsid timeout truncate)
 # Bytes of the disk that has two paths; sparse.
 disk_bytes=$((1 << 30))
 # Mebibytes of the machine's memory; the root filesystem is in it.
-memory_mib=2048
+memory_mib=3072
 # Seconds until a machine that says nothing more is given up.
-wait_max=${TEST_VM_SECONDS:-900}
+wait_max=${TEST_VM_SECONDS:-1500}
 
 skip() {
     echo "test-vm: SKIPPED: $*"
@@ -39,8 +42,8 @@ for program in qemu-system-x86_64 busybox cpio zstd apt-get dpkg-deb; do
 done
 busybox=$(command -v busybox)
 ! ldd "$busybox" >/dev/null 2>&1 || skip "$busybox is not static: run tests/scripts/deps.sh vm"
-for program in shardfs shardfs-node; do
-    [ -x "$bin/$program" ] || fail "$bin/$program is missing: run make test-vm, which builds it"
+for program in "$bin"/{shardfs,shardfs-node,shardfsd} "$aws_cluster"; do
+    [ -x "$program" ] || fail "${program:-aws_cluster} is missing: run make test-vm, which builds it"
 done
 
 mkdir -p "$work"
@@ -90,15 +93,15 @@ add_module() {
     cp "$file" "$root/modules/$name.ko"
 }
 for module in "${modules[@]}"; do add_module "$module"; done
-for module in target_core_mod target_core_iblock target_core_file tcm_loop sd_mod; do
+for module in target_core_mod target_core_iblock target_core_file tcm_loop sd_mod xfs; do
     [ -e "$root/modules/$module.ko" ] || skip "$image has no module $module"
 done
 printf '%s\n' "${order[@]}" >"$root/modules/order"
 
-# A program and the libraries that the loader would give it here, in the same places.
+# A program, under another name if one is given, and the libraries that the loader would give it here, in the same places.
 add_program() {
     local library
-    local copy=$root/usr/bin/${1##*/}
+    local copy=$root/usr/bin/${2-${1##*/}}
     install -D -m 755 "$1" "$copy"
     strip --strip-debug "$copy" 2>/dev/null || true
     while read -r library; do
@@ -109,8 +112,8 @@ for program in "${programs[@]}"; do
     path=$(PATH=$PATH:/usr/sbin:/sbin command -v "$program") || skip "$program is missing: run tests/scripts/deps.sh vm"
     add_program "$path"
 done
-add_program "$bin/shardfs"
-add_program "$bin/shardfs-node"
+for program in shardfs shardfs-node shardfsd; do add_program "$bin/$program"; done
+add_program "$aws_cluster" aws_cluster
 cp "$here"/guest/* "$root/"
 chmod 755 "$root/init" "$root"/*.sh
 

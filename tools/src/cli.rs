@@ -73,6 +73,8 @@ pub enum Command {
     Node(cmd::node::Args),
     /// The cluster's volumes
     Volume(cmd::volume::Args),
+    /// Back up, restore and verify volumes
+    Backup(cmd::backup::Args),
     /// How the cluster is, on one screen
     Status(cmd::status::Args),
     /// Check shards against the invariants of their records, while they serve
@@ -149,6 +151,16 @@ mod tests {
             "volume list",
             "volume add vol-9 --source /dev/sdb --nodes node-1,node-2 --allow-unfenced",
             "volume add vol-9 --kind loop --source /x --size 1GiB --nodes node-1",
+            "backup create vol-1 --json",
+            "volume snapshot vol-1",
+            "volume restore 20261129T195900Z-1f3a --in-place --drop-missing",
+            "backup list vol-1",
+            "backup restore 20261129T195900Z-1f3a --volume vol-9 --nodes node-2,node-3 --source /x --suffix .old",
+            "backup restore 20261129T195900Z-1f3a --in-place --drop-missing",
+            "backup verify 20261129T195900Z-1f3a --quick",
+            "backup schedule vol-1 --every 1d --keep 7",
+            "backup schedule vol-1 --off",
+            "backup schedules --json",
             "status --json",
             "fsck",
             "fsck a b --read-data --json",
@@ -176,6 +188,11 @@ mod tests {
             "shard create s --limit 2XB",
             "dev up --nodes x",
             "volume add vol-9 --source /dev/sdb",
+            "backup restore 20261129T195900Z-1f3a",
+            "backup restore 20261129T195900Z-1f3a --volume vol-9",
+            "backup restore 20261129T195900Z-1f3a --volume vol-9 --nodes node-1 --in-place",
+            "backup schedule vol-1 --every 1d",
+            "backup schedule vol-1 --every 1x --keep 7",
             "doctor --second-path /dev/sdc",
             "nonsense",
         ] {

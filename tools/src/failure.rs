@@ -203,6 +203,9 @@ fn hint_for(reason: Reason) -> Option<&'static str> {
         Reason::ShardReadOnly => {
             Some("a closed shard stays closed; write to another one (`shardfs shard create NAME`)")
         }
+        Reason::ShardHasSnapshots => Some(
+            "`shardfs shard snapshots SHARD` lists them, `shardfs shard delete SHARD/.snap/NAME` deletes one",
+        ),
         Reason::ShardNotEmpty => Some("`--force` deletes the shard with everything in it"),
         Reason::WrongOwner => {
             Some("the shard belongs to another client id: give the right one with --client-id")
@@ -245,6 +248,9 @@ fn hint_for(reason: Reason) -> Option<&'static str> {
         | Reason::AttributeTooLarge
         | Reason::FileTooLarge
         | Reason::IdsExhausted
+        | Reason::LocksExhausted
+        | Reason::LockConflict
+        | Reason::Deadlock
         | Reason::Unsupported => None,
     }
 }

@@ -6,7 +6,7 @@
 use std::io::{self, BufWriter, IsTerminal, Write};
 
 use serde::Serialize;
-use shardfs_proto::types::{FileKind, Timestamp};
+use shardfs_proto::types::{FileKind, Timestamp, clock};
 
 use crate::failure::{Failure, Result};
 
@@ -230,13 +230,13 @@ pub fn kind_text(kind: FileKind) -> &'static str {
 
 /// `2026-11-21 03:04:05` in UTC.
 pub fn time_text(time: Timestamp) -> String {
-    let (year, month, day, second) = civil(time.seconds());
+    let (year, month, day, second) = clock::civil(time.seconds());
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
 }
 
 /// RFC 3339 in UTC with nanoseconds, for JSON.
 pub fn time_json(time: Timestamp) -> String {
-    let (year, month, day, second) = civil(time.seconds());
+    let (year, month, day, second) = clock::civil(time.seconds());
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}Z",
         second / 3600,
@@ -244,23 +244,6 @@ pub fn time_json(time: Timestamp) -> String {
         second % 60,
         time.nanos()
     )
-}
-
-/// Year, month, day and second of the day of seconds since 1970, in the proleptic Gregorian calendar.
-/// Counts days in eras of 400 years that begin on 1 March of the year 0.
-fn civil(seconds: i64) -> (i64, u32, u32, u32) {
-    const DAYS_OF_ERA: i64 = 146_097;
-    const DAYS_TO_1970: i64 = 719_468;
-    let second = seconds.rem_euclid(86_400) as u32;
-    let days = seconds.div_euclid(86_400) + DAYS_TO_1970;
-    let era = days.div_euclid(DAYS_OF_ERA);
-    let day = days.rem_euclid(DAYS_OF_ERA);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day_of_year = day - (365 * year + year / 4 - year / 100);
-    let march_month = (5 * day_of_year + 2) / 153;
-    let day_of_month = (day_of_year - (153 * march_month + 2) / 5 + 1) as u32;
-    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 } as u32;
-    (year + era * 400 + i64::from(month <= 2), month, day_of_month, second)
 }
 
 /// "1 node", "3 nodes".

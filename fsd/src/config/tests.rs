@@ -50,6 +50,7 @@ fn every_setting_of_the_file_is_a_flag_a_variable_and_a_mount_option() {
         let value = match name {
             "readdirplus" => "on",
             "read_from" => "backup",
+            "locks" => "local",
             "log_format" => "json",
             _ => "1",
         };
@@ -102,9 +103,12 @@ fn mistakes_are_explained() {
         (&["--threads", "0"], "1 to 64"),
         (&["-o", "attr_ttl=-1"], "attr-ttl"),
         (&["--deadline", "0"], "deadline"),
+        (&["--deadline", "1e9"], "deadline"),
+        (&["-o", "deadline=long"], "or `hard`"),
         (&["--http", "here"], "IP:PORT"),
         (&["-o", "readdirplus=maybe"], "auto, on, off"),
         (&["-o", "threads=x"], "number"),
+        (&["-o", "locks=no"], "shared, local"),
     ];
     for (words, expected) in cases {
         let given = words.is_empty() || words.contains(&"--endpoints");
@@ -134,4 +138,32 @@ fn reads_from_backups_make_the_mount_read_only() {
     assert_eq!(option.reads, ReadFrom::Backup { max_staleness: Duration::from_secs(2) });
     let error = with_file(args(&["--endpoints", "h:1", "--max-staleness", "2"]), "").unwrap_err();
     assert!(error.to_string().contains("--read-from backup"), "{error}");
+}
+
+#[test]
+fn requests_wait_for_a_time_or_for_ever() {
+    let of = |words: &[&str], file: &str| {
+        with_file(args(&[&["--endpoints", "h:1"], words].concat()), file).unwrap().deadline
+    };
+    assert_eq!(of(&[], ""), DEADLINE_DEFAULT);
+    assert_eq!(of(&[], "deadline: 5"), Duration::from_secs(5));
+    assert_eq!(of(&[], "deadline: 2.5"), Duration::from_millis(2500));
+    assert_eq!(of(&[], "deadline: hard"), DEADLINE_NEVER);
+    assert_eq!(of(&["--deadline", "7"], "deadline: hard"), Duration::from_secs(7));
+    assert_eq!(of(&["--deadline", "hard"], "deadline: 5"), DEADLINE_NEVER);
+    assert_eq!(of(&["--deadline", "7", "-o", "hard"], ""), DEADLINE_NEVER);
+    assert_eq!(of(&["-o", "hard,soft=2"], ""), Duration::from_secs(2));
+    assert_eq!(of(&["-o", "soft"], "deadline: hard"), DEADLINE_DEFAULT);
+}
+
+#[test]
+fn locks_are_shared_unless_the_mount_changes_nothing() {
+    let of = |words: &[&str]| {
+        with_file(args(&[&["--endpoints", "h:1"], words].concat()), "").map(|settings| settings.posix_locks)
+    };
+    assert!(of(&[]).unwrap() && of(&["-o", "locks=shared"]).unwrap() && of(&["-o", "ro"]).unwrap());
+    assert!(!of(&["-o", "locks=local"]).unwrap() && !of(&["--locks", "local"]).unwrap());
+    assert!(!of(&["--read-from", "backup"]).unwrap());
+    let error = of(&["--read-from", "backup", "--locks", "shared"]).unwrap_err();
+    assert!(error.to_string().contains("--locks shared"), "{error}");
 }

@@ -3,13 +3,17 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use shardfs_proto::types::acl::{ACCESS_ACL, DEFAULT_ACL};
 use shardfs_proto::types::op::{Operation, SetAttr};
-use shardfs_proto::types::{GlobalInode, InodeNo, ShardId};
+use shardfs_proto::types::{GlobalInode, InodeNo, Reason, ShardId};
 
 use super::types::{Caller, FileStat, Node};
 use super::{Fs, attr_of};
+use crate::credentials::{CAP_FSETID, CAP_SYS_ADMIN, Credentials};
 use crate::failure::{Failure, Outcome, Posix};
 
+/// The set-group-id bit.
+const SET_GID: u32 = 0o2000;
 /// What the kernel asks for before the first write to a file.
 const CAPABILITY: &str = "security.capability";
 
@@ -28,19 +32,32 @@ impl Fs {
         self.memo.take(caller.thread, GlobalInode::from_raw(ino))
     }
 
+    /// Whether the thread's lookup or question for attributes just before showed that there is no such
+    /// access control list (`memo`).
+    pub fn has_no_acl(&self, caller: Caller, ino: u64, name: &[u8]) -> bool {
+        is_acl(name) && self.memo.take_no_acl(caller.thread, GlobalInode::from_raw(ino))
+    }
+
     /// What stat shows, and how long it holds.
-    pub async fn get_attr(&self, ino: u64) -> Outcome<(FileStat, Duration)> {
+    pub async fn get_attr(&self, caller: Caller, ino: u64) -> Outcome<(FileStat, Duration)> {
         match self.node(ino)? {
             Node::Root => Ok(self.root_stat().await),
             Node::Virtual(node) => {
                 let entry = self.virtual_entry(node).await?;
                 Ok((entry.stat, entry.ttl.attr))
             }
+            Node::Snapshots(shard) => {
+                let entry = self.snapshots_entry(shard).await?;
+                Ok((entry.stat, entry.ttl.attr))
+            }
             Node::InShard(shard, inode) => {
                 let closed = self.shards.is_closed(shard);
                 let attr = self.client.get_attr(shard, inode).await;
                 let attr = attr.map_err(|error| Failure::from(error).stale_if_gone())?;
-                Ok((self.stat(shard, &attr), self.ttl(closed, inode, attr.kind).attr))
+                let stat = self.stat(shard, &attr);
+                // The kernel checks permissions next, if that is what it asks for.
+                self.memo.put(caller.thread, stat, false);
+                Ok((stat, self.ttl(closed, inode, attr.kind).attr))
             }
         }
     }
@@ -52,17 +69,18 @@ impl Fs {
         &self,
         caller: Caller,
         ino: u64,
+        handle: Option<u64>,
         mut set: SetAttr,
     ) -> Outcome<(FileStat, Duration)> {
         let (shard, inode) = match self.node(ino)? {
             Node::Root => return Err(Posix::NotPermitted.into()),
-            Node::Virtual(_) => return Err(Posix::ReadOnly.into()),
+            Node::Virtual(_) | Node::Snapshots(_) => return Err(Posix::ReadOnly.into()),
             Node::InShard(shard, inode) => (shard, inode),
         };
         set.kill_set_id = kills_set_id(caller, &set);
         let stat = match set.mode {
             Some(mode) if inode == InodeNo::ROOT => self.set_shard_mode(shard, set, mode).await?,
-            _ => self.set_attr_in_shard(shard, inode, set).await?,
+            _ => self.set_attr_in_shard(shard, inode, handle, set).await?,
         };
         Ok((stat, self.ttl(false, inode, stat.kind).attr))
     }
@@ -71,9 +89,10 @@ impl Fs {
         &self,
         shard: ShardId,
         inode: InodeNo,
+        handle: Option<u64>,
         set: SetAttr,
     ) -> Outcome<FileStat> {
-        let changed = self.mutate(shard, Operation::SetAttr { inode, set }, false).await;
+        let changed = self.mutate_through(handle, shard, Operation::SetAttr { inode, set }, false).await;
         let attr = attr_of(changed.map_err(Failure::stale_if_gone)?)?;
         Ok(self.stat(shard, &attr))
     }
@@ -87,7 +106,12 @@ impl Fs {
     /// An extended attribute's value.
     pub async fn get_xattr(&self, ino: u64, name: Bytes) -> Outcome<Bytes> {
         check_namespace(&name)?;
-        let Node::InShard(shard, inode) = self.node(ino)? else { return Err(Posix::NoAttribute.into()) };
+        let (shard, inode) = match self.node(ino)? {
+            Node::InShard(shard, inode) => (shard, inode),
+            // Its permission bits are those of the shard's directory, too.
+            Node::Snapshots(shard) if name == ACCESS_ACL => (shard, InodeNo::ROOT),
+            Node::Root | Node::Virtual(_) | Node::Snapshots(_) => return Err(Posix::NoAttribute.into()),
+        };
         if name == CAPABILITY && self.newborn.is_bare(GlobalInode::from_raw(ino)) {
             return Err(Posix::NoAttribute.into());
         }
@@ -95,13 +119,15 @@ impl Fs {
         value.map_err(|error| Failure::from(error).stale_if_gone())
     }
 
-    /// The names of the extended attributes, each ended by NUL. Those in `trusted.` only for root.
+    /// The names of the extended attributes, each ended by NUL. Those in `trusted.` only for whoever may read them.
     pub async fn list_xattrs(&self, caller: Caller, ino: u64) -> Outcome<Bytes> {
         let Node::InShard(shard, inode) = self.node(ino)? else { return Ok(Bytes::new()) };
         let names = self.client.list_xattrs(shard, inode).await;
         let names = names.map_err(|error| Failure::from(error).stale_if_gone())?;
         let mut list = Vec::with_capacity(names.iter().map(|name| name.len() + 1).sum());
-        for name in names.iter().filter(|name| caller.uid == 0 || !name.starts_with(b"trusted.")) {
+        let is_trusted = |name: &Bytes| name.starts_with(b"trusted.");
+        let all = !names.iter().any(is_trusted) || is_admin(caller);
+        for name in names.iter().filter(|name| all || !is_trusted(name)) {
             list.extend_from_slice(name);
             list.push(0);
         }
@@ -109,16 +135,25 @@ impl Fs {
     }
 
     /// Sets an extended attribute.
-    pub async fn set_xattr(&self, ino: u64, name: Bytes, value: Bytes, mode: XattrMode) -> Outcome<()> {
+    pub async fn set_xattr(
+        &self,
+        caller: Caller,
+        ino: u64,
+        name: Bytes,
+        value: Bytes,
+        mode: XattrMode,
+    ) -> Outcome<()> {
         check_namespace(&name)?;
         let (shard, inode) = self.with_attributes(ino)?;
         self.newborn.forget(GlobalInode::from_raw(ino));
+        let kill_set_group_id = name == ACCESS_ACL && self.loses_set_group_id(caller, shard, inode).await?;
         let operation = Operation::SetXattr {
             inode,
             name,
             value,
             create_only: mode.create_only,
             replace_only: mode.replace_only,
+            kill_set_group_id,
         };
         self.mutate(shard, operation, false).await.map(drop).map_err(Failure::stale_if_gone)
     }
@@ -127,15 +162,34 @@ impl Fs {
     pub async fn remove_xattr(&self, ino: u64, name: Bytes) -> Outcome<()> {
         check_namespace(&name)?;
         let (shard, inode) = self.with_attributes(ino)?;
+        let is_list = is_acl(&name);
         let operation = Operation::RemoveXattr { inode, name };
-        self.mutate(shard, operation, false).await.map(drop).map_err(Failure::stale_if_gone)
+        match self.mutate(shard, operation, false).await {
+            // As on a local filesystem: there is no list afterwards either way.
+            Err(failure) if is_list && failure.reason() == Some(Reason::NoAttribute) => Ok(()),
+            done => done.map(drop).map_err(Failure::stale_if_gone),
+        }
+    }
+
+    /// Whether the caller sets permission bits of a file whose set-group-id bit it may not keep. For chmod the kernel
+    /// decides; for access control lists it would tell in a form of SETXATTR that fuser 0.18 does not know.
+    async fn loses_set_group_id(&self, caller: Caller, shard: ShardId, inode: InodeNo) -> Outcome<bool> {
+        let attr = self.client.get_attr(shard, inode).await;
+        let attr = attr.map_err(|error| Failure::from(error).stale_if_gone())?;
+        if attr.mode & SET_GID == 0 || attr.gid == caller.gid {
+            return Ok(false);
+        }
+        Ok(match Credentials::of(caller.thread) {
+            Some(credentials) => !credentials.is_in_group(attr.gid) && !credentials.has(CAP_FSETID),
+            None => caller.uid != 0,
+        })
     }
 
     fn with_attributes(&self, ino: u64) -> Outcome<(ShardId, InodeNo)> {
         match self.node(ino)? {
             Node::InShard(shard, inode) => Ok((shard, inode)),
             Node::Root => Err(Posix::NotPermitted.into()),
-            Node::Virtual(_) => Err(Posix::ReadOnly.into()),
+            Node::Virtual(_) | Node::Snapshots(_) => Err(Posix::ReadOnly.into()),
         }
     }
 }
@@ -147,13 +201,27 @@ fn kills_set_id(caller: Caller, set: &SetAttr) -> bool {
     changes_owner || changes_nothing || (set.size.is_some() && caller.uid != 0)
 }
 
-/// Access control lists are not kept, so they must not seem to be.
+/// Whether the caller may read attributes in `trusted.`: the kernel decides that, but for their names.
+fn is_admin(caller: Caller) -> bool {
+    match Credentials::of(caller.thread) {
+        Some(credentials) => credentials.has(CAP_SYS_ADMIN),
+        None => caller.uid == 0,
+    }
+}
+
+fn is_acl(name: &[u8]) -> bool {
+    name == ACCESS_ACL || name == DEFAULT_ACL
+}
+
+/// The namespaces that there are; of `system.` there are the access control lists only.
 fn check_namespace(name: &[u8]) -> Outcome<()> {
     let known: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
-    if known.iter().any(|prefix| name.starts_with(prefix)) {
-        return Ok(());
+    match known.iter().find_map(|namespace| name.strip_prefix(*namespace)) {
+        Some(b"") => Err(Posix::Invalid.into()),
+        Some(_) => Ok(()),
+        None if is_acl(name) => Ok(()),
+        None => Err(Posix::Unsupported.into()),
     }
-    Err(Posix::Unsupported.into())
 }
 
 #[cfg(test)]
@@ -175,12 +243,16 @@ mod tests {
     }
 
     #[test]
-    fn acls_are_refused() {
-        assert!(check_namespace(b"user.x").is_ok());
-        assert!(check_namespace(b"security.capability").is_ok());
-        for bad in [&b"system.posix_acl_access"[..], b"system.posix_acl_default", b"user", b"btrfs.x", b""] {
-            let failure = check_namespace(bad).unwrap_err();
-            assert_eq!(errno(&failure).code(), libc::EOPNOTSUPP);
+    fn namespaces_are_those_of_a_local_filesystem() {
+        for good in [&b"user.x"[..], b"trusted.x", b"security.capability", ACCESS_ACL, DEFAULT_ACL] {
+            assert!(check_namespace(good).is_ok());
+        }
+        let refused = |name: &[u8]| errno(&check_namespace(name).unwrap_err()).code();
+        for bad in [&b"system.posix_acl"[..], b"system.x", b"user", b"btrfs.x", b""] {
+            assert_eq!(refused(bad), libc::EOPNOTSUPP);
+        }
+        for bad in [&b"user."[..], b"trusted.", b"security."] {
+            assert_eq!(refused(bad), libc::EINVAL);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Reading directories.
 //!
-//! Offsets: 1 stands after `.`, 2 after `..`, and an entry's is its cookie (in the root its shard's id)
+//! Offsets: 1 stands after `.`, 2 after `..`, and an entry's is its cookie (in the root and in `.snap` its shard's id)
 //! and 2 more. Cookies stay with their entries, so that reading can go on from any offset at any time.
 //!
 //! The kernel asks for a page at a time; a handle reads ahead from the node and serves from that, as a
@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 use super::Fs;
 use super::types::{DirItem, Node};
-use super::virtual_dir;
+use super::{snapshots, virtual_dir};
 use crate::failure::{Outcome, Posix};
 use crate::handles::Handle;
 
@@ -34,7 +34,7 @@ pub struct DirHandle {
 /// What was read ahead.
 #[derive(Default)]
 struct Reading {
-    /// The whole directory, for the root and the virtual directory.
+    /// The whole directory, for the root, `.snap` and the virtual directory.
     items: Option<Vec<DirItem>>,
     window: Option<Window>,
 }
@@ -88,6 +88,9 @@ impl Fs {
         let (shard, inode) = match handle.node {
             Node::InShard(shard, inode) => (shard, inode),
             Node::Root => return give(&mut reading, self.root_items(), offset, full).await,
+            Node::Snapshots(shard) => {
+                return give(&mut reading, self.snapshot_items(shard), offset, full).await;
+            }
             Node::Virtual(_) => {
                 return give(&mut reading, async { Ok(virtual_dir::items()) }, offset, full).await;
             }
@@ -105,7 +108,9 @@ impl Fs {
         if offset < 1 && full(&dot(GlobalInode::new(shard, inode), b".", 1)) {
             return Ok(());
         }
-        if offset < FIRST_OFFSET && full(&dot(above(shard, inode, window.page.parent), b"..", FIRST_OFFSET)) {
+        if offset < FIRST_OFFSET
+            && full(&dot(self.above(shard, inode, window.page.parent), b"..", FIRST_OFFSET))
+        {
             return Ok(());
         }
         for entry in &window.page.entries[at..] {
@@ -136,11 +141,19 @@ impl Fs {
         let page = self.client.read_directory(shard, inode, Cookie::new(after), limit, attributes).await?;
         Ok(Window { after, attributes, closed, page })
     }
+
+    fn above(&self, shard: ShardId, inode: InodeNo, parent: InodeNo) -> GlobalInode {
+        above(self.shards.snapshot_of(shard), shard, inode, parent)
+    }
 }
 
-/// The parent of a shard's root is the root of the mount.
-fn above(shard: ShardId, inode: InodeNo, parent: InodeNo) -> GlobalInode {
-    if inode == InodeNo::ROOT { GlobalInode::ROOT } else { GlobalInode::new(shard, parent) }
+/// The parent of a shard's root is the root of the mount; of a snapshot's, `.snap` of the shard that it is of.
+fn above(snapshot_of: Option<ShardId>, shard: ShardId, inode: InodeNo, parent: InodeNo) -> GlobalInode {
+    match snapshot_of {
+        _ if inode != InodeNo::ROOT => GlobalInode::new(shard, parent),
+        Some(of) => snapshots::directory_ino(of),
+        None => GlobalInode::ROOT,
+    }
 }
 
 fn dot(ino: GlobalInode, name: &'static [u8], offset: u64) -> DirItem {
@@ -199,11 +212,15 @@ mod tests {
     }
 
     #[test]
-    fn above_a_shard_is_the_mount() {
+    fn above_a_shard_is_the_mount_and_above_a_snapshot_its_directory() {
         let shard = ShardId::new(3).unwrap();
         let dir = InodeNo::new(9).unwrap();
-        assert_eq!(above(shard, InodeNo::ROOT, InodeNo::ROOT), GlobalInode::ROOT);
-        assert_eq!(above(shard, dir, InodeNo::ROOT), GlobalInode::new(shard, InodeNo::ROOT));
+        assert_eq!(above(None, shard, InodeNo::ROOT, InodeNo::ROOT), GlobalInode::ROOT);
+        assert_eq!(above(None, shard, dir, InodeNo::ROOT), GlobalInode::new(shard, InodeNo::ROOT));
+        let of = ShardId::new(2).ok();
+        assert_eq!(above(of, shard, dir, InodeNo::ROOT), GlobalInode::new(shard, InodeNo::ROOT));
+        let above_snapshot = above(of, shard, InodeNo::ROOT, InodeNo::ROOT);
+        assert_eq!(snapshots::shard_of(above_snapshot), of);
     }
 
     #[tokio::test]

@@ -9,8 +9,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use shardfs_proto::types::limits::VALUE_BYTES_MAX;
-use shardfs_proto::types::op::{AllocateMode, Operation, SetAttr};
-use shardfs_proto::types::{Attr, GlobalInode, InodeNo, ShardId};
+use shardfs_proto::types::op::{AllocateMode, Operation, SeekFor, SetAttr};
+use shardfs_proto::types::{Attr, GlobalInode, InodeNo, Reason, ShardId};
 
 use super::types::{Caller, Node, OpenMode, Opened, WriteMode};
 use super::{Fs, attr_of};
@@ -21,7 +21,7 @@ impl Fs {
     /// Opens a file.
     pub async fn open(&self, caller: Caller, ino: u64, mode: OpenMode) -> Outcome<Opened> {
         let (shard, inode) = match self.node(ino)? {
-            Node::Root => return Err(Posix::IsDirectory.into()),
+            Node::Root | Node::Snapshots(_) => return Err(Posix::IsDirectory.into()),
             Node::Virtual(_) if mode.write || mode.truncate => return Err(Posix::ReadOnly.into()),
             Node::Virtual(node) => {
                 let content = self.render(node).await?;
@@ -53,7 +53,8 @@ impl Fs {
     /// What is opened for appending passes the page cache by: a write through the cache that begins within a
     /// page comes here in two requests, between which somebody else may append.
     pub(super) async fn opened(&self, shard: ShardId, attr: &Attr, mode: OpenMode) -> Outcome<Opened> {
-        let file = FileHandle::new(shard, attr.inode, self.client.losses_told(shard));
+        let (losses, lock_losses) = (self.client.losses_told(shard), self.client.lock_losses(shard));
+        let file = FileHandle::new(shard, attr.inode, losses, lock_losses);
         match self.handles.insert(Handle::File(Arc::new(file))) {
             Ok(handle) => {
                 let keep_cache = self.pages.keep(GlobalInode::new(shard, attr.inode), attr.version);
@@ -70,7 +71,7 @@ impl Fs {
     pub async fn read(&self, ino: u64, handle: u64, offset: u64, length: u32) -> Outcome<Bytes> {
         let (shard, inode) = match self.node(ino)? {
             Node::InShard(shard, inode) => (shard, inode),
-            Node::Root => return Err(Posix::IsDirectory.into()),
+            Node::Root | Node::Snapshots(_) => return Err(Posix::IsDirectory.into()),
             Node::Virtual(_) => {
                 let Some(Handle::Content(content)) = self.handles.get(handle) else {
                     return Err(Posix::BadHandle.into());
@@ -80,6 +81,7 @@ impl Fs {
                 return Ok(content.slice(start..end));
             }
         };
+        self.check_locks(handle)?;
         let data = self.client.read(shard, inode, offset, length).await;
         data.map_err(|error| Failure::from(error).stale_if_gone())
     }
@@ -98,7 +100,7 @@ impl Fs {
         while written < data.len() {
             let piece = data.slice(written..data.len().min(written + VALUE_BYTES_MAX));
             let length = piece.len();
-            match self.write_piece(shard, inode, offset + written as u64, piece, mode).await {
+            match self.write_piece((shard, inode, handle), offset + written as u64, piece, mode).await {
                 Ok(()) => written += length,
                 Err(failure) => {
                     if mode.from_page_cache
@@ -119,15 +121,14 @@ impl Fs {
 
     async fn write_piece(
         &self,
-        shard: ShardId,
-        inode: InodeNo,
+        (shard, inode, handle): (ShardId, InodeNo, u64),
         offset: u64,
         data: Bytes,
         mode: WriteMode,
     ) -> Outcome<()> {
         let append = mode.append && !mode.from_page_cache;
         let operation = Operation::Write { inode, offset, data, append, kill_set_id: mode.kill_set_id };
-        let done = self.mutate(shard, operation, mode.sync).await?;
+        let done = self.mutate_through(Some(handle), shard, operation, mode.sync).await?;
         if append && done.offset != offset {
             // Somebody else appended: the kernel has put the bytes where they are not.
             self.pages.forget(GlobalInode::new(shard, inode));
@@ -163,25 +164,107 @@ impl Fs {
     pub async fn fsync(&self, ino: u64, handle: u64) -> Outcome<()> {
         match self.node(ino)? {
             Node::InShard(shard, _) => {
+                self.check_locks(handle)?;
                 let file = self.handles.file(handle);
                 self.sync(shard, file.as_ref().map(|file| &file.seen_losses)).await
             }
-            Node::Root | Node::Virtual(_) => Ok(()),
+            Node::Root | Node::Virtual(_) | Node::Snapshots(_) => Ok(()),
         }
     }
 
     /// fallocate(2) with its mode bits.
-    pub async fn allocate(&self, ino: u64, offset: u64, length: u64, mode: i32) -> Outcome<()> {
-        let mode = allocate_mode(mode)?;
+    pub async fn allocate(
+        &self,
+        caller: Caller,
+        (ino, handle): (u64, u64),
+        (offset, length): (u64, u64),
+        mode: i32,
+    ) -> Outcome<()> {
+        let kill_set_id = caller.uid != 0;
+        let mut mode = allocate_mode(mode)?;
         let (shard, inode) = self.in_shard(ino)?;
-        let operation = Operation::Allocate { inode, offset, length, mode };
-        self.mutate(shard, operation, false).await.map(drop).map_err(Failure::stale_if_gone)
+        let (mut offset, mut length) = (offset, length);
+        loop {
+            let operation = Operation::Allocate { inode, offset, length, mode, kill_set_id };
+            let done = self.mutate_through(Some(handle), shard, operation, false).await;
+            let done = done.map_err(Failure::stale_if_gone)?;
+            // None: it was a punch, or the node sets nothing aside.
+            if done.length == 0 || done.length >= length {
+                return Ok(());
+            }
+            (offset, length) = (offset + done.length, length - done.length);
+            // What follows is zeros already, if it was to be.
+            if let AllocateMode::ZeroRange { keep_size } = mode {
+                mode = AllocateMode::Allocate { keep_size };
+            }
+        }
+    }
+
+    /// lseek(2) with SEEK_DATA and SEEK_HOLE.
+    pub async fn seek(&self, ino: u64, handle: u64, offset: u64, what: SeekFor) -> Outcome<u64> {
+        let size = match self.node(ino)? {
+            Node::InShard(shard, inode) => match self.client.seek(shard, inode, offset, what).await {
+                Ok(found) => return found.ok_or_else(|| Posix::NotInFile.into()),
+                // A node that does not know the call.
+                Err(error) if error.reason() == Reason::Unsupported => {
+                    let attr = self.client.get_attr(shard, inode).await;
+                    attr.map_err(|error| Failure::from(error).stale_if_gone())?.size
+                }
+                Err(error) => return Err(Failure::from(error).stale_if_gone()),
+            },
+            Node::Virtual(_) => match self.handles.get(handle) {
+                Some(Handle::Content(content)) => content.len() as u64,
+                _ => return Err(Posix::BadHandle.into()),
+            },
+            Node::Root | Node::Snapshots(_) => return Err(Posix::IsDirectory.into()),
+        };
+        match what {
+            _ if offset >= size => Err(Posix::NotInFile.into()),
+            SeekFor::Data => Ok(offset),
+            SeekFor::Hole => Ok(size),
+        }
+    }
+
+    /// copy_file_range(2): how many bytes were copied. Fails with what makes the kernel copy by reading and writing where no
+    /// node can: between shards, and with a node that does not know the operation.
+    pub async fn copy_range(
+        &self,
+        caller: Caller,
+        (from, source_offset): (u64, u64),
+        (to, handle, destination_offset): (u64, u64, u64),
+        length: u64,
+    ) -> Outcome<u32> {
+        let (Node::InShard(shard, source), Node::InShard(other, destination)) =
+            (self.node(from)?, self.node(to)?)
+        else {
+            return Err(Posix::Unsupported.into());
+        };
+        if shard != other {
+            return Err(Posix::CrossDevice.into());
+        }
+        let operation = Operation::CopyRange {
+            source,
+            source_offset,
+            destination,
+            destination_offset,
+            length,
+            kill_set_id: caller.uid != 0,
+        };
+        match self.mutate_through(Some(handle), shard, operation, false).await {
+            // At most 8 MiB.
+            Ok(done) => Ok(done.length as u32),
+            // The kernel itself refuses ranges that overlap.
+            Err(failure) if failure.reason() == Some(Reason::InvalidArgument) => {
+                Err(Posix::Unsupported.into())
+            }
+            Err(failure) => Err(failure.stale_if_gone()),
+        }
     }
 
     fn in_shard(&self, ino: u64) -> Outcome<(ShardId, InodeNo)> {
         match self.node(ino)? {
             Node::InShard(shard, inode) => Ok((shard, inode)),
-            Node::Root => Err(Posix::IsDirectory.into()),
+            Node::Root | Node::Snapshots(_) => Err(Posix::IsDirectory.into()),
             Node::Virtual(_) => Err(Posix::ReadOnly.into()),
         }
     }

@@ -146,6 +146,7 @@ mod tests {
             },
             used_bytes: None,
             inodes: None,
+            snapshot_of: None,
         };
         let rendered = text(&shards(&[info]));
         assert!(rendered.ends_with("]\n") && rendered.contains("\n  {\n"), "{rendered}");

@@ -5,7 +5,7 @@ use shardfs_proto::types::limits::NAME_BYTES_MAX;
 use shardfs_proto::types::op::{NewInode, Operation};
 use shardfs_proto::types::{Error, FileKind, FileName, GlobalInode, InodeNo, Reason, ShardId};
 
-use super::types::{Caller, Entry, Node, OpenMode, Opened, RenameMode};
+use super::types::{Caller, Entry, NewMode, Node, OpenMode, Opened, RenameMode};
 use super::{Fs, attr_of};
 use crate::failure::{Failure, Outcome, Posix};
 
@@ -14,8 +14,8 @@ use crate::failure::{Failure, Outcome, Posix};
 pub struct NewNode {
     /// Anything but a directory or a symlink.
     pub kind: FileKind,
-    /// Permission bits, after the umask.
-    pub mode: u32,
+    /// Permission bits.
+    pub mode: NewMode,
     /// For devices.
     pub rdev: u32,
 }
@@ -24,16 +24,22 @@ impl Fs {
     /// Finds a name.
     pub async fn lookup(&self, caller: Caller, parent: u64, name: Bytes) -> Outcome<Entry> {
         match self.node(parent)? {
-            Node::Root => self.lookup_in_root(&name).await,
+            Node::Root => {
+                let entry = self.lookup_in_root(&name).await?;
+                self.memo.put(caller.thread, entry.stat, false);
+                Ok(entry)
+            }
             Node::Virtual(node) => self.lookup_virtual(node, &name).await,
+            Node::Snapshots(shard) => self.lookup_snapshot(shard, &name).await,
+            Node::InShard(shard, InodeNo::ROOT) if self.is_snapshot_directory(shard, &name) => {
+                self.snapshots_entry(shard).await
+            }
             Node::InShard(shard, parent) => {
                 check_length(&name)?;
                 let closed = self.shards.is_closed(shard);
                 let attr = self.look_up(caller.thread, shard, parent, &name).await?;
                 let entry = self.entry(shard, closed, &attr);
-                if entry.ttl.attr.is_zero() {
-                    self.memo.put(caller.thread, entry.stat);
-                }
+                self.memo.put(caller.thread, entry.stat, entry.ttl.attr.is_zero());
                 Ok(entry)
             }
         }
@@ -54,7 +60,7 @@ impl Fs {
         caller: Caller,
         parent: u64,
         name: Bytes,
-        mode: u32,
+        mode: NewMode,
         open: OpenMode,
     ) -> Outcome<(Entry, Opened)> {
         let (shard, parent) = self.writable_parent(parent)?;
@@ -71,20 +77,24 @@ impl Fs {
         Ok((self.entry(shard, false, &made), opened))
     }
 
-    /// Makes a directory; in the root, a shard.
+    /// Makes a directory; in the root, a shard; in `.snap`, a snapshot.
     pub async fn make_directory(
         &self,
         caller: Caller,
         parent: u64,
         name: Bytes,
-        mode: u32,
+        mode: NewMode,
     ) -> Outcome<Entry> {
         let (shard, parent) = match self.node(parent)? {
-            Node::Root => return self.make_shard(caller, &name, mode).await,
+            Node::Root => return self.make_shard(caller, &name, mode.masked()).await,
             Node::Virtual(_) => return Err(Posix::ReadOnly.into()),
+            Node::Snapshots(shard) => return self.make_snapshot(shard, &name).await,
+            Node::InShard(shard, InodeNo::ROOT) if self.is_snapshot_directory(shard, &name) => {
+                return Err(Posix::Exists.into());
+            }
             Node::InShard(shard, parent) => (shard, parent),
         };
-        let inode = NewInode { mode, uid: caller.uid, gid: caller.gid };
+        let inode = new_inode(caller, mode);
         let operation = Operation::MakeDirectory { parent, name: FileName::new(name)?, inode };
         let made = self.mutate(shard, operation, false).await?;
         self.changed_entry(shard, made)
@@ -99,7 +109,7 @@ impl Fs {
         target: Bytes,
     ) -> Outcome<Entry> {
         let (shard, parent) = self.writable_parent(parent)?;
-        let inode = NewInode { mode: 0o777, uid: caller.uid, gid: caller.gid };
+        let inode = new_inode(caller, NewMode { asked: 0o777, umask: 0 });
         let operation = Operation::MakeSymlink { parent, name: FileName::new(name)?, target, inode };
         let made = self.mutate(shard, operation, false).await?;
         self.changed_entry(shard, made)
@@ -110,7 +120,9 @@ impl Fs {
         let (shard, new_parent) = self.writable_parent(new_parent)?;
         let inode = match self.node(ino)? {
             Node::InShard(of, inode) if of == shard => inode,
-            Node::InShard(..) | Node::Root | Node::Virtual(_) => return Err(Posix::CrossDevice.into()),
+            Node::InShard(..) | Node::Root | Node::Virtual(_) | Node::Snapshots(_) => {
+                return Err(Posix::CrossDevice.into());
+            }
         };
         let operation = Operation::Link { inode, new_parent, new_name: FileName::new(new_name)? };
         let linked = self.mutate(shard, operation, false).await?;
@@ -121,18 +133,22 @@ impl Fs {
     pub async fn unlink(&self, parent: u64, name: Bytes) -> Outcome<()> {
         let (shard, parent) = match self.node(parent)? {
             Node::Root => return Err(self.no_file_in_root(&name)),
-            Node::Virtual(_) => return Err(Posix::ReadOnly.into()),
+            Node::Virtual(_) | Node::Snapshots(_) => return Err(Posix::ReadOnly.into()),
             Node::InShard(shard, parent) => (shard, parent),
         };
         let operation = Operation::Unlink { parent, name: FileName::new(name)? };
         self.mutate(shard, operation, false).await.map(drop)
     }
 
-    /// Removes an empty directory; in the root, a shard.
+    /// Removes an empty directory; in the root, a shard; in `.snap`, a snapshot with its content.
     pub async fn remove_directory(&self, parent: u64, name: Bytes) -> Outcome<()> {
         let (shard, parent) = match self.node(parent)? {
             Node::Root => return self.remove_shard(&name).await,
             Node::Virtual(_) => return Err(Posix::ReadOnly.into()),
+            Node::Snapshots(shard) => return self.remove_snapshot(shard, &name).await,
+            Node::InShard(shard, InodeNo::ROOT) if self.is_snapshot_directory(shard, &name) => {
+                return Err(Posix::NotPermitted.into());
+            }
             Node::InShard(shard, parent) => (shard, parent),
         };
         let operation = Operation::RemoveDirectory { parent, name: FileName::new(name)? };
@@ -150,7 +166,9 @@ impl Fs {
     ) -> Outcome<()> {
         let (from, to) = (self.node(parent)?, self.node(new_parent)?);
         let (shard, parent, new_parent) = match (from, to) {
-            (Node::Virtual(_), _) | (_, Node::Virtual(_)) => return Err(Posix::ReadOnly.into()),
+            (Node::Virtual(_) | Node::Snapshots(_), _) | (_, Node::Virtual(_) | Node::Snapshots(_)) => {
+                return Err(Posix::ReadOnly.into());
+            }
             (Node::Root, Node::Root) => return self.rename_shard(&name, &new_name, mode).await,
             (Node::InShard(a, parent), Node::InShard(b, new_parent)) if a == b => (a, parent, new_parent),
             // mv(1) copies then, which into the root makes a shard of a directory and fails for a file.
@@ -174,7 +192,7 @@ impl Fs {
         match self.node(parent)? {
             // Only shards stand in the root.
             Node::Root => Err(Posix::NotPermitted.into()),
-            Node::Virtual(_) => Err(Posix::ReadOnly.into()),
+            Node::Virtual(_) | Node::Snapshots(_) => Err(Posix::ReadOnly.into()),
             Node::InShard(shard, parent) => Ok((shard, parent)),
         }
     }
@@ -189,12 +207,17 @@ pub(super) fn check_length(name: &[u8]) -> Outcome<()> {
     Ok(())
 }
 
+fn new_inode(caller: Caller, mode: NewMode) -> NewInode {
+    let unmasked_mode = (mode.masked() != mode.asked).then_some(mode.asked);
+    NewInode { mode: mode.masked(), uid: caller.uid, gid: caller.gid, unmasked_mode }
+}
+
 fn create(caller: Caller, parent: InodeNo, name: FileName, new: NewNode, open: bool) -> Operation {
     Operation::Create {
         parent,
         name,
         kind: new.kind,
-        inode: NewInode { mode: new.mode, uid: caller.uid, gid: caller.gid },
+        inode: new_inode(caller, new.mode),
         rdev: new.rdev,
         existing_ok: false,
         open,

@@ -111,6 +111,7 @@ impl Fs {
             mtime: changed,
             ctime: changed,
             btime: self.started,
+            has_acl: Some(false),
         };
         (stat, COUNT_AGE_MAX)
     }
@@ -236,7 +237,7 @@ impl Fs {
     }
 
     /// A shard's entry in the root: the name is never kept by the kernel longer than the settings say.
-    fn root_entry(&self, shard: ShardId, closed: bool, attr: &Attr) -> Entry {
+    pub(super) fn root_entry(&self, shard: ShardId, closed: bool, attr: &Attr) -> Entry {
         let ttl = self.ttl(closed, attr.inode, attr.kind);
         Entry { stat: self.stat(shard, attr), ttl: Ttl { entry: self.settings.entry_ttl, ..ttl } }
     }
@@ -350,7 +351,7 @@ impl Fs {
             }
             return Err(Posix::ReadOnly.into());
         }
-        let stat = self.set_attr_in_shard(shard, InodeNo::ROOT, set).await?;
+        let stat = self.set_attr_in_shard(shard, InodeNo::ROOT, None, set).await?;
         if closing {
             let closed = self.client.close_shard(shard).await?;
             self.shards.learn(&closed);
@@ -365,7 +366,7 @@ impl Fs {
     pub async fn space(&self, ino: u64) -> Outcome<Space> {
         let block = u64::from(BLOCK_BYTES);
         let shard = match self.node(ino)? {
-            Node::InShard(shard, _) => shard,
+            Node::InShard(shard, _) | Node::Snapshots(shard) => shard,
             Node::Root | Node::Virtual(_) => return self.space_of_volumes().await,
         };
         let stat = self.client.stat_shard(shard).await?;
@@ -405,7 +406,7 @@ impl Fs {
 }
 
 /// A shard that is not there is a name that is not there.
-fn gone_is_no_entry(error: Error) -> Failure {
+pub(super) fn gone_is_no_entry(error: Error) -> Failure {
     match error.reason() {
         Reason::ShardNotFound | Reason::ShardDeleted => Posix::NoEntry.into(),
         _ => error.into(),
@@ -429,5 +430,7 @@ fn away_attr(info: &ShardInfo, uid: u32, gid: u32) -> Attr {
         ctime: info.created,
         btime: info.created,
         version: Version::new(0),
+        // Or `ls -l` would wait for the node after all.
+        has_acl: Some(false),
     }
 }

@@ -35,6 +35,8 @@ pub enum OwnChange {
 #[derive(Default)]
 pub struct Shards {
     closed: RwLock<HashSet<ShardId>>,
+    /// Of which shard a snapshot is: for good.
+    snapshots: RwLock<HashMap<ShardId, ShardId>>,
     guesses: Mutex<HashMap<ShardName, ShardId>>,
     own: Mutex<HashMap<ShardName, (OwnChange, Instant)>>,
 }
@@ -44,6 +46,11 @@ impl Shards {
     pub fn learn(&self, info: &ShardInfo) {
         if info.state == ShardState::ReadOnly {
             self.close(info.id);
+        }
+        if let Some(of) = info.snapshot_of {
+            // Its name is none of the root's.
+            self.snapshots.write().insert(info.id, of);
+            return;
         }
         let mut guesses = self.guesses.lock();
         if guesses.len() >= GUESSES_MAX {
@@ -62,6 +69,11 @@ impl Shards {
     /// Whether the shard is known to be closed; one that another client closed just now may not be.
     pub fn is_closed(&self, shard: ShardId) -> bool {
         self.closed.read().contains(&shard)
+    }
+
+    /// The shard that this is a snapshot of. Whatever the kernel asks about in one, it has looked up in `.snap`, which told.
+    pub fn snapshot_of(&self, shard: ShardId) -> Option<ShardId> {
+        self.snapshots.read().get(&shard).copied()
     }
 
     /// Which shard the name may stand for.

@@ -45,6 +45,8 @@ pub struct FileStat {
     pub ctime: Timestamp,
     /// Creation.
     pub btime: Timestamp,
+    /// Whether it has an access control list, for access or by default; `None`: not known.
+    pub has_acl: Option<bool>,
 }
 
 impl FileStat {
@@ -64,6 +66,7 @@ impl FileStat {
             mtime: attr.mtime,
             ctime: attr.ctime,
             btime: attr.btime,
+            has_acl: attr.has_acl,
         }
     }
 }
@@ -84,6 +87,22 @@ pub struct Entry {
     pub stat: FileStat,
     /// How long that holds.
     pub ttl: Ttl,
+}
+
+/// Permission bits that something new is asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NewMode {
+    /// By the program.
+    pub asked: u32,
+    /// The bits that its umask takes of them, unless the directory has a default access control list.
+    pub umask: u32,
+}
+
+impl NewMode {
+    /// What the umask leaves.
+    pub fn masked(self) -> u32 {
+        self.asked & !self.umask
+    }
 }
 
 /// An open file.
@@ -172,6 +191,8 @@ pub enum Node {
     Root,
     /// The virtual directory or a file in it.
     Virtual(super::virtual_dir::VirtualNode),
+    /// `.snap` at the root of a shard.
+    Snapshots(ShardId),
     /// In a shard.
     InShard(ShardId, InodeNo),
 }

@@ -133,6 +133,7 @@ impl Fs {
             mtime: at,
             ctime: at,
             btime: self.started,
+            has_acl: Some(false),
         };
         Ok(Entry { stat, ttl: Ttl { attr: Duration::ZERO, entry: Duration::ZERO } })
     }
@@ -194,6 +195,7 @@ const README: &str = "\
 This is a ShardFS mount. Each directory beside this one is a shard:
   mkdir NAME       makes a shard            rmdir NAME     deletes an empty one
   mv NAME NEW      renames one              chmod a-w NAME closes one for good
+  mkdir NAME/.snap/WHEN keeps NAME as it is now: read it there; rmdir removes that
 Inside a shard, files are files; over gRPC the same bytes are values whose keys are their paths.
 
 The files here are read-only and made when they are opened:

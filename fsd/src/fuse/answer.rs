@@ -6,9 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use fuser::{
     Errno, Generation, INodeNo, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
+    ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr,
 };
-use shardfs_proto::types::GlobalInode;
+use shardfs_proto::types::{FileLock, GlobalInode};
 
 use super::convert::attr_out;
 use crate::errno::{errno, is_trouble};
@@ -44,10 +44,12 @@ pub(super) trait Unwanted: Send + 'static {
 
 impl Unwanted for () {}
 impl Unwanted for u32 {}
+impl Unwanted for u64 {}
 impl Unwanted for Bytes {}
 impl Unwanted for Entry {}
 impl Unwanted for Space {}
 impl Unwanted for (FileStat, Duration) {}
+impl Unwanted for Option<FileLock> {}
 
 impl Unwanted for Opened {
     fn give_back(self, fs: &Fs) {
@@ -123,7 +125,7 @@ macro_rules! refuse {
 }
 
 refuse!(ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry);
-refuse!(ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr);
+refuse!(ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr);
 
 pub(super) fn reply_entry(reply: ReplyEntry, entry: Entry) {
     reply.entry_with_ttls(&entry.ttl.attr, &entry.ttl.entry, &attr_out(&entry.stat), GENERATION);

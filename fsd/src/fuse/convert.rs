@@ -9,7 +9,7 @@ use fuser::{FileAttr, FileType, FopenFlags, INodeNo, OpenAccMode, OpenFlags, Tim
 use shardfs_proto::types::op::SetTime;
 use shardfs_proto::types::{FileKind, Timestamp};
 
-use crate::fs::types::{BLOCK_BYTES, DirItem, FileStat, OpenMode, Opened};
+use crate::fs::types::{BLOCK_BYTES, DirItem, FileStat, NewMode, OpenMode, Opened};
 
 pub(super) fn bytes_of(name: &OsStr) -> Bytes {
     Bytes::copy_from_slice(name.as_bytes())
@@ -37,6 +37,11 @@ pub(super) fn kind_in(mode: u32) -> Option<FileKind> {
         libc::S_IFBLK => Some(FileKind::BlockDevice),
         _ => None,
     }
+}
+
+/// What mknod, mkdir and create ask for.
+pub(super) fn new_mode(mode: u32, umask: u32) -> NewMode {
+    NewMode { asked: mode & 0o7777, umask }
 }
 
 pub(super) fn timestamp_out(at: Timestamp) -> SystemTime {

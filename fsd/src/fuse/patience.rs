@@ -1,16 +1,23 @@
 //! How long a request is waited for: as long as its caller lives.
 //!
 //! The kernel lets a program that was killed go only when its request is answered, and fuser has no
-//! INTERRUPT. So while a request waits (for a node that is away), the daemon looks whether the caller has
-//! a SIGKILL pending; any signal that ends a program shows as one.
+//! INTERRUPT. So while a request waits (for a node that is away, maybe for ever), the daemon looks whether the
+//! caller has a SIGKILL pending; any signal that ends a program shows as one.
 
 use std::pin::Pin;
 use std::time::Duration;
 
+use shardfs_proto::client::DEADLINE_DEFAULT;
+
+/// How long what a program has asked for is tried once the program is dead. Work that is dropped then may or may not have been
+/// done; what it holds open goes with the session.
+pub(super) const AFTER_DEATH_MAX: Duration = DEADLINE_DEFAULT;
 /// Requests that are answered sooner are never looked at.
 const FIRST_LOOK: Duration = Duration::from_secs(1);
 /// From then on.
 const NEXT_LOOK: Duration = Duration::from_millis(500);
+/// While a lock is waited for: half of what a signal may take to be noticed, or less.
+pub(super) const LOCK_LOOK: Duration = Duration::from_millis(250);
 /// The bit of SIGKILL in a signal mask.
 const KILL_BIT: u64 = 1 << (libc::SIGKILL - 1);
 
@@ -39,10 +46,65 @@ fn kill_pending(status: &str) -> bool {
     masks.fold(0, |all, mask| all | mask) & KILL_BIT != 0
 }
 
+/// What signals a thread has to take.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Pending {
+    Nothing,
+    /// One that ends its waiting.
+    Signal,
+    /// Its end.
+    Kill,
+}
+
+/// What signals a thread has to take. 0: the kernel itself, which takes none.
+pub(super) fn pending(thread: u32) -> Pending {
+    if thread == 0 {
+        return Pending::Nothing;
+    }
+    std::fs::read_to_string(format!("/proc/{thread}/status")).map_or(Pending::Nothing, |s| pending_in(&s))
+}
+
+fn pending_in(status: &str) -> Pending {
+    if kill_pending(status) {
+        return Pending::Kill;
+    }
+    let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+    let mask = |name| field(name).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0);
+    // A signal for the whole process goes to its first thread if that takes it. To tell another one that it was interrupted would be
+    // wrong if somebody else takes the signal: the kernel would show the program a number that is no error.
+    let takes_shared =
+        field("Threads:") == Some("1") || field("Pid:").is_some_and(|pid| field("Tgid:") == Some(pid));
+    let all = mask("SigPnd:") | if takes_shared { mask("ShdPnd:") } else { 0 };
+    match all & !mask("SigBlk:") & !mask("SigIgn:") {
+        0 => Pending::Nothing,
+        _ => Pending::Signal,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::pin::pin;
+
+    #[test]
+    fn a_signal_is_seen_by_the_thread_that_takes_it() {
+        let status = |pid, threads, own: u64, shared: u64, blocked: u64, ignored: u64| {
+            pending_in(&format!(
+                "Tgid:\t5\nPid:\t{pid}\nThreads:\t{threads}\nSigPnd:\t{own:016x}\nShdPnd:\t{shared:016x}\nSigBlk:\t{blocked:016x}\n\
+                 SigIgn:\t{ignored:016x}\n"
+            ))
+        };
+        let usr1 = 1 << (libc::SIGUSR1 - 1);
+        assert_eq!(status(5, 1, 0, 0, 0, 0), Pending::Nothing);
+        assert_eq!(status(5, 1, 0, usr1, 0, 0), Pending::Signal);
+        assert_eq!(status(5, 4, 0, usr1, 0, 0), Pending::Signal);
+        assert_eq!(status(6, 4, 0, usr1, 0, 0), Pending::Nothing, "the first thread takes it");
+        assert_eq!(status(6, 4, usr1, 0, 0, 0), Pending::Signal);
+        assert_eq!(status(5, 1, usr1, usr1, usr1, 0), Pending::Nothing, "blocked");
+        assert_eq!(status(5, 1, usr1, usr1, 0, usr1), Pending::Nothing, "ignored");
+        assert_eq!(status(6, 4, 0, KILL_BIT, u64::MAX, 0), Pending::Kill);
+        assert_eq!(pending(0), Pending::Nothing);
+    }
 
     #[test]
     fn a_pending_kill_is_seen_in_either_mask() {

@@ -51,6 +51,17 @@ impl Barrier {
         self.ended.borrow().1.clone()
     }
 
+    /// Waits until a write has failed.
+    pub async fn failure(&self) -> Error {
+        let mut ended = self.ended.subscribe();
+        let failed = ended.wait_for(|(_, failed)| failed.is_some()).await.map(|ended| ended.1.clone());
+        match failed {
+            Ok(Some(error)) => error,
+            // It is there for as long as this is waited for.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
     /// Waits for a write that begins from now on.
     pub async fn pass(self: &Arc<Self>) -> Result<()> {
         let mut ended = self.ended.subscribe();

@@ -1,4 +1,4 @@
-//! New, close, rename, delete: see the orders in the module above.
+//! Close, rename, delete, and how records change: see the orders in the module above. New ones: `make`.
 //!
 //! A compare-and-set whose outcome is unknown is repeated until it is known: if the first one was made after
 //! all, the repetition finds its own value; if not, it takes the first one's place and the first can no
@@ -11,22 +11,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shardfs_proto::types::cluster::{NewShard, Selector, ShardInfo};
-use shardfs_proto::types::{ClientId, Cookie, Error, InodeNo, Reason, Result, ShardId, ShardName, clock};
+use shardfs_proto::types::{ClientId, Cookie, Error, InodeNo, Reason, Result, ShardId, ShardName};
 
+use super::make::{Blank, Content, checked_request_id};
 use super::serving::Served;
 use super::{Catalog, Fence, SHOWN_WAIT_MAX, deleted};
-use crate::cluster::bootstrap::random_id;
-use crate::cluster::records::{
-    self, FORMAT, NEXT_SHARD_ID, ShardRecord, StateWord, VolumeRecord, name_key, request_key, shard_key,
-};
+use crate::cluster::records::{self, ShardRecord, StateWord, VolumeRecord, name_key, shard_key};
 use crate::cluster::store::{Demand, KeyRange, KeyValue, Op, Revision, StoreError, Txn};
 use crate::cluster::view::Kept;
-use crate::shard::{ShardInit, read};
+use crate::shard::read;
 
-/// How often a new shard's reservation is tried while others make shards too.
-const RESERVE_ATTEMPTS_MAX: usize = 64;
-/// Characters of a request id.
-const REQUEST_ID_BYTES_MAX: usize = 64;
 /// How often a change is tried while its volume's record changes too.
 const COMMIT_ATTEMPTS_MAX: usize = 8;
 /// Pauses while an outcome is unknown.
@@ -53,16 +47,16 @@ pub(super) struct Overtaken {
 impl Catalog {
     /// Makes a shard on the volume of this node that has the most room, then the fewest shards. With the
     /// request id of an earlier call: that call's shard.
-    pub async fn new_shard(self: &Arc<Self>, client: &ClientId, mut request: NewShard) -> Result<ShardInfo> {
-        if request.request_id.len() > REQUEST_ID_BYTES_MAX {
-            return Err(Error::invalid(format!("a request id has at most {REQUEST_ID_BYTES_MAX} bytes")));
-        }
-        if request.request_id.is_empty() {
-            // Our own calls to the store have to be told apart all the same.
-            request.request_id = format!("auto-{}", random_id());
-        }
-        let (this, client) = (self.clone(), client.clone());
-        self.to_the_end(async move { this.make(&client, &request).await }).await
+    pub async fn new_shard(self: &Arc<Self>, client: &ClientId, request: NewShard) -> Result<ShardInfo> {
+        let blank = Blank {
+            owner: client.clone(),
+            name: request.name,
+            limit_bytes: request.limit_bytes,
+            request_id: checked_request_id(request.request_id)?,
+            content: Content::Empty { mode: request.mode, uid: request.uid, gid: request.gid },
+        };
+        let this = self.clone();
+        self.to_the_end(async move { this.make(&blank).await }).await
     }
 
     /// Makes a shard read-only for good. Repeating it is no error.
@@ -95,6 +89,10 @@ impl Catalog {
             let _lock = this.locks.lock(id).await;
             this.local_shard(&client, &Selector::Id(id), None)?;
             let kept = this.find(&client, &Selector::Id(id))?;
+            if kept.record.snapshot_of.is_some() {
+                let words = format!("shard {id} is a snapshot, whose name stays: clone it under another one");
+                return Err(Error::new(Reason::NotPermitted, words).with_shard(id));
+            }
             if kept.record.name == name {
                 return Ok(this.parts.view.shard_info(&kept.record));
             }
@@ -136,6 +134,7 @@ impl Catalog {
                 return Err(deleted(id));
             }
             let local = this.local_shard(&client, &Selector::Id(id), None)?;
+            this.check_no_snapshots(id).await?;
             // From here on no call gets hold of the shard, and what was got before finds it closed.
             let fence = Fence::new(&this, id);
             match this.parts.manager.close(id).await {
@@ -147,7 +146,7 @@ impl Catalog {
                 this.check_empty(id, &local).await?;
             }
             let record = ShardRecord { state: StateWord::Deleted, ..(*kept.record).clone() };
-            let txn = Txn::new().delete(name_key(&client, &record.name));
+            let txn = Txn::new().delete(record.name_key());
             // A node that was deposed meanwhile may have found empty what others have filled.
             let revision = match this.commit_on(&local.served, &kept, &record, txn).await? {
                 Committed::Done(revision) => revision,
@@ -189,175 +188,6 @@ impl Catalog {
             format!("shard {id} is not empty: remove its content first, or delete it with its content"),
         )
         .with_shard(id))
-    }
-
-    async fn make(self: &Arc<Self>, client: &ClientId, request: &NewShard) -> Result<ShardInfo> {
-        let name_key = name_key(client, &request.name);
-        let request_key = request_key(client, &request.request_id);
-        for _ in 0..RESERVE_ATTEMPTS_MAX {
-            let read = Txn {
-                success: [&request_key, &name_key, NEXT_SHARD_ID]
-                    .map(|key| Op::Range(KeyRange::key(key.to_owned())))
-                    .into(),
-                ..Txn::new()
-            };
-            let answer = self.parts.store.txn(read).await?;
-            let [made, named, next] = &answer.results[..] else {
-                return Err(Error::internal("the metadata store answered another number of reads"));
-            };
-            if let Some(made) = made.first() {
-                match self.made_before(parse_id(made)?).await {
-                    Err(error) if is_anothers_folder(&error) => continue,
-                    made => return made,
-                }
-            }
-            if !named.is_empty() {
-                return Err(exists(client, &request.name));
-            }
-            let (number, demand) = match next.first() {
-                Some(kv) => (records::decode_number(&kv.key, &kv.value)?, Demand::Modified(kv.modified)),
-                None => (1, Demand::Absent),
-            };
-            let id = ShardId::new(number).map_err(|_| {
-                Error::new(
-                    Reason::IdsExhausted,
-                    format!("all {} shard ids of this cluster are used", ShardId::MAX),
-                )
-            })?;
-            let served = self.most_room()?;
-            let volume = self
-                .parts
-                .view
-                .volume(&served.id)
-                .ok_or_else(|| Error::unavailable(format!("volume {} has gone", served.id)))?;
-            let record = ShardRecord {
-                v: FORMAT,
-                id,
-                name: request.name.clone(),
-                owner: client.clone(),
-                volume: served.id.clone(),
-                state: StateWord::Creating,
-                limit_bytes: request.limit_bytes.or(self.parts.limit_bytes_default),
-                created: clock::now(),
-                request_id: request.request_id.clone(),
-                mode: request.mode,
-                uid: request.uid,
-                gid: request.gid,
-                purged: false,
-            };
-            let txn = Txn::new()
-                .when(NEXT_SHARD_ID, demand)
-                .when(name_key.clone(), Demand::Absent)
-                .when(request_key.clone(), Demand::Absent)
-                // Still ours, under the same epoch.
-                .when(records::volume_key(&served.id), Demand::Modified(volume.modified))
-                .put(NEXT_SHARD_ID, (number + 1).to_string())
-                .put(name_key.clone(), id.to_string())
-                .put(request_key.clone(), id.to_string())
-                .put(shard_key(id), records::encode(&record));
-            match self.parts.store.txn(txn).await {
-                Ok(answer) if answer.succeeded => {
-                    fail::fail_point!("catalog-new-reserved", |_| Err(Error::unavailable("failpoint")));
-                    let kept = Kept { record: Arc::new(record), modified: answer.revision };
-                    let _lock = self.locks.lock(id).await;
-                    match self.build(&kept).await {
-                        // The next id may be free; the reservation was taken back.
-                        Err(error) if is_anothers_folder(&error) => continue,
-                        built => return built,
-                    }
-                }
-                // Somebody was faster, or our copy of the volume's record is old.
-                Ok(answer) => self.parts.view.wait_for(answer.revision, SHOWN_WAIT_MAX).await?,
-                // The next round finds the request if it was made.
-                Err(StoreError::OutcomeUnknown(why)) => tracing::warn!(why, "making a shard: once more"),
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Err(Error::new(Reason::Busy, "many shards are being made at once: try again")
-            .with_retry_after_ms(100))
-    }
-
-    /// The shard that an earlier call with the same request id made, finished if it was not.
-    async fn made_before(self: &Arc<Self>, id: ShardId) -> Result<ShardInfo> {
-        let _lock = self.locks.lock(id).await;
-        let answer = self.parts.store.range(KeyRange::key(shard_key(id)), 1).await?;
-        let Some(kv) = answer.kvs.first() else {
-            return Err(Error::unavailable(format!("shard {id} is being removed")).with_retry_after_ms(50));
-        };
-        let record: ShardRecord = records::decode(&kv.key, &kv.value)?;
-        if record.state == StateWord::Creating {
-            self.served(&record, None)?;
-            return self.build(&Kept { record: Arc::new(record), modified: kv.modified }).await;
-        }
-        self.shown(&record, kv.modified).await
-    }
-
-    /// Makes the bytes of a shard that is `creating` and activates it. The caller holds its lock and has
-    /// read the record under it, or made it. If the bytes cannot be made, the reservation is taken back; the folder
-    /// of another creation is left as it is.
-    pub(super) async fn build(self: &Arc<Self>, kept: &Kept<ShardRecord>) -> Result<ShardInfo> {
-        let record = &kept.record;
-        let served = self.served(record, None)?;
-        let dir = served.shard_dir(record.id);
-        let init = ShardInit {
-            id: record.id,
-            owner: record.owner.clone(),
-            limit_bytes: record.limit_bytes,
-            chunk_bytes: self.parts.chunk_bytes,
-            mode: record.mode,
-            uid: record.uid,
-            gid: record.gid,
-        };
-        let manager = self.parts.manager.clone();
-        let origin = origin(record);
-        let made = {
-            let dir = dir.clone();
-            tokio::task::spawn_blocking(move || manager.create_by(&dir, &init, &origin))
-                .await
-                .map_err(|e| Error::internal(format!("making a shard: {e}")))?
-        };
-        if let Err(error) = made {
-            tracing::error!(shard = %record.id, volume = %record.volume, %error, "a shard cannot be made");
-            if is_anothers_folder(&error) {
-                // Its bytes are not ours to remove.
-                self.take_back_record(&served, kept).await;
-            } else {
-                self.take_back(&served, kept, &dir).await;
-            }
-            return Err(error.with_shard(record.id));
-        }
-        fail::fail_point!("catalog-new-built", |_| Err(Error::unavailable("failpoint")));
-        self.set_state(kept, StateWord::Active, Some(&served)).await
-    }
-
-    async fn take_back(&self, served: &Served, kept: &Kept<ShardRecord>, dir: &std::path::Path) {
-        let record = &kept.record;
-        if let Err(error) = self.parts.manager.delete(record.id, dir).await {
-            tracing::error!(shard = %record.id, %error, "what was made of a shard cannot be removed; it is tried again");
-            return;
-        }
-        self.take_back_record(served, kept).await;
-    }
-
-    async fn take_back_record(&self, served: &Served, kept: &Kept<ShardRecord>) {
-        let record = &kept.record;
-        let volume = match served.prove().await.and_then(|()| self.still_given(served, record.id)) {
-            Ok(volume) => volume,
-            // Whoever has the volume makes the shard, or takes it back.
-            Err(error) => {
-                tracing::info!(shard = %record.id, %error, "a shard's reservation is left to others");
-                return;
-            }
-        };
-        let txn = Txn::new()
-            .when(records::volume_key(&served.id), Demand::Modified(volume.modified))
-            .when(shard_key(record.id), Demand::Modified(kept.modified))
-            .delete(shard_key(record.id))
-            .delete(name_key(&record.owner, &record.name))
-            .delete(request_key(&record.owner, &record.request_id));
-        if let Err(error) = self.parts.store.txn(txn).await {
-            tracing::error!(shard = %record.id, %error, "a shard's reservation cannot be taken back; it is tried again");
-        }
     }
 
     /// Removes the bytes of a deleted shard and notes it. What fails is tried again by `resume`.
@@ -404,7 +234,7 @@ impl Catalog {
 
     /// Replaces a record that says something of what is on a volume. Done only if nobody else has been given the volume by then, and
     /// after a proof that what this node has written to it is there: whoever serves it next finds what the record says.
-    async fn commit_on(
+    pub(super) async fn commit_on(
         &self,
         served: &Served,
         kept: &Kept<ShardRecord>,
@@ -430,7 +260,7 @@ impl Catalog {
     }
 
     /// The record of a volume, which still gives it to this node under the epoch under which it is served.
-    fn still_given(&self, served: &Served, shard: ShardId) -> Result<Kept<VolumeRecord>> {
+    pub(super) fn still_given(&self, served: &Served, shard: ShardId) -> Result<Kept<VolumeRecord>> {
         let mine = |kept: &Kept<VolumeRecord>| {
             kept.record.epoch == served.epoch && kept.record.primary.as_ref() == Some(&self.parts.node_id)
         };
@@ -449,7 +279,7 @@ impl Catalog {
         record: &ShardRecord,
         more: Txn,
     ) -> Result<Committed> {
-        let (key, value) = (shard_key(record.id), records::encode(record));
+        let (key, value) = (shard_key(record.id), records::encode(&record.clone().with_format()));
         let mut txn = more.when(key.clone(), Demand::Modified(kept.modified)).put(key.clone(), value.clone());
         txn.failure.push(Op::Range(KeyRange::key(key)));
         let mut unknown = false;
@@ -487,13 +317,13 @@ impl Catalog {
     }
 
     /// Waits until this node's copy shows a change, so that the caller's next call finds it.
-    async fn shown(&self, record: &ShardRecord, revision: Revision) -> Result<ShardInfo> {
+    pub(super) async fn shown(&self, record: &ShardRecord, revision: Revision) -> Result<ShardInfo> {
         self.parts.view.wait_for(revision, SHOWN_WAIT_MAX).await?;
         Ok(self.parts.view.shard_info(record))
     }
 
     /// Runs a change in a task of its own: a caller that goes away does not cut it off.
-    async fn to_the_end<T: Send + 'static>(
+    pub(super) async fn to_the_end<T: Send + 'static>(
         &self,
         change: impl Future<Output = Result<T>> + Send + 'static,
     ) -> Result<T> {
@@ -509,34 +339,14 @@ impl Catalog {
     }
 }
 
-fn parse_id(kv: &KeyValue) -> Result<ShardId> {
-    ShardId::new(records::decode_number(&kv.key, &kv.value)?)
-}
-
-/// What tells a creation from all others, also from those that a metadata store has forgotten which was restored.
-fn origin(record: &ShardRecord) -> String {
-    // In alphabetical order: so it is written by whichever map.
-    serde_json::json!({
-        "created": record.created,
-        "owner": record.owner,
-        "request_id": record.request_id,
-    })
-    .to_string()
-}
-
-/// Whether a shard could not be made because its folder holds another one.
-fn is_anothers_folder(error: &Error) -> bool {
-    error.reason() == Reason::AlreadyExists
-}
-
-fn exists(client: &ClientId, name: &ShardName) -> Error {
+pub(super) fn exists(client: &ClientId, name: &ShardName) -> Error {
     Error::new(
         Reason::ShardExists,
         format!("client id {client} has a shard named {:?} already: choose another name", name.as_str()),
     )
 }
 
-fn overtaken(id: ShardId) -> Error {
+pub(super) fn overtaken(id: ShardId) -> Error {
     Error::unavailable(format!("shard {id} was changed by somebody else at the same time: try again"))
         .with_shard(id)
         .with_retry_after_ms(50)

@@ -24,7 +24,6 @@ use crate::cluster::records::views::{Pinned, ViewName, ViewRecord, view_key};
 use crate::cluster::records::{self, FORMAT, ShardRecord, StateWord};
 use crate::cluster::store::{Demand, Revision, StoreError, Txn};
 use crate::cluster::view::Kept;
-use crate::volume;
 use crate::volume::views::view_dir;
 use decide::{INTEREST_TERM, Interest, disposable, is_current, pause};
 use folders::{found, make_folder, remove};
@@ -141,7 +140,7 @@ impl Catalog {
         shards: &[ShardId],
         max_age: Duration,
     ) -> Result<Vec<ShardId>> {
-        let every = self.parts.publish_every;
+        let every = self.tunable().publish_every;
         if every.is_zero() {
             return Err(Error::new(
                 Reason::Unsupported,
@@ -200,7 +199,7 @@ impl Catalog {
         let volume = self.parts.view.volume(&served.id);
         let done = self.parts.view.view_of(shard).is_some_and(|view| view.record.last);
         if done
-            || self.parts.publish_every.is_zero()
+            || self.tunable().publish_every.is_zero()
             || volume.is_none_or(|volume| volume.record.backups.is_empty())
         {
             return;
@@ -271,7 +270,8 @@ impl Catalog {
         }
         if made.iter().any(|one| one.fresh) {
             let (name, root) = (served.provider.clone(), served.root.clone());
-            blocking(move || volume::provider(&name)?.settle(&root)).await?;
+            let providers = self.parts.providers.clone();
+            blocking(move || providers.get(&name)?.settle(&root)).await?;
         }
         // A sync of a file system that was fenced may have lied.
         served.prove().await?;
@@ -393,7 +393,7 @@ impl Catalog {
         let old = self.parts.view.views_on(&served.id);
         let old: Vec<ShardId> =
             old.iter().filter(|kept| !kept.record.last).map(|kept| kept.record.shard).collect();
-        let every = pause(self.parts.publish_every, Duration::ZERO);
+        let every = pause(self.tunable().publish_every, Duration::ZERO);
         served.publisher.note(&old, every, clock::monotonic());
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! Finishes what a crash left half-done, for the volumes that this node serves: shards that are `creating`
-//! are made or taken back, deleted ones lose their bytes, old records of deleted ones go.
+//! are made or taken back, rollbacks that were cut off are looked at, deleted ones lose their bytes, old records of deleted ones go.
 
 use std::sync::Arc;
 
@@ -21,7 +21,7 @@ impl Catalog {
                 && match record.state {
                     StateWord::Creating => true,
                     StateWord::Deleted => !record.purged,
-                    StateWord::Active | StateWord::ReadOnly => false,
+                    StateWord::Active | StateWord::ReadOnly => record.is_rolling_back(),
                 }
         };
         for kept in self.parts.view.shards(half) {
@@ -57,11 +57,22 @@ impl Catalog {
         };
         let kept = Kept { record: Arc::new(record), modified: kv.modified };
         match kept.record.state {
+            StateWord::Creating if kept.record.copy_of.is_some() => {
+                if let Err(error) = self.finish_copy(&kept).await {
+                    tracing::warn!(shard = %id, %error, "could not finish a copy, nor take it back");
+                }
+            }
             StateWord::Creating => match self.build(&kept).await {
                 Ok(_) => tracing::info!(shard = %id, "finished making it"),
                 Err(error) => tracing::warn!(shard = %id, %error, "could not finish making it"),
             },
             StateWord::Deleted if !kept.record.purged => self.purge(kept).await,
+            StateWord::Active | StateWord::ReadOnly if kept.record.is_rolling_back() => {
+                let Some(served) = self.serving.get(&kept.record.volume) else { return };
+                if let Err(error) = self.settle_rollback(&served, kept).await {
+                    tracing::warn!(shard = %id, %error, "could not find out how a rollback ended");
+                }
+            }
             StateWord::Deleted | StateWord::Active | StateWord::ReadOnly => {}
         }
     }

@@ -5,24 +5,26 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use shardfs_proto::types::clock;
-use shardfs_proto::types::cluster::{NewVolume, NodeInfo, VolumeInfo};
+use shardfs_proto::types::cluster::{NodeInfo, VolumeInfo};
 use shardfs_proto::types::{Error, NodeId, Reason, Result, VolumeId};
 use tokio::sync::Notify;
 
 use super::serving::now_ns;
 use super::{Catalog, Cause};
-use crate::cluster::bootstrap::{self, VolumeSpec};
 use crate::cluster::elect::{self, Outcome};
 use crate::cluster::plan::{
     self, ATTEMPTS_MAX, Action, Calm, Doubts, Health, Local, Observed, Promotion, Volume,
 };
 use crate::cluster::records::{self, VolumeRecord};
-use crate::cluster::store::{StoreError, Txn, get};
+use crate::cluster::store::{StoreError, Txn};
 use crate::cluster::view::Kept;
+
+mod left;
 
 /// How often is looked when nothing changes: what time alone brings is seen so late.
 const LOOK_INTERVAL: Duration = Duration::from_millis(50);
@@ -32,12 +34,12 @@ const TEND_INTERVAL: Duration = Duration::from_secs(1);
 const RESUME_INTERVAL: Duration = Duration::from_secs(30);
 /// How often is looked for views that are due.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(250);
+/// How often is looked for backups that are due.
+const BACKUP_INTERVAL: Duration = Duration::from_secs(5);
 /// How long a change that this node made takes to show at most.
 const SHOWN_WAIT_MAX: Duration = Duration::from_secs(2);
 /// How long actions under way are waited for at a shutdown.
 const IDLE_WAIT_MAX: Duration = Duration::from_secs(10);
-/// Nodes of a volume: what devices are attached to at once (16 instances on EBS).
-const VOLUME_NODES_MAX: usize = 16;
 
 /// What is under way.
 #[derive(Default)]
@@ -91,8 +93,10 @@ impl Catalog {
     /// [`Catalog::shutdown`]. The view has been read once.
     pub async fn run(self: Arc<Self>) {
         let mut views = tokio::spawn(self.clone().keep_views());
+        let mut provisioning = tokio::spawn(self.clone().keep_provisioned());
+        tokio::spawn(self.clone().take_away_left());
         let mut changes = self.parts.view.subscribe();
-        let (mut tended, mut resumed, mut published) = (None, None, None);
+        let (mut tended, mut resumed, mut published, mut backed_up) = (None, None, None, None);
         let due = |last: &mut Option<Instant>, interval: Duration| {
             let due = last.is_none_or(|last| last.elapsed() >= interval);
             if due {
@@ -101,12 +105,14 @@ impl Catalog {
             due
         };
         loop {
+            self.rounds.fetch_add(1, Ordering::Relaxed);
             changes.borrow_and_update();
             let observed = self.observe();
             for action in plan::plan(&observed) {
                 self.begin(action);
             }
             self.settle_if_done(&observed);
+            self.drop_unrecorded();
             if due(&mut resumed, RESUME_INTERVAL) {
                 for served in self.serving.all() {
                     let this = self.clone();
@@ -119,6 +125,9 @@ impl Catalog {
             if due(&mut published, PUBLISH_INTERVAL) {
                 self.publish_due();
             }
+            if due(&mut backed_up, BACKUP_INTERVAL) {
+                self.back_up_due();
+            }
             if due(&mut tended, TEND_INTERVAL) {
                 let this = self.clone();
                 tokio::spawn(async move { this.tend().await });
@@ -130,6 +139,10 @@ impl Catalog {
                 ended = &mut views => {
                     tracing::error!(?ended, "what keeps views up has ended: it is begun anew");
                     views = tokio::spawn(self.clone().keep_views());
+                }
+                ended = &mut provisioning => {
+                    tracing::error!(?ended, "what adds volumes by itself has ended: it is begun anew");
+                    provisioning = tokio::spawn(self.clone().keep_provisioned());
                 }
                 _ = tokio::time::sleep(LOOK_INTERVAL) => {}
                 // A node hears every heartbeat; looking costs microseconds.
@@ -170,6 +183,7 @@ impl Catalog {
                     target: record.target.clone(),
                     formatted: record.formatted,
                     handed_over: record.handed_over,
+                    retired: record.retired,
                     local,
                     attempts: trouble.map_or(0, |(attempts, _)| attempts),
                     doubts: BTreeMap::new(),
@@ -230,6 +244,38 @@ impl Catalog {
         });
     }
 
+    /// Lets go of volumes that are no longer in the records: somebody took them out while this node was away.
+    fn drop_unrecorded(self: &Arc<Self>) {
+        let served = self.serving.all().into_iter().map(|served| served.id.clone());
+        for id in served.chain(self.serving.standing_by()) {
+            if self.parts.view.volume(&id).is_some() || !self.roles.busy.lock().insert(id.clone()) {
+                continue;
+            }
+            tracing::info!(volume = %id, "it is no volume of the cluster any more: letting go of it");
+            let this = self.clone();
+            tokio::spawn(async move {
+                let busy = Busy { catalog: &this, volume: &id };
+                if let Some(served) = this.serving.get(&id)
+                    && let Err(error) = this.let_go(&served, true).await
+                {
+                    tracing::error!(volume = %id, %error, "letting go of a volume");
+                }
+                let stood = this.serving.stood_by(&id);
+                let released = async {
+                    this.stand_down(&id).await?;
+                    match stood {
+                        Some((provider, spec)) => this.release_as(&id, provider, spec).await,
+                        None => Ok(()),
+                    }
+                };
+                if let Err(error) = released.await {
+                    tracing::error!(volume = %id, %error, "detaching a volume");
+                }
+                drop(busy);
+            });
+        }
+    }
+
     async fn act(self: &Arc<Self>, action: &Action, kept: &Kept<VolumeRecord>) -> Result<()> {
         let (store, view) = (&*self.parts.store, &*self.parts.view);
         match action {
@@ -238,7 +284,11 @@ impl Catalog {
                 self.serving.remove_trouble(id);
                 Ok(())
             }
-            Action::Detach(_) => self.stand_down(&kept.record).await,
+            Action::Detach(id) => {
+                self.stand_down(id).await?;
+                self.release(&kept.record).await
+            }
+            Action::Retire(_) => self.take_out(kept).await,
             Action::Elect { volume, from } => {
                 let cause = Cause::of_election(&self.parts.node_id, from.as_ref(), |node| view.health(node));
                 self.failovers.note_election(volume, cause);
@@ -376,43 +426,6 @@ impl Catalog {
         infos
             .into_iter()
             .find(|info| info.id == *volume)
-            .ok_or_else(|| Error::not_found("the volume has gone"))
-    }
-
-    /// Adds a volume to the cluster: its nodes find its record, and the first of them makes it.
-    pub async fn add_volume(&self, new: NewVolume) -> Result<VolumeInfo> {
-        let (store, view) = (&*self.parts.store, &self.parts.view);
-        let (primary, backups) = new
-            .nodes
-            .split_first()
-            .filter(|_| new.nodes.len() <= VOLUME_NODES_MAX)
-            .ok_or_else(|| Error::invalid(format!("a volume has 1 to {VOLUME_NODES_MAX} nodes")))?;
-        for (at, node) in new.nodes.iter().enumerate() {
-            if view.node(node).is_none() {
-                return Err(Error::not_found(format!(
-                    "there is no node {node}: start it first, or mend its name"
-                )));
-            }
-            if new.nodes[..at].contains(node) {
-                return Err(Error::invalid(format!("node {node} is named twice")));
-            }
-        }
-        let spec = VolumeSpec {
-            id: new.id.clone(),
-            provider: new.provider,
-            source: new.source,
-            size_bytes: new.size_bytes,
-            primary: primary.clone(),
-            backups: backups.to_vec(),
-            allow_unfenced: new.allow_unfenced,
-        };
-        bootstrap::ensure_volume(store, &spec).await?;
-        let (revision, _) = get(store, records::volume_key(&new.id)).await?;
-        view.wait_for(revision, SHOWN_WAIT_MAX).await?;
-        let infos = view.volume_infos();
-        infos
-            .into_iter()
-            .find(|info| info.id == new.id)
             .ok_or_else(|| Error::not_found("the volume has gone"))
     }
 

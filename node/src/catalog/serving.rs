@@ -27,21 +27,17 @@ use crate::cluster::view::{Kept, View};
 use crate::shard::Room;
 use crate::volume::fence::{self, FenceKey, FenceKind, Takeover};
 use crate::volume::room::VolumeRoom;
-use crate::volume::{self, Attached, Standby, VolumeSpec};
+use crate::volume::{self, Attached, Place, Providers, Standby, VolumeSpec};
+
+mod leaving;
 
 /// Looks, a second apart, after which a device that has completed nothing is given up: so that callers, who wait for a minute, are
 /// still there when a backup has the volume.
 const DEVICE_LOOKS_MAX: u32 = 10;
-/// How long what is done before a hand-over, while calls are answered, may take: a device may hang.
-const FLUSH_WAIT_MAX: Duration = Duration::from_secs(10);
-/// How long shards may take to close, if what is dirty is written; those who hold one have their own bound.
-const CLOSE_WAIT_MAX: Duration = Duration::from_secs(30);
-/// The same if it is dropped.
-const ABANDON_WAIT_MAX: Duration = Duration::from_secs(12);
-/// How long an unmount may take.
-const UNMOUNT_WAIT_MAX: Duration = Duration::from_secs(10);
 /// How long it may take to attach a volume, or to fence and mount it.
 const TAKE_WAIT_MAX: Duration = Duration::from_secs(30);
+/// The same where a cloud has to attach a disk first: longer than it takes to say why it does not.
+const CLOUD_TAKE_WAIT_MAX: Duration = Duration::from_secs(100);
 /// The same for one that is made first.
 const MAKE_WAIT_MAX: Duration = Duration::from_secs(180);
 /// How long a fence may take before it is tried again.
@@ -53,6 +49,11 @@ const ATTACH_PAUSE_MIN: Duration = Duration::from_millis(250);
 /// See [`ATTACH_PAUSE_MIN`].
 const ATTACH_PAUSE_MAX: Duration = Duration::from_secs(15);
 
+/// How long it may take to attach a volume of this kind.
+fn take_wait_max(provider: &str) -> Duration {
+    if provider == volume::AWS { CLOUD_TAKE_WAIT_MAX } else { TAKE_WAIT_MAX }
+}
+
 /// A volume that is mounted for writing.
 pub struct Served {
     /// The volume.
@@ -63,6 +64,7 @@ pub struct Served {
     device: String,
     spec: VolumeSpec,
     pub(super) provider: String,
+    providers: Providers,
     /// The volume's fence keeps a deposed node from writing: so a write proves that this one is not deposed.
     refuses_deposed: bool,
     pub(super) room: Arc<VolumeRoom>,
@@ -76,9 +78,26 @@ pub struct Served {
     opened_ns: AtomicU64,
     /// Its room is being looked after.
     tending: AtomicBool,
+    /// Held while it is made larger by a step: it is not unmounted meanwhile.
+    pub(super) growing: tokio::sync::Mutex<()>,
 }
 
 impl Served {
+    /// Makes what it lies on larger; see [`volume::VolumeProvider::enlarge_below`]. Blocks.
+    pub(super) fn enlarge_below(&self, size_bytes: u64) -> Result<()> {
+        let spec = VolumeSpec { size_bytes, ..self.spec.clone() };
+        self.providers.get(&self.provider)?.enlarge_below(&spec)
+    }
+
+    /// Makes it larger by one step; see [`volume::VolumeProvider::grow`]. Blocks.
+    pub(super) fn grow(&self, size_bytes: u64) -> Result<bool> {
+        let spec = VolumeSpec { size_bytes, ..self.spec.clone() };
+        let place = Place { root: self.root.clone(), device: PathBuf::from(&self.device) };
+        let grown = self.providers.get(&self.provider)?.grow(&spec, &place);
+        self.room.look_again();
+        grown
+    }
+
     /// A shard's folder on it.
     pub fn shard_dir(&self, id: ShardId) -> PathBuf {
         self.root.join(format!("shard-{id}"))
@@ -142,6 +161,19 @@ impl Served {
     }
 }
 
+/// A volume that is stood by for, with what is needed to let go of it when its record has gone.
+struct StoodBy {
+    provider: String,
+    spec: VolumeSpec,
+    standby: Standby,
+}
+
+impl StoodBy {
+    fn of(served: &Served, standby: Standby) -> StoodBy {
+        StoodBy { provider: served.provider.clone(), spec: served.spec.clone(), standby }
+    }
+}
+
 struct Trouble {
     message: String,
     attempts: u32,
@@ -168,7 +200,12 @@ pub(super) struct Serving {
     /// Elections that were won, until the volume is served: when they began and when they were won.
     won: Mutex<HashMap<VolumeId, (u64, u64)>>,
     /// Volumes that this node stands by for.
-    standbys: Mutex<BTreeMap<VolumeId, Standby>>,
+    standbys: Mutex<BTreeMap<VolumeId, StoodBy>>,
+    /// Volumes that were let go of when this process began to end, with shards of theirs in use: what keeps others away from them
+    /// is kept until it has ended.
+    withheld: Mutex<Vec<Arc<Served>>>,
+    /// Volumes that are being let go of: their devices are watched still.
+    leaving: Mutex<Vec<Arc<Served>>>,
     /// Epochs under which this node serves volumes no more: they failed, or were perhaps given away.
     failed: Mutex<HashMap<VolumeId, Epoch>>,
     /// Volumes on which blocking work is under way, also such as nobody waits for any more.
@@ -206,6 +243,11 @@ impl Serving {
     /// Whether this node stands by for a volume.
     pub(super) fn stands_by(&self, id: &VolumeId) -> bool {
         self.standbys.lock().contains_key(id)
+    }
+
+    /// As what it stands by for a volume.
+    pub(super) fn stood_by(&self, id: &VolumeId) -> Option<(String, VolumeSpec)> {
+        self.standbys.lock().get(id).map(|stood| (stood.provider.clone(), stood.spec.clone()))
     }
 
     /// Whether a volume is not to be served by this node under this epoch again.
@@ -264,9 +306,11 @@ impl Catalog {
     pub(super) async fn stand_by(&self, record: &VolumeRecord) -> Result<()> {
         let (spec, name) = (self.spec_of(record), record.provider.clone());
         self.drop_leftovers(&record.id).await?;
+        let (kept_spec, provider) = (spec.clone(), name.clone());
+        let providers = self.parts.providers.clone();
         let standby = self
-            .work(&record.id, TAKE_WAIT_MAX, move || {
-                let provider = volume::provider(&name)?;
+            .work(&record.id, take_wait_max(&name), move || {
+                let provider = providers.get(&name)?;
                 // Its first primary makes it.
                 if !provider.describe(&spec)?.exists && !spec.formatted {
                     let (id, source) = (&spec.id, spec.source.display());
@@ -278,18 +322,11 @@ impl Catalog {
             })
             .await?;
         tracing::info!(volume = %record.id, device = %standby.device().display(), "standing by");
-        self.serving.standbys.lock().insert(record.id.clone(), standby);
+        self.serving
+            .standbys
+            .lock()
+            .insert(record.id.clone(), StoodBy { provider, spec: kept_spec, standby });
         Ok(())
-    }
-
-    /// Lets go of a volume that was stood by for.
-    pub(super) async fn stand_down(&self, record: &VolumeRecord) -> Result<()> {
-        let Some(standby) = self.serving.standbys.lock().remove(&record.id) else { return Ok(()) };
-        let (spec, name) = (self.spec_of(record), record.provider.clone());
-        self.work(&record.id, UNMOUNT_WAIT_MAX, move || {
-            volume::provider(&name)?.detach_backup(&spec, standby)
-        })
-        .await
     }
 
     /// Closes what is open still of the shards of a volume that is to be attached: somebody did not leave when it was let go of.
@@ -300,7 +337,7 @@ impl Catalog {
 
     /// Does blocking work on a volume, and waits for it for so long at most: a device may hang. Nothing else is begun on a volume
     /// while something of before has not ended.
-    async fn work<T: Send + 'static>(
+    pub(super) async fn work<T: Send + 'static>(
         &self,
         id: &VolumeId,
         at_most: Duration,
@@ -334,15 +371,20 @@ impl Catalog {
         let spec = self.spec_of(&record);
         let takeover = self.takeover(&record)?;
         self.drop_leftovers(&record.id).await?;
-        let standby = self.serving.standbys.lock().remove(&record.id);
+        let standby = self.serving.standbys.lock().remove(&record.id).map(|stood| stood.standby);
         let begun = clock::monotonic();
-        let at_most = if record.formatted { TAKE_WAIT_MAX } else { MAKE_WAIT_MAX };
+        let at_most = match (record.formatted, standby.is_some()) {
+            (false, _) => MAKE_WAIT_MAX,
+            (true, true) => TAKE_WAIT_MAX,
+            (true, false) => take_wait_max(&record.provider),
+        };
         let won = self.serving.won.lock().remove(&record.id);
         let (begun_ns, elected_ns) = won.unwrap_or_else(|| (now_ns(), now_ns()));
         let (name, work_spec) = (record.provider.clone(), spec.clone());
+        let providers = self.parts.providers.clone();
         let (attached, fence, fenced_ns, how) = self
             .work(&record.id, at_most, move || {
-                let provider = volume::provider(&name)?;
+                let provider = providers.get(&name)?;
                 fence::required(provider.fence(), &work_spec).or_else(|error| {
                     // One that is not there yet has nobody to be fenced from.
                     if provider.describe(&work_spec).is_ok_and(|seen| seen.exists) {
@@ -373,6 +415,7 @@ impl Catalog {
             device: attached.device.clone(),
             spec,
             provider: record.provider.clone(),
+            providers: self.parts.providers.clone(),
             refuses_deposed: matches!(kind, FenceKind::Reservation | FenceKind::Shutdown),
             room: Arc::new(VolumeRoom::new(attached.root.clone())),
             publisher: Publisher::default(),
@@ -383,6 +426,7 @@ impl Catalog {
             takeover: TakeoverTimes { begun_ns, elected_ns, fenced_ns, mounted_ns: now_ns(), opened_ns: 0 },
             opened_ns: AtomicU64::new(0),
             tending: AtomicBool::new(false),
+            growing: tokio::sync::Mutex::default(),
         };
         self.serving.troubles.lock().remove(&record.id);
         self.serving.served.lock().insert(record.id.clone(), Arc::new(served));
@@ -449,13 +493,16 @@ impl Catalog {
 
     /// Ballasts, and the note that a volume has been in use.
     pub(super) async fn tend(self: &Arc<Self>) {
-        for served in self.serving.all() {
+        let leaving = self.serving.leaving.lock().clone();
+        for served in self.serving.all().iter().chain(&leaving) {
             // A device that failed, hangs, or was taken, is noticed although nobody asks.
             if served.refuses_deposed {
                 served.barrier.look(DEVICE_LOOKS_MAX);
                 let barrier = served.barrier.clone();
                 tokio::spawn(async move { drop(barrier.pass().await) });
             }
+        }
+        for served in self.serving.all() {
             // One that hangs keeps no other waiting.
             if !served.tending.swap(true, Ordering::AcqRel) {
                 tokio::task::spawn_blocking(move || {
@@ -488,145 +535,11 @@ impl Catalog {
         }
     }
 
-    /// Closes a volume's shards and unmounts it. `lost`: somebody else has it, so what is dirty is dropped. Answers whether all that
-    /// was written to it is on it, and nothing is under way.
-    pub(super) async fn let_go(&self, served: &Arc<Served>, lost: bool) -> Result<bool> {
-        if lost {
-            self.serving.note_failed(&served.id, served.epoch);
-        }
-        self.serving.served.lock().remove(&served.id);
-        // One that is under way holds a shard open.
-        served.publisher.stop().await;
-        let mut closed = self.close_shards(served, lost).await;
-        let clean = closed && !lost;
-        if !closed {
-            // What it had not synced may be lost.
-            self.serving.note_failed(&served.id, served.epoch);
-        }
-        // Where only a lock keeps others away, it is kept for as long as a shard is open.
-        while !closed && !served.refuses_deposed {
-            if self.stop.is_cancelled() {
-                return Err(Error::unavailable(format!(
-                    "volume {}: shards of it are in use until this process ends",
-                    served.id
-                )));
-            }
-            tracing::warn!(volume = %served.id, "waiting for those who use its shards");
-            closed = self.close_shards(served, true).await;
-        }
-        match self.demote(served).await {
-            Ok(standby) => {
-                if let Some(standby) = standby {
-                    self.serving.standbys.lock().insert(served.id.clone(), standby);
-                }
-                Ok(clean)
-            }
-            // Its next primary takes it from this node all the same; what is left is cleaned up before it is attached again.
-            Err(error) if served.refuses_deposed => {
-                tracing::error!(volume = %served.id, %error, "a volume that is let go of cannot be unmounted");
-                self.serving.note_failed(&served.id, served.epoch);
-                Ok(false)
-            }
-            Err(error) => {
-                self.serving.note_failed(&served.id, served.epoch);
-                Err(error)
-            }
-        }
-    }
-
-    /// Closes the shards of a volume; whether all of them are closed. `lost`: what is dirty is dropped.
-    async fn close_shards(&self, served: &Served, lost: bool) -> bool {
-        let closing = self.parts.view.shards(|record| record.volume == served.id).into_iter().map(|kept| {
-            let id = kept.record.id;
-            async move {
-                let closed = match lost {
-                    true => self.parts.manager.abandon(id).await,
-                    false => self.parts.manager.close(id).await,
-                };
-                if let Err(error) = &closed {
-                    tracing::error!(shard = %id, %error, "closing a shard");
-                }
-                closed.is_ok()
-            }
-        });
-        let at_most = if lost { ABANDON_WAIT_MAX } else { CLOSE_WAIT_MAX };
-        match tokio::time::timeout(at_most, futures::future::join_all(closing)).await {
-            Ok(closed) => !closed.contains(&false),
-            Err(_) => {
-                tracing::error!(volume = %served.id, "its shards cannot be closed: its device hangs");
-                false
-            }
-        }
-    }
-
-    /// Unmounts a volume; it is stood by for then.
-    async fn demote(&self, served: &Arc<Served>) -> Result<Option<Standby>> {
-        let this = served.clone();
-        self.work(&served.id, UNMOUNT_WAIT_MAX, move || {
-            let Some(attached) = this.attached.lock().take() else { return Ok(None) };
-            this.barrier.close();
-            volume::provider(&this.provider)?.demote(&this.spec, attached).map(Some)
-        })
-        .await
-    }
-
-    /// Lets what is in memory reach the files while the volume is still served, so that the pause after is short.
-    pub(super) async fn flush_volume(&self, served: &Served) {
-        let on_it = self.parts.view.shards(|record| record.volume == served.id);
-        let ids: HashSet<ShardId> = on_it.into_iter().map(|kept| kept.record.id).collect();
-        let flushing = self.parts.manager.flush(|id| ids.contains(&id));
-        if tokio::time::timeout(FLUSH_WAIT_MAX, flushing).await.is_err() {
-            tracing::warn!(volume = %served.id, "its shards are not flushed yet");
-        }
-    }
-
-    /// Plans no more and gives every volume to a node that is ready, as far as there is one.
-    pub async fn leave(self: &Arc<Self>) {
-        self.stop.cancel();
-        self.roles.idle().await;
-        self.give_away().await;
-    }
-
-    /// Stops changes, closes all shards, detaches all volumes. What cannot be detached is logged; the next
-    /// start cleans it up.
-    pub async fn shutdown(&self) -> Result<()> {
-        self.stop.cancel();
-        // Changes under way hold a permit each; with all of them none is left.
-        let all = u32::try_from(super::CHANGES_MAX).unwrap_or(u32::MAX);
-        let waited = tokio::time::timeout(super::SHOWN_WAIT_MAX, self.changes.acquire_many(all)).await;
-        if waited.is_err() {
-            tracing::warn!("stopping while shards are being changed; the next start finishes it");
-        }
-        self.roles.idle().await;
-        self.drop_views().await;
-        for served in self.serving.all() {
-            served.publisher.stop().await;
-        }
-        let closing = tokio::time::timeout(CLOSE_WAIT_MAX, self.parts.manager.close_all());
-        let closed = closing.await.unwrap_or_else(|_| Err(Error::unavailable("a device hangs")));
-        for served in self.serving.all() {
-            self.serving.served.lock().remove(&served.id);
-            match self.demote(&served).await {
-                Ok(standby) => {
-                    drop(standby.map(|s| self.serving.standbys.lock().insert(served.id.clone(), s)))
-                }
-                Err(error) => {
-                    tracing::error!(volume = %served.id, %error, "unmounting a volume; the next start cleans up")
-                }
-            }
-        }
-        for id in self.serving.standing_by() {
-            let Some(kept) = self.parts.view.volume(&id) else { continue };
-            if let Err(error) = self.stand_down(&kept.record).await {
-                tracing::error!(volume = %id, %error, "detaching a volume; the next start cleans up");
-            }
-        }
-        closed
-    }
-
     /// The served volume with the most room, then the fewest shards.
     pub(super) fn most_room(&self) -> Result<Arc<Served>> {
-        let served = self.serving.all();
+        let leaves = |id: &VolumeId| self.parts.view.volume(id).is_none_or(|kept| kept.record.leaving);
+        let served: Vec<Arc<Served>> =
+            self.serving.all().into_iter().filter(|served| !leaves(&served.id)).collect();
         if served.is_empty() {
             let troubles: Vec<String> =
                 self.serving.troubles.lock().iter().map(|(id, t)| format!("{id}: {}", t.message)).collect();
@@ -665,7 +578,8 @@ impl Catalog {
             let trouble = match (&served, self.serving.trouble(&record.id)) {
                 (Some(_), None) => String::new(),
                 (_, Some(trouble)) => trouble,
-                (None, None) => "not attached yet".into(),
+                (None, None) if record.formatted => "it is being taken over".into(),
+                (None, None) => "it is being made".into(),
             };
             VolumeStatus {
                 id: record.id.clone(),

@@ -17,13 +17,18 @@ use crate::cluster::records::{self, NEXT_SHARD_ID, NodeRecord, name_key, request
 use crate::cluster::store::{KeyRange, Txn, get};
 use crate::net::ListenAddr;
 use crate::shard::{Mutation, ShardSettings};
+use crate::volume::Providers;
 
+mod copies;
+mod disk;
 mod late;
 
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A store that outlives the nodes.
 pub(super) struct Bench {
+    /// On which its loop volumes lie; unmounted before the folder goes.
+    disk: Option<disk::Disk>,
     dir: tempfile::TempDir,
     _server: Handle,
     address: String,
@@ -48,7 +53,19 @@ impl Bench {
     }
 
     async fn make(volumes: &[(&str, &str)], backups: &[&str]) -> Bench {
-        let dir = tempfile::tempdir().unwrap();
+        Self::make_in(tempfile::tempdir().unwrap(), None, volumes, backups).await
+    }
+
+    async fn make_in(
+        dir: tempfile::TempDir,
+        disk: Option<disk::Disk>,
+        volumes: &[(&str, &str)],
+        backups: &[&str],
+    ) -> Bench {
+        let (provider, ending, size_bytes) = match disk {
+            Some(_) => ("loop", ".img", disk::VOLUME_BYTES),
+            None => ("dir", "", 0),
+        };
         let socket = dir.path().join("meta.sock");
         let server = serve(dir.path().join("meta.redb"), ListenAddr::Unix(socket)).await.unwrap();
         let address = server.address().to_string();
@@ -57,9 +74,10 @@ impl Bench {
         for (volume, node) in volumes {
             let spec = VolumeSpec {
                 id: VolumeId::new(*volume).unwrap(),
-                provider: "dir".into(),
-                source: dir.path().join("backing").join(volume).to_str().unwrap().to_owned(),
-                size_bytes: 0,
+                provider: provider.into(),
+                source: dir.path().join(format!("backing/{volume}{ending}")).to_str().unwrap().to_owned(),
+                size_bytes,
+                iops: 0,
                 primary: NodeId::new(*node).unwrap(),
                 backups: backups.iter().map(|id| NodeId::new(*id).unwrap()).collect(),
                 allow_unfenced: false,
@@ -67,10 +85,10 @@ impl Bench {
             bootstrap::ensure_volume(&store, &spec).await.unwrap();
             bootstrap::ensure_volume(&store, &spec).await.unwrap();
         }
-        Bench { dir, _server: server, address, cluster_id }
+        Bench { disk, dir, _server: server, address, cluster_id }
     }
 
-    fn store(&self) -> EmbeddedStore {
+    pub(super) fn store(&self) -> EmbeddedStore {
         EmbeddedStore::new(&self.address).unwrap()
     }
 
@@ -79,7 +97,17 @@ impl Bench {
     }
 
     /// One that reaches the records in a way of its own.
-    async fn node_on(&self, id: &str, store: Arc<dyn MetaStore>) -> TestNode {
+    pub(super) async fn node_on(&self, id: &str, store: Arc<dyn MetaStore>) -> TestNode {
+        self.node_with(id, store, Providers::default()).await
+    }
+
+    /// One whose machine is of a cloud.
+    pub(super) async fn node_in_cloud(&self, id: &str, providers: Providers) -> TestNode {
+        self.node_with(id, Arc::new(self.store()), providers).await
+    }
+
+    async fn node_with(&self, id: &str, store: Arc<dyn MetaStore>, providers: Providers) -> TestNode {
+        let cloud = providers.ebs().is_ok();
         let view = View::new();
         let stop = CancellationToken::new();
         let mut tasks = vec![tokio::spawn(view.clone().run(store.clone(), stop.clone()))];
@@ -93,8 +121,9 @@ impl Bench {
             version: "1".into(),
             started: clock::now(),
             incarnation: bootstrap::random_id(),
-            instance_id: String::new(),
+            instance_id: if cloud { format!("i-{id}") } else { String::new() },
             region: String::new(),
+            cloud,
         };
         let registered = heartbeat::register(&*store, &record).await.unwrap();
         let lease = Arc::new(Lease::default());
@@ -112,10 +141,11 @@ impl Bench {
             node_id: NodeId::new(id).unwrap(),
             data_dir: self.dir.path().join(id),
             devices: Default::default(),
+            providers,
+            backup_dir: None,
             cluster_id: self.cluster_id.clone(),
-            limit_bytes_default: Some(1 << 30),
             chunk_bytes: crate::shard::chunk::CHUNK_BYTES,
-            publish_every: Duration::from_secs(1),
+            tunable: Tunable { limit_bytes_default: Some(1 << 30), publish_every: Duration::from_secs(1) },
             store,
             view,
             lease,
@@ -153,7 +183,7 @@ pub(super) fn me() -> ClientId {
     ClientId::new("me").unwrap()
 }
 
-fn name(text: &str) -> ShardName {
+pub(super) fn name(text: &str) -> ShardName {
     ShardName::new(text).unwrap()
 }
 
@@ -363,6 +393,9 @@ async fn leave(store: &EmbeddedStore, id: u64, label: &str, state: StateWord) ->
         uid: 0,
         gid: 0,
         purged: false,
+        snapshot_of: None,
+        copy_of: None,
+        rollback: None,
     };
     let mut txn = Txn::new()
         .put(NEXT_SHARD_ID, (id + 1).to_string())

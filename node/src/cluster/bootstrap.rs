@@ -19,12 +19,14 @@ const DELETE_KEYS_MAX: usize = 512;
 pub struct VolumeSpec {
     /// Its id.
     pub id: VolumeId,
-    /// `loop`, `device` or `dir`.
+    /// `loop`, `device`, `dir` or `aws`.
     pub provider: String,
-    /// The backing file, device or folder; absolute. Nodes may be told another path of a device.
+    /// The backing file, device or folder; absolute. Nodes may be told another path of a device. Of `aws` the disk's id.
     pub source: String,
-    /// Bytes of the backing file, which is made when the volume is attached first; 0 for others.
+    /// Bytes of the backing file, which is made when the volume is attached first, or of the disk; 0 for others.
     pub size_bytes: u64,
+    /// Of `aws`: reads and writes a second that its disk is to have; 0: as it has them.
+    pub iops: u32,
     /// The node that shall serve it.
     pub primary: NodeId,
     /// Nodes that stand by.
@@ -115,9 +117,22 @@ pub async fn delete_cluster(store: &dyn MetaStore, id: &str) -> Result<bool> {
 /// Two that are added with one source at the same moment may both come through: their label or identity tells them apart
 /// before anything is served.
 pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<VolumeRecord> {
-    if !spec.source.starts_with('/') {
+    if spec.provider == crate::volume::AWS {
+        crate::volume::ebs::check_source(&spec.id, &spec.source)?;
+    } else if !spec.source.starts_with('/') {
         return Err(Error::invalid(format!(
             "volume {}: the source {:?} is no absolute path",
+            spec.id, spec.source
+        )));
+    }
+    // Names that restores and backups give to files beside a volume's.
+    if spec.provider == "loop"
+        && (spec.source.ends_with(".restoring")
+            || spec.source.contains(".img.backup-")
+            || spec.source.contains(".replaced-"))
+    {
+        return Err(Error::invalid(format!(
+            "volume {}: the name of {} is one that backups give: rename it first",
             spec.id, spec.source
         )));
     }
@@ -128,6 +143,7 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         provider: spec.provider.clone(),
         source: spec.source.clone(),
         size_bytes: spec.size_bytes,
+        iops: spec.iops,
         primary: Some(spec.primary.clone()),
         backups: spec.backups.clone(),
         epoch: Epoch::FIRST,
@@ -138,11 +154,16 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         predecessors: Vec::new(),
         handed_over: false,
         unmounted: false,
+        leaving: false,
+        retired: false,
+        delete_content: false,
     };
     let key = records::volume_key(&spec.id);
     refuse_shared_source(store, spec).await?;
-    let kept: VolumeRecord =
-        records::decode(key.as_bytes(), &put_if_absent(store, &key, records::encode(&record)).await?)?;
+    // What was being made for it is made with it: nobody takes that for half-made later.
+    let making = Op::Delete(KeyRange::key(records::making_key(&spec.id)));
+    let kept = put_if_absent_and(store, &key, records::encode(&record), &[making]).await?;
+    let kept: VolumeRecord = records::decode(key.as_bytes(), &kept)?;
     if (&kept.provider, &kept.source) != (&spec.provider, &spec.source) {
         return Err(Error::invalid(format!(
             "volume {} is {} {} already, not {} {}: choose another id",
@@ -191,15 +212,16 @@ fn differences(kept: &VolumeRecord, spec: &VolumeSpec) -> Vec<String> {
 }
 
 /// Two volumes over one file, folder or device of a node would destroy each other.
-async fn refuse_shared_source(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<()> {
+pub async fn refuse_shared_source(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<()> {
     for kv in range_all(store, KeyRange::prefix(records::VOLUMES)).await?.kvs {
         // One that cannot be read is nobody's obstacle.
         let Ok(other) = records::decode::<VolumeRecord>(&kv.key, &kv.value) else { continue };
         // Paths that are written differently may be the same.
         let same = other.provider == spec.provider && Path::new(&other.source) == Path::new(&spec.source);
-        // Different machines may call different devices the same.
+        // Different machines may call different devices the same; a disk of a cloud is called the same everywhere.
         let mut asked = std::iter::once(&spec.primary).chain(&spec.backups);
-        let together = asked.any(|node| other.primary.as_ref() == Some(node) || other.backups.contains(node));
+        let together = spec.provider == crate::volume::AWS
+            || asked.any(|node| other.primary.as_ref() == Some(node) || other.backups.contains(node));
         if same && together && other.id != spec.id && kv.key == records::volume_key(&other.id) {
             return Err(Error::new(
                 Reason::AlreadyExists,
@@ -213,13 +235,25 @@ async fn refuse_shared_source(store: &dyn MetaStore, spec: &VolumeSpec) -> Resul
     Ok(())
 }
 
-async fn put_if_absent(store: &dyn MetaStore, key: &str, value: bytes::Bytes) -> Result<bytes::Bytes> {
+/// Writes a record unless there is one; answers the one that is there.
+pub async fn put_if_absent(store: &dyn MetaStore, key: &str, value: bytes::Bytes) -> Result<bytes::Bytes> {
+    put_if_absent_and(store, key, value, &[]).await
+}
+
+/// The same, with what is done beside it.
+async fn put_if_absent_and(
+    store: &dyn MetaStore,
+    key: &str,
+    value: bytes::Bytes,
+    beside: &[Op],
+) -> Result<bytes::Bytes> {
     let mut last = None;
     for _ in 0..ATTEMPTS_MAX {
         if let Some(kv) = get(store, key.to_owned()).await?.1 {
             return Ok(kv.value);
         }
-        let txn = Txn::new().when(key.to_owned(), Demand::Absent).put(key.to_owned(), value.clone());
+        let mut txn = Txn::new().when(key.to_owned(), Demand::Absent).put(key.to_owned(), value.clone());
+        txn.success.extend(beside.iter().cloned());
         match store.txn(txn).await {
             Ok(answer) if answer.succeeded => return Ok(value),
             // Somebody else was first, or we were: the next read tells.
@@ -275,6 +309,7 @@ mod tests {
             provider: provider.into(),
             source: source.into(),
             size_bytes: 0,
+            iops: 0,
             primary: node("a"),
             backups: vec![node("b"), node("c")],
             allow_unfenced: false,

@@ -65,7 +65,7 @@ pub async fn elect(
 
 /// Adds what a transaction has to demand that is right only while a node's lease is over; `None`: it is not, for all that
 /// is known. Who makes it also changes the node's depositions.
-pub(super) fn lease_is_over(view: &View, node: &NodeId, txn: Txn) -> Option<Txn> {
+pub fn lease_is_over(view: &View, node: &NodeId, txn: Txn) -> Option<Txn> {
     match view.health(node) {
         Health::Dead(_) => {
             view.death_revision(node).map(|seen| txn.when(records::death_key(node), Demand::Modified(seen)))
@@ -175,32 +175,49 @@ pub async fn set_target(
     volume: &VolumeId,
     target: Option<&NodeId>,
 ) -> Result<Revision> {
-    const ATTEMPTS_MAX: usize = 8;
-    for _ in 0..ATTEMPTS_MAX {
-        let key = records::volume_key(volume);
-        let (_, Some(kv)) = super::store::get(store, key.clone()).await? else {
-            return Err(Error::not_found(format!("there is no volume {volume}")));
-        };
-        let old: VolumeRecord = records::decode(key.as_bytes(), &kv.value)?;
+    change_volume(store, volume, |record, _| {
         if let Some(target) = target
-            && old.primary.as_ref() != Some(target)
-            && !old.backups.contains(target)
+            && record.primary.as_ref() != Some(target)
+            && !record.backups.contains(target)
         {
-            let candidates: Vec<&str> = old.backups.iter().map(NodeId::as_str).collect();
+            let candidates: Vec<&str> = record.backups.iter().map(NodeId::as_str).collect();
             return Err(Error::invalid(format!(
                 "{target} does not stand by for volume {volume}; those who do: {}",
                 if candidates.is_empty() { "none".to_owned() } else { candidates.join(", ") }
             )));
         }
-        let fresh = VolumeRecord { target: target.cloned(), ..old };
+        record.target = target.cloned();
         if let Some(target) = target {
-            refuse(&promotion(view, &fresh, target), &fresh, target)?;
+            refuse(&promotion(view, record, target), record, target)?;
         }
-        let txn =
-            Txn::new().when(key.clone(), Demand::Modified(kv.modified)).put(key, records::encode(&fresh));
+        Ok(true)
+    })
+    .await
+}
+
+/// Changes a volume's record in one compare-and-set, made anew while others change it: `change` gets the record and its revision, and
+/// says whether there is anything to change. The revision that the record has then.
+pub async fn change_volume(
+    store: &dyn MetaStore,
+    volume: &VolumeId,
+    change: impl Fn(&mut VolumeRecord, Revision) -> Result<bool>,
+) -> Result<Revision> {
+    const ATTEMPTS_MAX: usize = 8;
+    let key = records::volume_key(volume);
+    for _ in 0..ATTEMPTS_MAX {
+        let (_, Some(kv)) = super::store::get(store, key.clone()).await? else {
+            return Err(Error::not_found(format!("there is no volume {volume}")));
+        };
+        let mut record: VolumeRecord = records::decode(key.as_bytes(), &kv.value)?;
+        if !change(&mut record, kv.modified)? {
+            return Ok(kv.modified);
+        }
+        let txn = Txn::new()
+            .when(key.clone(), Demand::Modified(kv.modified))
+            .put(key.clone(), records::encode(&record));
         match store.txn(txn).await {
             Ok(answer) if answer.succeeded => return Ok(answer.revision),
-            // To say it twice is harmless.
+            // What was made after all is found in the next round.
             Ok(_) | Err(StoreError::OutcomeUnknown(_)) => {}
             Err(error) => return Err(error.into()),
         }

@@ -97,6 +97,7 @@ impl Heart {
                 _ = stop.cancelled() => break,
                 _ = ticks.tick() => {}
             }
+            self.lease.note_round();
             counter += 1;
             let txn = Txn::new()
                 .when(node_key.clone(), Demand::Modified(self.registered.revision))

@@ -35,6 +35,7 @@ const BEATS_KEPT: usize = 4096;
 pub struct Lease {
     counter: AtomicU64,
     succeeded: AtomicBool,
+    rounds: AtomicU64,
     /// Boot clock, ns; 0: never held.
     until_nanos: AtomicU64,
     /// Own heartbeats: the revision of each, and when it was begun. Ascending.
@@ -47,6 +48,16 @@ impl Lease {
         self.counter.store(counter, Ordering::Relaxed);
         self.until_nanos.fetch_max((begun + TERM).nanos(), Ordering::AcqRel);
         self.succeeded.store(true, Ordering::Relaxed);
+    }
+
+    /// The heartbeat begins another round.
+    pub fn note_round(&self) {
+        self.rounds.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Rounds that the heartbeat has begun, whether or not the store answered: it lives while they grow.
+    pub fn rounds(&self) -> u64 {
+        self.rounds.load(Ordering::Relaxed)
     }
 
     /// Remembers a heartbeat that was begun at this moment and has this revision.

@@ -103,6 +103,8 @@ pub struct Volume {
     pub formatted: bool,
     /// Whoever had it before its primary gave it away in order.
     pub handed_over: bool,
+    /// It is being taken out of the cluster, and has no shards.
+    pub retired: bool,
     /// What this node has of it.
     pub local: Local,
     /// Attempts of this node on it that failed, in a row.
@@ -163,6 +165,8 @@ pub enum Action {
     StepDown(VolumeId),
     /// Let go of it: it is no longer this node's.
     Detach(VolumeId),
+    /// Stop serving it, let go of it, and remove its record.
+    Retire(VolumeId),
 }
 
 impl Action {
@@ -174,7 +178,8 @@ impl Action {
             | Action::Promote(volume, _)
             | Action::HandOver(volume, _)
             | Action::StepDown(volume)
-            | Action::Detach(volume) => volume,
+            | Action::Detach(volume)
+            | Action::Retire(volume) => volume,
         }
     }
 }
@@ -239,6 +244,10 @@ fn for_volume(
         Local::Busy => None,
         Local::Fenced => Some(Action::StepDown(id)),
         Local::Primary(epoch) if !mine || epoch != volume.epoch => Some(Action::StepDown(id)),
+        // It has no shards, so it need not be mounted for it, and what cannot be used leaves as well.
+        _ if mine && volume.retired => {
+            (observed.store_reachable && observed.lease_held).then_some(Action::Retire(id))
+        }
         Local::Primary(_) => hand_over_to(observed, volume).map(|to| Action::HandOver(id, to.clone())),
         // Another machine may have a better way to the device.
         Local::Lost if mine => match ready_backup(observed, volume).filter(|_| !observed.stopping) {
@@ -331,7 +340,7 @@ fn balance(observed: &Observed, loads: &BTreeMap<&NodeId, usize>) -> Option<Acti
     }
     let served = observed.volumes.iter().filter(|v| {
         // One that an operator has placed stays there.
-        matches!(v.local, Local::Primary(_)) && v.target.as_ref() != Some(&observed.me)
+        matches!(v.local, Local::Primary(_)) && v.target.as_ref() != Some(&observed.me) && !v.retired
     });
     let moves = served.flat_map(|volume| {
         // A trial of a node that failed is a pause for the volume's users.

@@ -10,16 +10,23 @@
 //! | `drains/{id}` | empty: the node is to serve nothing |
 //! | `stopping` | empty: the whole cluster is being stopped, so volumes stay where they are |
 //! | `volumes/{id}` | [`VolumeRecord`] |
+//! | `making/{volume id}` | [`MakingRecord`] |
+//! | `backups/{volume}/{id}` | [`backups::BackupRecord`] |
+//! | `backup-schedules/{volume}` | [`backups::ScheduleRecord`] |
+//! | `restoring/{volume}` | [`backups::RestoringRecord`] |
+//! | `provisioning` | [`provisioning::ProvisioningRecord`] |
 //! | `shards/{id, 10 digits}` | [`ShardRecord`] |
 //! | `names/{owner}/{name}` | the shard's id in decimal |
+//! | `snapshots/{shard, 10 digits}/{name}` | the id of the shard's snapshot of that name, in decimal |
 //! | `requests/{owner}/{request id}` | the id of the shard that the request made, in decimal |
 //! | `next-shard-id` | the next shard id in decimal |
 //! | `views/{volume}/{shard, 10 digits}` | [`views::ViewRecord`] |
 //! | `pins/{volume}/{node}` | [`views::PinRecord`] |
 //!
 //! Every record has a format version `v`. Fields that a program does not know are kept out of its sight and are
-//! no error, so that a newer version may add some; a greater `v` is refused. A shard's record, name and request
-//! change in one transaction.
+//! no error, so that a newer version may add some; a greater `v` is refused. A field that must not be overlooked comes with a greater
+//! `v`, in the records that say it and no others: so an earlier version goes on with the rest. Formats are numbered over all kinds of
+//! records. A shard's record, name and request change in one transaction.
 
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
@@ -28,7 +35,10 @@ use shardfs_proto::types::op::ShardState;
 use shardfs_proto::types::{ClientId, Epoch, Error, NodeId, Result, ShardId, ShardName, Timestamp, VolumeId};
 
 use super::store::{Revision, VOLATILE_PREFIX};
+use crate::volume::cloud::DiskSize;
 
+pub mod backups;
+pub mod provisioning;
 pub mod views;
 
 /// Before every key, so that a cluster may share an etcd with others.
@@ -49,6 +59,8 @@ pub const DRAINS: &str = "shardfs/drains/";
 pub const STOPPING: &str = "shardfs/stopping";
 /// Before every [`VolumeRecord`]'s key.
 pub const VOLUMES: &str = "shardfs/volumes/";
+/// Before every [`MakingRecord`]'s key.
+pub const MAKING: &str = "shardfs/making/";
 /// Before every [`ShardRecord`]'s key.
 pub const SHARDS: &str = "shardfs/shards/";
 /// The key of the counter of shard ids.
@@ -59,8 +71,12 @@ const _: () = assert!(HEARTBEATS.len() == VOLATILE_PREFIX.len(), "heartbeats are
 /// Predecessors that a volume's record keeps: winners in a row that may all have failed before their fence.
 pub const PREDECESSORS_MAX: usize = 8;
 
-/// The format that this program writes.
+/// The format of what this program writes, of shards excepted: [`ShardRecord::with_format`].
 pub const FORMAT: u32 = 1;
+/// The format of a shard's record that versions before 0.2 would misread.
+const FORMAT_OF_COPIES: u32 = 2;
+/// The newest format that this program knows.
+pub const FORMAT_MAX: u32 = FORMAT_OF_COPIES;
 
 /// The cluster.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -96,6 +112,9 @@ pub struct NodeRecord {
     /// The region; empty: unknown.
     #[serde(default)]
     pub region: String,
+    /// It uses volumes of kind `aws`.
+    #[serde(default)]
+    pub cloud: bool,
 }
 
 /// A process that was seen to end.
@@ -117,13 +136,16 @@ pub struct VolumeRecord {
     pub v: u32,
     /// Its id.
     pub id: VolumeId,
-    /// `loop`, `device` or `dir`.
+    /// `loop`, `device`, `dir` or `aws`.
     pub provider: String,
-    /// The backing file, device or folder. Of a device what it is called on nodes that were not told another path.
+    /// The backing file, device or folder. Of a device what it is called on nodes that were not told another path. Of `aws` the disk's id.
     pub source: String,
-    /// Bytes of a backing file; 0 for a folder.
+    /// Bytes of a backing file or disk; 0 for others.
     #[serde(default)]
     pub size_bytes: u64,
+    /// Of `aws`: reads and writes a second that its disk is to have; 0: as it has them.
+    #[serde(default)]
+    pub iops: u32,
     /// The node that serves it.
     pub primary: Option<NodeId>,
     /// Nodes that stand by.
@@ -155,6 +177,15 @@ pub struct VolumeRecord {
     /// of those before it.
     #[serde(default)]
     pub unmounted: bool,
+    /// It is to be taken out of the cluster: it gets no shards.
+    #[serde(default)]
+    pub leaving: bool,
+    /// It leaves, and has no shards: nobody stands by for it, its primary lets go of it and then removes this record.
+    #[serde(default)]
+    pub retired: bool,
+    /// What it holds goes with it, as far as its kind can do that.
+    #[serde(default)]
+    pub delete_content: bool,
 }
 
 impl VolumeRecord {
@@ -163,6 +194,25 @@ impl VolumeRecord {
         let last = self.primary.iter().map(|node| Predecessor { node: node.clone(), epoch: self.epoch });
         last.chain(self.predecessors.iter().cloned()).take(PREDECESSORS_MAX).collect()
     }
+}
+
+/// A disk that is being made for a volume: written before the cloud is asked, deleted after the volume's record was written. So whoever
+/// goes on with what was cut off asks for the same disk.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MakingRecord {
+    /// Format.
+    pub v: u32,
+    /// The volume.
+    pub volume: VolumeId,
+    /// [`NewDisk::token`](crate::volume::cloud::NewDisk).
+    pub token: String,
+    /// How large it is to be.
+    pub size: DiskSize,
+    /// How it is encrypted.
+    #[serde(default)]
+    pub kms_key: Option<String>,
+    /// When it was begun.
+    pub since: Timestamp,
 }
 
 /// Who had a volume under an earlier epoch.
@@ -206,6 +256,49 @@ pub struct ShardRecord {
     /// Of a deleted one: its bytes are gone.
     #[serde(default)]
     pub purged: bool,
+    /// It is a snapshot of this shard: its name is one of that shard's, not of the owner's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_of: Option<ShardId>,
+    /// It was made with the content of this shard.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copy_of: Option<ShardId>,
+    /// The last time that its content was replaced with that of a snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Rollback>,
+}
+
+/// A rollback of a shard.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Rollback {
+    /// To this snapshot of the shard's.
+    pub snapshot: ShardId,
+    /// The request that asked for it: one that comes again is answered. Also written beside the content that it brought.
+    pub request_id: String,
+    /// The content is the snapshot's. Else it is not known which of the two it is, and leftovers may lie beside it.
+    pub done: bool,
+}
+
+impl ShardRecord {
+    /// The key that reserves its name.
+    pub fn name_key(&self) -> String {
+        match self.snapshot_of {
+            Some(shard) => snapshot_key(shard, &self.name),
+            None => name_key(&self.owner, &self.name),
+        }
+    }
+
+    /// The record as it is written. Versions before 0.2 would take a snapshot for a shard of its owner's of that name, and make a copy that was
+    /// cut off as an empty shard: of those they see that the record is newer than they are. They serve all others, clones included.
+    pub fn with_format(self) -> ShardRecord {
+        let half_made_copy = self.copy_of.is_some() && self.state == StateWord::Creating;
+        let v = if self.snapshot_of.is_some() || half_made_copy { FORMAT_OF_COPIES } else { FORMAT };
+        ShardRecord { v, ..self }
+    }
+
+    /// Whether a rollback was begun, and how it ended was not noted.
+    pub fn is_rolling_back(&self) -> bool {
+        self.rollback.as_ref().is_some_and(|rollback| !rollback.done)
+    }
 }
 
 /// [`ShardState`] as the records spell it.
@@ -233,15 +326,15 @@ impl From<StateWord> for ShardState {
     }
 }
 
-mod name_as_text {
+pub(crate) mod name_as_text {
     use serde::{Deserialize, Deserializer, Serializer};
     use shardfs_proto::types::ShardName;
 
-    pub(super) fn serialize<S: Serializer>(name: &ShardName, s: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(name: &ShardName, s: S) -> Result<S::Ok, S::Error> {
         s.serialize_str(name.as_str())
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<ShardName, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(d: D) -> Result<ShardName, D::Error> {
         ShardName::new(String::deserialize(d)?).map_err(serde::de::Error::custom)
     }
 }
@@ -276,6 +369,11 @@ pub fn volume_key(id: &VolumeId) -> String {
     format!("{VOLUMES}{id}")
 }
 
+/// The key of a [`MakingRecord`].
+pub fn making_key(volume: &VolumeId) -> String {
+    format!("{MAKING}{volume}")
+}
+
 /// The key of a shard's record.
 pub fn shard_key(id: ShardId) -> String {
     format!("{SHARDS}{:010}", id.get())
@@ -284,6 +382,11 @@ pub fn shard_key(id: ShardId) -> String {
 /// The key that reserves a shard's name.
 pub fn name_key(owner: &ClientId, name: &ShardName) -> String {
     format!("{PREFIX}names/{owner}/{name}")
+}
+
+/// The key that reserves the name of a shard's snapshot.
+pub fn snapshot_key(shard: ShardId, name: &ShardName) -> String {
+    format!("{PREFIX}snapshots/{:010}/{name}", shard.get())
 }
 
 /// The key that remembers which shard a request made.
@@ -306,11 +409,11 @@ pub fn decode<T: DeserializeOwned>(key: &[u8], value: &[u8]) -> Result<T> {
         Error::corrupt(format!("the metadata store's record {} is damaged: {e}", key.escape_ascii()))
     };
     let format: Format = serde_json::from_slice(value).map_err(|e| corrupt(&e))?;
-    if format.v > FORMAT {
+    if format.v > FORMAT_MAX {
         return Err(Error::new(
             shardfs_proto::types::Reason::Unsupported,
             format!(
-                "the metadata store's record {} has format {}, this program knows {FORMAT}: update it",
+                "the metadata store's record {} has format {}, this program knows {FORMAT_MAX}: update it",
                 key.escape_ascii(),
                 format.v
             ),
@@ -327,70 +430,4 @@ pub fn decode_number(key: &[u8], value: &[u8]) -> Result<u64> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn shard() -> ShardRecord {
-        ShardRecord {
-            v: FORMAT,
-            id: ShardId::new(7).unwrap(),
-            name: ShardName::new("a b").unwrap(),
-            owner: ClientId::new("me").unwrap(),
-            volume: VolumeId::new("vol-1").unwrap(),
-            state: StateWord::ReadOnly,
-            limit_bytes: None,
-            created: Timestamp::new(5, 6).unwrap(),
-            request_id: "r".into(),
-            mode: 0o755,
-            uid: 1,
-            gid: 2,
-            purged: false,
-        }
-    }
-
-    #[test]
-    fn a_shard_has_this_record() {
-        let golden = concat!(
-            r#"{"v":1,"id":7,"name":"a b","owner":"me","volume":"vol-1","state":"read-only","limit_bytes":null,"#,
-            r#""created":{"seconds":5,"nanos":6},"request_id":"r","mode":493,"uid":1,"gid":2,"purged":false}"#
-        );
-        assert_eq!(encode(&shard()), golden);
-        assert_eq!(decode::<ShardRecord>(b"k", golden.as_bytes()).unwrap(), shard());
-    }
-
-    #[test]
-    fn unknown_fields_pass_and_newer_formats_do_not() {
-        let more = String::from_utf8(encode(&shard()).to_vec())
-            .unwrap()
-            .replace(r#""v":1"#, r#""v":1,"later":true"#);
-        assert_eq!(decode::<ShardRecord>(b"k", more.as_bytes()).unwrap(), shard());
-        let newer = more.replace(r#""v":1"#, r#""v":2"#);
-        assert!(decode::<ShardRecord>(b"k", newer.as_bytes()).is_err());
-        assert!(decode::<ShardRecord>(b"k", b"{}").is_err());
-        assert!(decode::<ShardRecord>(b"k", b"\xff").is_err());
-    }
-
-    #[test]
-    fn volumes_of_before_have_no_predecessors_and_need_a_fence() {
-        let before =
-            br#"{"v":1,"id":"vol-1","provider":"loop","source":"/x","size_bytes":7,"primary":"a","epoch":3}"#;
-        let mut record: VolumeRecord = decode(b"k", before).unwrap();
-        assert!(!record.allow_unfenced && !record.handed_over && !record.unmounted);
-        assert!(record.predecessors.is_empty());
-        for epoch in 4..20 {
-            record.predecessors = record.predecessors_of_next();
-            record.epoch = Epoch::new(epoch).unwrap();
-        }
-        assert_eq!(record.predecessors.len(), PREDECESSORS_MAX);
-        let latest = Predecessor { node: NodeId::new("a").unwrap(), epoch: Epoch::new(18).unwrap() };
-        assert_eq!(record.predecessors[0], latest);
-        record.primary = None;
-        assert_eq!(record.predecessors_of_next(), record.predecessors);
-    }
-
-    #[test]
-    fn keys_sort_as_ids_and_heartbeats_are_volatile() {
-        assert!(shard_key(ShardId::new(9).unwrap()) < shard_key(ShardId::new(10).unwrap()));
-        assert_eq!(HEARTBEATS.as_bytes(), VOLATILE_PREFIX);
-    }
-}
+mod tests;

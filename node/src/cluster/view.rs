@@ -75,8 +75,10 @@ struct State {
     volumes: BTreeMap<VolumeId, Kept<VolumeRecord>>,
     shards: BTreeMap<ShardId, Kept<ShardRecord>>,
     published: published::Published,
-    /// Shards that are not deleted.
+    /// Shards that are not deleted, snapshots excepted.
     names: HashMap<ClientId, BTreeMap<ShardName, ShardId>>,
+    /// Snapshots that are not deleted, by the shard that they are of.
+    snapshots: HashMap<ShardId, BTreeMap<ShardName, ShardId>>,
     /// Shards that are not deleted.
     shard_counts: HashMap<VolumeId, u32>,
     heard: Option<BootTime>,
@@ -237,6 +239,20 @@ impl View {
         state.shards.get(id).cloned()
     }
 
+    /// The record of a shard's snapshot, by its name.
+    pub fn snapshot_by_name(&self, shard: ShardId, name: &ShardName) -> Option<Kept<ShardRecord>> {
+        let state = self.state.read();
+        let id = state.snapshots.get(&shard)?.get(name)?;
+        state.shards.get(id).cloned()
+    }
+
+    /// The records of a shard's snapshots, in order of name.
+    pub fn snapshots_of(&self, shard: ShardId) -> Vec<Kept<ShardRecord>> {
+        let state = self.state.read();
+        let ids = state.snapshots.get(&shard).into_iter().flat_map(|names| names.values());
+        ids.filter_map(|id| state.shards.get(id).cloned()).collect()
+    }
+
     /// The records that `keep` chooses, in order of id.
     pub fn shards(&self, keep: impl Fn(&ShardRecord) -> bool) -> Vec<Kept<ShardRecord>> {
         self.state.read().shards.values().filter(|kept| keep(&kept.record)).cloned().collect()
@@ -274,6 +290,7 @@ impl View {
             location: self.location(&record.volume),
             used_bytes: None,
             inodes: None,
+            snapshot_of: record.snapshot_of,
         }
     }
 
@@ -349,6 +366,8 @@ impl View {
                 epoch: record.epoch,
                 shards: state.shard_counts.get(&record.id).copied().unwrap_or(0),
                 target: record.target.clone(),
+                leaving: record.leaving,
+                iops: record.iops,
             }
         };
         state.volumes.values().map(info).collect()
@@ -439,7 +458,11 @@ impl State {
             check_key(kv, &records::shard_key(record.id))?;
             self.forget_shard(record.id);
             if record.state != StateWord::Deleted {
-                self.names.entry(record.owner.clone()).or_default().insert(record.name.clone(), record.id);
+                let names = match record.snapshot_of {
+                    Some(shard) => self.snapshots.entry(shard).or_default(),
+                    None => self.names.entry(record.owner.clone()).or_default(),
+                };
+                names.insert(record.name.clone(), record.id);
                 *self.shard_counts.entry(record.volume.clone()).or_default() += 1;
             }
             self.shards.insert(record.id, keep(record, kv));
@@ -484,15 +507,25 @@ impl State {
         if let Some(count) = self.shard_counts.get_mut(&old.record.volume) {
             *count -= 1;
         }
-        if let Some(names) = self.names.get_mut(&old.record.owner) {
-            // A rename in the same revision may have given the name to another shard already.
-            if names.get(&old.record.name) == Some(&id) {
-                names.remove(&old.record.name);
-            }
-            if names.is_empty() {
-                self.names.remove(&old.record.owner);
-            }
+        match old.record.snapshot_of {
+            Some(shard) => forget_name(&mut self.snapshots, &shard, &old.record),
+            None => forget_name(&mut self.names, &old.record.owner, &old.record),
         }
+    }
+}
+
+fn forget_name<K: Eq + std::hash::Hash>(
+    all: &mut HashMap<K, BTreeMap<ShardName, ShardId>>,
+    whose: &K,
+    record: &ShardRecord,
+) {
+    let Some(names) = all.get_mut(whose) else { return };
+    // A rename in the same revision may have given the name to another shard already.
+    if names.get(&record.name) == Some(&record.id) {
+        names.remove(&record.name);
+    }
+    if names.is_empty() {
+        all.remove(whose);
     }
 }
 

@@ -19,6 +19,10 @@ use super::stream::{self, Answer};
 use super::{Services, about, caller};
 use crate::shard::{ReadView, Shard, check};
 
+/// How long a volume that leaves is waited for if the caller does not say, and at most.
+const REMOVE_WAIT_DEFAULT: Duration = Duration::from_secs(30);
+/// See [`REMOVE_WAIT_DEFAULT`].
+const REMOVE_WAIT_MAX: Duration = Duration::from_secs(300);
 /// How long a promotion is waited for unless the caller says, and at most.
 const PROMOTE_WAIT_DEFAULT: Duration = Duration::from_secs(30);
 const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(300);
@@ -124,6 +128,125 @@ impl Admin for AdminService {
             Ok(convert::volume_info_to_wire(&added))
         };
         self.0.unary("Admin/AddVolume", call).await
+    }
+
+    async fn attach_volume(
+        &self,
+        request: Request<wire::AttachVolumeRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let (volume, node) = (VolumeId::new(r.volume_id)?, NodeId::new(r.node_id)?);
+            Ok(convert::volume_info_to_wire(&self.0.catalog.attach_volume(&volume, &node).await?))
+        };
+        self.0.unary("Admin/AttachVolume", call).await
+    }
+
+    async fn detach_volume(
+        &self,
+        request: Request<wire::DetachVolumeRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let (volume, node) = (VolumeId::new(r.volume_id)?, NodeId::new(r.node_id)?);
+            Ok(convert::volume_info_to_wire(&self.0.catalog.detach_volume(&volume, &node).await?))
+        };
+        self.0.unary("Admin/DetachVolume", call).await
+    }
+
+    async fn grow_volume(
+        &self,
+        request: Request<wire::GrowVolumeRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let volume = VolumeId::new(r.volume_id)?;
+            Ok(convert::volume_info_to_wire(&self.0.catalog.grow_volume(&volume, r.size_bytes).await?))
+        };
+        self.0.unary("Admin/GrowVolume", call).await
+    }
+
+    async fn set_volume_iops(
+        &self,
+        request: Request<wire::SetVolumeIopsRequest>,
+    ) -> Result<Response<wire::Volume>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let volume = VolumeId::new(r.volume_id)?;
+            Ok(convert::volume_info_to_wire(&self.0.catalog.set_iops(&volume, r.iops).await?))
+        };
+        self.0.unary("Admin/SetVolumeIops", call).await
+    }
+
+    async fn list_strays(
+        &self,
+        request: Request<wire::ListStraysRequest>,
+    ) -> Result<Response<wire::ListStraysReply>, Status> {
+        let call = async {
+            caller(request.metadata())?;
+            let strays = self.0.catalog.strays().await?;
+            Ok(wire::ListStraysReply { strays: strays.iter().map(convert::stray_to_wire).collect() })
+        };
+        self.0.unary("Admin/ListStrays", call).await
+    }
+
+    async fn remove_stray(
+        &self,
+        request: Request<wire::RemoveStrayRequest>,
+    ) -> Result<Response<wire::RemoveStrayReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            self.0.catalog.remove_stray(&r.volume_id, &r.disk, &r.machine, r.force).await?;
+            Ok(wire::RemoveStrayReply {})
+        };
+        self.0.unary("Admin/RemoveStray", call).await
+    }
+
+    async fn remove_volume(
+        &self,
+        request: Request<wire::RemoveVolumeRequest>,
+    ) -> Result<Response<wire::RemoveVolumeReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let patience = match r.timeout_ms {
+                0 => REMOVE_WAIT_DEFAULT,
+                ms => Duration::from_millis(ms.into()).min(REMOVE_WAIT_MAX),
+            };
+            self.0.catalog.remove_volume(&VolumeId::new(r.volume_id)?, r.delete_content, patience).await?;
+            Ok(wire::RemoveVolumeReply {})
+        };
+        self.0.unary("Admin/RemoveVolume", call).await
+    }
+
+    async fn set_provisioning(
+        &self,
+        request: Request<wire::SetProvisioningRequest>,
+    ) -> Result<Response<wire::Provisioning>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            caller(&metadata)?;
+            let policy = r.policy.map(convert::policy_from_wire).transpose()?;
+            Ok(convert::provisioning_to_wire(&self.0.catalog.set_provisioning(policy).await?))
+        };
+        self.0.unary("Admin/SetProvisioning", call).await
+    }
+
+    async fn get_provisioning(
+        &self,
+        request: Request<wire::GetProvisioningRequest>,
+    ) -> Result<Response<wire::Provisioning>, Status> {
+        let call = async {
+            caller(request.metadata())?;
+            let here = request.get_ref().here;
+            Ok(convert::provisioning_to_wire(&self.0.catalog.provisioning(here).await?))
+        };
+        self.0.unary("Admin/GetProvisioning", call).await
     }
 
     async fn publish_views(

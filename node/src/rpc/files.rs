@@ -1,22 +1,26 @@
 //! The Files service: the POSIX operations, by inode number.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use shardfs_proto::convert;
 use shardfs_proto::types::cluster::{Selector, ShardStat};
 use shardfs_proto::types::limits::{
-    READDIR_ENTRIES_MAX, SESSION_LABEL_BYTES_MAX, SESSION_TTL, VALUE_BYTES_MAX, XATTR_NAME_BYTES_MAX,
+    LOCK_WAIT_MAX, READDIR_ENTRIES_MAX, SESSION_LABEL_BYTES_MAX, SESSION_TTL, VALUE_BYTES_MAX,
+    XATTR_NAME_BYTES_MAX,
 };
 use shardfs_proto::types::op::{Durability, Operation};
-use shardfs_proto::types::{Cookie, Epoch, Error, InodeNo, Reason, Result, SessionId, ShardId};
+use shardfs_proto::types::{
+    Cookie, Epoch, Error, InodeNo, LockOwner, LockRange, Reason, Result, SessionId, ShardId,
+};
 use shardfs_proto::wire::{self, files_server::Files};
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response, Status};
 
 use super::source::Source;
 use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, write_id};
-use crate::shard::{Mutation, Shard, read};
+use crate::shard::{Mutation, Shard, Wanted, read, seek};
 
 /// Entries of a directory that are read on an async thread; more go to the blocking pool.
 const INLINE_ENTRIES_MAX: u32 = 128;
@@ -38,12 +42,18 @@ impl Target {
     }
 
     fn session(&self) -> Result<SessionId> {
-        self.session.ok_or_else(|| {
-            Error::invalid(
-                "the call needs a session: open one with Files.OpenSession and name it in the header",
-            )
-        })
+        in_session(self.session)
     }
+}
+
+fn header(header: Option<wire::CallHeader>) -> Result<wire::CallHeader> {
+    header.ok_or_else(|| Error::invalid("the call's header is missing"))
+}
+
+fn in_session(session: Option<SessionId>) -> Result<SessionId> {
+    session.ok_or_else(|| {
+        Error::invalid("the call needs a session: open one with Files.OpenSession and name it in the header")
+    })
 }
 
 impl FilesService {
@@ -53,7 +63,7 @@ impl FilesService {
 
     async fn target(&self, metadata: &MetadataMap, header: Option<wire::CallHeader>) -> Result<Target> {
         let client = caller(metadata)?;
-        let header = header.ok_or_else(|| Error::invalid("the call's header is missing"))?;
+        let header = self::header(header)?;
         let selector = Selector::Id(ShardId::new(header.shard_id)?);
         let shard = self.0.shard(&client, &selector, header.epoch).await?;
         Ok(Target { shard, session: SessionId::new(header.session_id) })
@@ -62,7 +72,7 @@ impl FilesService {
     /// What a read reads from.
     async fn source(&self, metadata: &MetadataMap, header: Option<wire::CallHeader>) -> Result<Source> {
         let client = caller(metadata)?;
-        let header = header.ok_or_else(|| Error::invalid("the call's header is missing"))?;
+        let header = self::header(header)?;
         let selector = Selector::Id(ShardId::new(header.shard_id)?);
         let session = SessionId::new(header.session_id);
         let wish = (header.read_preference, header.max_staleness_ms);
@@ -131,9 +141,19 @@ impl Files for FilesService {
                 return Err(Error::invalid("open_inodes without resume"));
             }
             let resume = r.resume.then(|| inodes(r.open_inodes)).transpose()?;
-            let target = self.target(&metadata, r.header).await?;
-            let kept = about(target.id(), target.shard.keep_session(target.session()?, resume).await)?;
-            let epoch = self.epoch(&metadata, target.id())?;
+            let header = header(r.header)?;
+            let selector = Selector::Id(ShardId::new(header.shard_id)?);
+            let session = in_session(SessionId::new(header.session_id))?;
+            let (local, shard) =
+                self.0.catalog.opened_shard(&caller(&metadata)?, &selector, Epoch::new(header.epoch))?;
+            // Sessions of a shard that is not open do not age, and hold everything once it is: clients keep their sessions with
+            // all shards, and those that nobody uses would be opened for nothing else.
+            let Some(shard) = shard else {
+                let epoch = local.epoch.get();
+                return Ok(wire::KeepSessionReply { ttl_ms: ttl_ms(), epoch, resume_wanted: false });
+            };
+            let kept = about(local.id, shard.keep_session(session, resume).await)?;
+            let epoch = self.epoch(&metadata, local.id)?;
             Ok(wire::KeepSessionReply { ttl_ms: ttl_ms(), epoch, resume_wanted: kept.resume_wanted })
         };
         self.0.unary("Files/KeepSession", call).await
@@ -171,9 +191,14 @@ impl Files for FilesService {
             if matches!(operation, Operation::Create { open: true, .. }) {
                 target.session()?;
             }
-            let durability = match operation.is_replayable() {
-                true => durability,
-                false => self.0.lasting(target.id(), durability),
+            let durability = match &operation {
+                // Whoever holds a lock relies on it, and whoever gave one back on its being gone, whatever fails.
+                Operation::SetLock { .. } => {
+                    target.session()?;
+                    Durability::Sync
+                }
+                operation if operation.is_replayable() => durability,
+                _ => self.0.lasting(target.id(), durability),
             };
             let mutation = Mutation { session, sequence, durability, operation };
             let result = about(target.id(), target.shard.mutate_again(mutation, repetition).await)?;
@@ -271,6 +296,21 @@ impl Files for FilesService {
         self.0.unary("Files/Read", call).await
     }
 
+    async fn seek(&self, request: Request<wire::SeekRequest>) -> Result<Response<wire::SeekReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            let inode = InodeNo::new(r.inode)?;
+            let what = convert::seek_for_from_wire(r.what)?;
+            let source = self.source(&metadata, r.header).await?;
+            let sought = on_view("Files/Seek", source.view.clone(), true, move |view| {
+                seek::seek(view, inode, r.offset, what)
+            });
+            let sought = sought.await;
+            Ok(convert::sought_to_wire(source.finish(sought)?, source.label()))
+        };
+        self.0.unary("Files/Seek", call).await
+    }
+
     async fn read_link(
         &self,
         request: Request<wire::ReadLinkRequest>,
@@ -349,6 +389,41 @@ impl Files for FilesService {
             Ok(wire::ListXattrsReply { names, view: source.label() })
         };
         self.0.unary("Files/ListXattrs", call).await
+    }
+
+    async fn get_lock(
+        &self,
+        request: Request<wire::GetLockRequest>,
+    ) -> Result<Response<wire::GetLockReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            let (inode, range) = (InodeNo::new(r.inode)?, LockRange::new(r.start, r.end)?);
+            let kind = convert::lock_kind_from_wire(r.kind)?;
+            let target = self.target(&metadata, r.header).await?;
+            let owner = LockOwner { session: target.session()?, number: r.owner };
+            let held =
+                about(target.id(), target.shard.test_lock(Wanted { owner, inode, range, kind }).await)?;
+            Ok(wire::GetLockReply { conflict: held.as_ref().map(convert::file_lock_to_wire) })
+        };
+        self.0.unary("Files/GetLock", call).await
+    }
+
+    async fn wait_lock(
+        &self,
+        request: Request<wire::WaitLockRequest>,
+    ) -> Result<Response<wire::WaitLockReply>, Status> {
+        let call = async {
+            let (metadata, _, r) = request.into_parts();
+            let (inode, range) = (InodeNo::new(r.inode)?, LockRange::new(r.start, r.end)?);
+            let kind = convert::lock_kind_from_wire(r.kind)?;
+            let within = Duration::from_millis(r.wait_ms.into()).min(LOCK_WAIT_MAX);
+            let target = self.target(&metadata, r.header).await?;
+            let owner = LockOwner { session: target.session()?, number: r.owner };
+            let wanted = Wanted { owner, inode, range, kind };
+            about(target.id(), target.shard.wait_lock(wanted, within).await)?;
+            Ok(wire::WaitLockReply {})
+        };
+        self.0.unary("Files/WaitLock", call).await
     }
 
     async fn stat_shard(

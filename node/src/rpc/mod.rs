@@ -1,4 +1,4 @@
-//! The gRPC services Storage, Files and Admin, and the server that carries them.
+//! The gRPC services Storage, Files, Admin and Backups, and the server that carries them.
 //!
 //! A handler decodes (`shardfs_proto::convert`), makes one core call, and encodes; what an operation
 //! means is not decided here. Every call about a shard goes through the catalog, which checks owner,
@@ -14,8 +14,10 @@
 //! Must not: touch a store's keys or records, or retry.
 
 mod admin;
+mod backups;
 mod budget;
 mod files;
+mod snapshots;
 mod source;
 mod storage;
 mod stream;
@@ -80,7 +82,8 @@ impl CallObserver for NoObserver {
 }
 
 /// What reflection lists and health checks know.
-const SERVICES: [&str; 3] = ["shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin"];
+const SERVICES: [&str; 4] =
+    ["shardfs.v1.Storage", "shardfs.v1.Files", "shardfs.v1.Admin", "shardfs.v1.Backups"];
 
 /// What every service's handlers share. Cheap to clone.
 #[derive(Clone)]
@@ -114,6 +117,7 @@ impl Services {
     /// NOT_SERVING before a shutdown.
     pub async fn routes(&self) -> Result<(Routes, HealthReporter)> {
         use wire::admin_server::AdminServer;
+        use wire::backups_server::BackupsServer;
         use wire::files_server::FilesServer;
         use wire::storage_server::StorageServer;
         let limit = MESSAGE_BYTES_MAX;
@@ -126,10 +130,13 @@ impl Services {
             .max_encoding_message_size(usize::MAX);
         let admin =
             AdminServer::new(admin::AdminService::new(self.clone())).max_encoding_message_size(usize::MAX);
+        let backups = BackupsServer::new(backups::BackupsService::new(self.clone()))
+            .max_encoding_message_size(usize::MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
         reporter.set_serving::<StorageServer<storage::StorageService>>().await;
         reporter.set_serving::<FilesServer<files::FilesService>>().await;
         reporter.set_serving::<AdminServer<admin::AdminService>>().await;
+        reporter.set_serving::<BackupsServer<backups::BackupsService>>().await;
         let reflection = || {
             let builder = tonic_reflection::server::Builder::configure()
                 .register_encoded_file_descriptor_set(wire::FILE_DESCRIPTOR_SET)
@@ -142,6 +149,7 @@ impl Services {
         let routes = Routes::new(storage)
             .add_service(files)
             .add_service(admin)
+            .add_service(backups)
             .add_service(health)
             .add_service(reflection().build_v1().map_err(bad)?)
             .add_service(reflection().build_v1alpha().map_err(bad)?)

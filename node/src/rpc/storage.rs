@@ -16,6 +16,7 @@ use shardfs_proto::types::{Error, InodeNo, Key, Reason, Result, ShardName};
 use shardfs_proto::wire::{self, list_entry, put_stream_request, storage_server::Storage};
 use tonic::{Request, Response, Status, Streaming};
 
+use super::snapshots;
 use super::source::Source;
 use super::stream::{self, Answer, Producer, Turn};
 use super::{INLINE_READ_BYTES_MAX, Services, about, caller, on_view, storage_mutation, storage_write_id};
@@ -434,11 +435,45 @@ impl Storage for StorageService {
         };
         self.0.unary("Storage/GetShard", call).await
     }
+
+    async fn snapshot_shard(
+        &self,
+        request: Request<wire::SnapshotShardRequest>,
+    ) -> Result<Response<wire::Shard>, Status> {
+        self.0.unary("Storage/SnapshotShard", snapshots::snapshot(&self.0, request)).await
+    }
+
+    type ListSnapshotsStream = Answer<wire::Shard>;
+
+    async fn list_snapshots(
+        &self,
+        request: Request<wire::ListSnapshotsRequest>,
+    ) -> Result<Response<Self::ListSnapshotsStream>, Status> {
+        self.0
+            .streaming("Storage/ListSnapshots", async |observation| {
+                Ok(stream::ready(snapshots::list(&self.0, request).await?, observation))
+            })
+            .await
+    }
+
+    async fn rollback_shard(
+        &self,
+        request: Request<wire::RollbackShardRequest>,
+    ) -> Result<Response<wire::Shard>, Status> {
+        self.0.unary("Storage/RollbackShard", snapshots::roll_back(&self.0, request)).await
+    }
+
+    async fn clone_shard(
+        &self,
+        request: Request<wire::CloneShardRequest>,
+    ) -> Result<Response<wire::Shard>, Status> {
+        self.0.unary("Storage/CloneShard", snapshots::clone(&self.0, request)).await
+    }
 }
 
-/// Bytes of a place in a listing. The key of what the mount made at the greatest depth with the longest
+/// Bytes of a place in a listing. The key of what the mount made and moved to the greatest depth with the longest
 /// names is longer than one over gRPC may be.
-const LIST_POSITION_BYTES_MAX: usize = 256 * (shardfs_proto::types::limits::DEPTH_MAX + 1);
+const LIST_POSITION_BYTES_MAX: usize = 256 * (shardfs_proto::types::limits::MOVED_DEPTH_MAX + 1);
 
 /// The items that are well-formed, and the errors of the others at their positions, ascending.
 fn split_malformed(items: Vec<wire::PutItem>) -> (Vec<PutItem>, Vec<(usize, Error)>) {

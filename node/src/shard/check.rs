@@ -70,8 +70,12 @@ pub enum FindingKind {
     Counter,
     /// An index entry without its inode's value, or the other way round.
     Index,
+    /// An access control list is none, is where none can be, or disagrees with the permission bits.
+    Acl,
     /// A session's records are wrong.
     Session,
+    /// An inode's locks are wrong.
+    Locks,
     /// The shard's header is wrong.
     Header,
 }
@@ -102,7 +106,9 @@ impl FindingKind {
             FindingKind::InodeCount => "inode-count",
             FindingKind::Counter => "counter",
             FindingKind::Index => "index",
+            FindingKind::Acl => "acl",
             FindingKind::Session => "session",
+            FindingKind::Locks => "locks",
             FindingKind::Header => "header",
         }
     }

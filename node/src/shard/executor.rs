@@ -20,14 +20,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
+use shardfs_proto::types::limits::LOCK_SILENCE_MAX;
 use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition};
-use shardfs_proto::types::{Attr, Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
+use shardfs_proto::types::{Attr, Error, FileLock, InodeNo, Reason, Result, Sequence, SessionId, clock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::cache::InodeCache;
 use super::fingerprint::Fingerprint;
 use super::group::Group;
 use super::keys::{self, Cf, ContentId};
+use super::locks::{Waits, Wanted};
 use super::ops::{Apply, StagedPut};
 use super::records::{Counters, Header};
 use super::session::{Live, reused};
@@ -56,7 +58,7 @@ pub const FLUSH_WORTH_BYTES: u64 = 4 << 20;
 
 /// By how much versions jump when a shard is opened: more than operations can have been answered and lost before. So a
 /// version that was given since is greater than any that was given before, lost or not.
-const VERSION_GAP: u64 = 1 << 24;
+pub const VERSION_GAP: u64 = 1 << 24;
 
 /// What is asked of the executor.
 pub enum Command {
@@ -74,6 +76,10 @@ pub enum Command {
     RegisterOpen { session: SessionId, inode: InodeNo },
     /// Take back opens.
     Release { session: SessionId, inodes: Vec<InodeNo> },
+    /// Who keeps a lock from its owner.
+    TestLock { wanted: Wanted },
+    /// Whether a lock has to be waited for.
+    CheckWait { wanted: Wanted },
     /// Begin a staged content.
     Stage { session: Option<SessionId> },
     /// Append to it.
@@ -123,6 +129,10 @@ pub enum Answer {
     Attr(Attr),
     /// A staged content.
     Content(ContentId),
+    /// A lock that somebody holds, if so.
+    Lock(Option<FileLock>),
+    /// Whether it has to be waited for.
+    Blocked(bool),
     /// Nothing else to say.
     Done,
 }
@@ -133,11 +143,13 @@ impl Command {
         match self {
             Command::Mutate { session, .. } => Some(*session),
             Command::RegisterOpen { session, .. } => Some(Some(*session)),
+            Command::TestLock { wanted } => Some(Some(wanted.owner.session)),
             Command::OpenSession { .. }
             | Command::KeepSession { .. }
             | Command::EndSession { .. }
             | Command::Expire { .. }
             | Command::Release { .. }
+            | Command::CheckWait { .. }
             | Command::Stage { .. }
             | Command::StageChunks { .. }
             | Command::Unstage { .. }
@@ -216,6 +228,8 @@ pub struct Executor {
     core: Mutex<Core>,
     log: SyncLog,
     usage: Mutex<Usage>,
+    waits: Waits,
+    lock_silence: Mutex<Duration>,
     broken: AtomicBool,
     /// The last operation that was applied; raised before it is answered.
     sequence: AtomicU64,
@@ -252,6 +266,8 @@ impl Executor {
             }),
             log: SyncLog::default(),
             usage: Mutex::new(usage),
+            waits: Waits::default(),
+            lock_silence: Mutex::new(LOCK_SILENCE_MAX),
             broken: AtomicBool::new(false),
             sequence: counters.op_seq.into(),
             freed_bytes: 0.into(),
@@ -281,6 +297,17 @@ impl Executor {
     /// What is unsynced.
     pub fn log(&self) -> &SyncLog {
         &self.log
+    }
+
+    /// Who waits for locks.
+    pub fn waits(&self) -> &Waits {
+        &self.waits
+    }
+
+    /// Ends holders of locks earlier than [`LOCK_SILENCE_MAX`] says.
+    #[cfg(test)]
+    pub fn set_lock_silence(&self, silence: Duration) {
+        *self.lock_silence.lock() = silence;
     }
 
     /// Figures as of the last group.
@@ -467,9 +494,11 @@ impl Executor {
             return;
         }
         self.flush_if_short(ROOM_SHORT_BYTES);
+        core.live.attend();
         let Core { counters, live, cache, gap_is_durable, .. } = core;
         let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
-        let mut run = Group::new(txn, live, &*self.store, &header, self.room.growth_bytes());
+        let locking = (&self.waits, *self.lock_silence.lock());
+        let mut run = Group::new(txn, live, &*self.store, &header, self.room.growth_bytes(), locking);
         let mut outcomes = Vec::with_capacity(group.len());
         let mut changed_by: Vec<Option<SessionId>> = Vec::new();
         let mut sync = false;
@@ -542,6 +571,7 @@ impl Executor {
         for (job, outcome) in group.into_iter().zip(outcomes) {
             self.answer(job, &outcome);
         }
+        self.waits.tell(&core.live.take_loosened());
     }
 
     fn write(&self, batch: &Batch, by: impl Iterator<Item = Option<SessionId>>, sync: bool) -> Result<()> {
@@ -600,7 +630,8 @@ impl Executor {
         }
     }
 
-    /// Frees staged contents that a crash left behind and orphans whose sessions are gone.
+    /// Frees staged contents that a crash left behind, orphans whose sessions are gone, and locks whose sessions or files are: a node of
+    /// an earlier version knows of none.
     fn recover(&self) -> Result<()> {
         let mut staged = Vec::new();
         self.store.scan_prefix(Cf::Sys, keys::STAGED_ALL, &mut |key, _| {
@@ -610,7 +641,16 @@ impl Executor {
         let mut core = self.core.lock();
         let Core { counters, live, cache, gap_is_durable, .. } = &mut *core;
         let stale = live.stale_orphans();
-        if staged.is_empty() && stale.is_empty() {
+        let mut stale_locks = Vec::new();
+        for (ino, locks) in live.all_locks() {
+            let there = self.store.contains(Cf::Inode, &keys::inode(ino))?;
+            let left = locks.iter().copied().filter(|lock| there && live.is_known(lock.owner.session));
+            let left: Vec<FileLock> = left.collect();
+            if left.len() < locks.len() {
+                stale_locks.push((ino, left));
+            }
+        }
+        if staged.is_empty() && stale.is_empty() && stale_locks.is_empty() {
             return Ok(());
         }
         let header = self.header();
@@ -627,6 +667,9 @@ impl Executor {
         };
         for content in staged {
             apply.unstage(content, u32::MAX);
+        }
+        for (ino, left) in stale_locks {
+            apply.put_locks(ino, left, true);
         }
         for (ino, holders) in stale {
             apply.set_holders(ino, holders)?;

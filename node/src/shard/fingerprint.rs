@@ -5,7 +5,7 @@
 //! one version to the next: a retry that spans an upgrade would be refused.
 
 use shardfs_proto::types::op::{AllocateMode, IndexValue, NewInode, Operation, PutItem, PutOptions, SetTime};
-use shardfs_proto::types::{InodeNo, Timestamp};
+use shardfs_proto::types::{InodeNo, LockKind, Timestamp};
 
 use super::executor::Work;
 use super::records::kind_to_u8;
@@ -88,7 +88,9 @@ impl Digest {
     }
 
     fn inode(&mut self, inode: &NewInode) {
-        [inode.mode, inode.uid, inode.gid].into_iter().for_each(|n| self.number(n.into()));
+        let NewInode { mode, uid, gid, unmasked_mode } = *inode;
+        // The last came later: without it, the bytes are those of before.
+        [mode, uid, gid].into_iter().chain(unmasked_mode).for_each(|n| self.number(n.into()));
     }
 
     fn options(&mut self, options: &PutOptions) {
@@ -186,7 +188,7 @@ impl Digest {
                 self.flag(*append);
                 self.flag(*kill_set_id);
             }
-            Operation::Allocate { inode, offset, length, mode } => {
+            Operation::Allocate { inode, offset, length, mode, kill_set_id } => {
                 self.number(10);
                 self.number(inode.get());
                 self.number(*offset);
@@ -198,14 +200,22 @@ impl Digest {
                     AllocateMode::ZeroRange { keep_size: false } => 4,
                     AllocateMode::ZeroRange { keep_size: true } => 5,
                 });
+                // Versions that did not know it have made fingerprints without it.
+                if *kill_set_id {
+                    self.flag(true);
+                }
             }
-            Operation::SetXattr { inode, name, value, create_only, replace_only } => {
+            Operation::SetXattr { inode, name, value, create_only, replace_only, kill_set_group_id } => {
                 self.number(11);
                 self.number(inode.get());
                 self.bytes(name);
                 self.bytes(value);
                 self.flag(*create_only);
                 self.flag(*replace_only);
+                if *kill_set_group_id {
+                    // Came later, as above.
+                    self.flag(true);
+                }
             }
             Operation::RemoveXattr { inode, name } => {
                 self.number(12);
@@ -225,6 +235,33 @@ impl Digest {
                 self.number(15);
                 self.bytes(key.as_bytes());
                 self.maybe(*if_version, |d, version| d.number(version.get()));
+            }
+            Operation::CopyRange {
+                source,
+                source_offset,
+                destination,
+                destination_offset,
+                length,
+                kill_set_id,
+            } => {
+                self.number(19);
+                self.number(source.get());
+                self.number(*source_offset);
+                self.number(destination.get());
+                self.number(*destination_offset);
+                self.number(*length);
+                self.flag(*kill_set_id);
+            }
+            Operation::SetLock { inode, owner, pid, range, kind } => {
+                self.number(16);
+                for n in [inode.get(), *owner, (*pid).into(), range.start(), range.end()] {
+                    self.number(n);
+                }
+                self.number(match kind {
+                    None => 0,
+                    Some(LockKind::Read) => 1,
+                    Some(LockKind::Write) => 2,
+                });
             }
         }
     }

@@ -7,12 +7,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use prost::Message;
-use shardfs_proto::types::op::{OpResult, ShardState};
-use shardfs_proto::types::{Error, Reason, Result, SessionId, Timestamp, clock};
+use shardfs_proto::types::op::{OpResult, Operation, ShardState};
+use shardfs_proto::types::{
+    Error, InodeNo, LockKind, LockOwner, LockRange, Reason, Result, SessionId, Timestamp, clock,
+};
 use shardfs_proto::{convert, wire};
 
 use super::executor::{Answer, Command, Numbered, Work};
 use super::keys::{self, Cf};
+use super::locks::{self, Waits, Wanted};
 use super::ops::Apply;
 use super::records::{Header, Slot};
 use super::session::{Effect, Live, Seen, Undo, reused, slot_of};
@@ -26,6 +29,9 @@ pub struct Group<'a> {
     store: &'a dyn Store,
     header: &'a Header,
     room_bytes: u64,
+    waits: &'a Waits,
+    /// A session that is silent for longer ends when somebody else wants what it has locked.
+    lock_silence: Duration,
     now: Timestamp,
     undo: Vec<Undo>,
     /// The header, if the shard was closed by this group.
@@ -40,8 +46,10 @@ impl<'a> Group<'a> {
         store: &'a dyn Store,
         header: &'a Header,
         room_bytes: u64,
+        (waits, lock_silence): (&'a Waits, Duration),
     ) -> Group<'a> {
-        Group { txn, live, store, header, room_bytes, now: clock::now(), undo: Vec::new(), closed: None }
+        let (now, undo) = (clock::now(), Vec::new());
+        Group { txn, live, store, header, room_bytes, waits, lock_silence, now, undo, closed: None }
     }
 
     /// What is to be written, how to take the effects back, and the header if the shard was closed.
@@ -91,6 +99,13 @@ impl<'a> Group<'a> {
                 self.live.touch(*session)?;
                 self.step(Some(*session), |apply| apply.release(inodes)).map(|()| Answer::Done)
             }
+            Command::TestLock { wanted } => {
+                self.live.touch(wanted.owner.session)?;
+                let locks = self.live.locks(wanted.inode);
+                let held = locks::conflict(locks, wanted.owner, wanted.range, wanted.kind);
+                Ok(Answer::Lock(held.copied()))
+            }
+            Command::CheckWait { wanted } => self.check_wait(wanted),
             Command::Stage { session } => {
                 self.check_active()?;
                 self.step(*session, |apply| apply.stage()).map(Answer::Content)
@@ -183,6 +198,11 @@ impl<'a> Group<'a> {
             }
         }
         self.check_active()?;
+        if let (Some(session), Work::Operation(operation)) = (session, work)
+            && let Operation::SetLock { inode, owner, range, kind: Some(kind), .. } = operation
+        {
+            self.end_silent_holders(*inode, LockOwner { session, number: *owner }, *range, *kind)?;
+        }
         let outcome = self.step(session, |apply| {
             let result = match work {
                 Work::Operation(operation) => apply.run(operation)?,
@@ -228,6 +248,47 @@ impl<'a> Group<'a> {
         })?;
         let result: OpResult = convert::op_result_from_wire(message)?;
         Ok(Answer::Result(result))
+    }
+
+    /// Whether somebody who wants a lock has to wait for it. An error if he would wait for himself.
+    fn check_wait(&mut self, wanted: &Wanted) -> Result<Answer> {
+        self.live.touch(wanted.owner.session)?;
+        if !wanted.is_blocked(self.live.locks(wanted.inode)) {
+            return Ok(Answer::Blocked(false));
+        }
+        if self.waits.closes_a_circle(wanted, |ino| self.live.locks(ino)) {
+            return Err(Error::new(
+                Reason::Deadlock,
+                format!("inode {}: who holds the lock waits for who wants it", wanted.inode),
+            ));
+        }
+        Ok(Answer::Blocked(true))
+    }
+
+    /// Ends the sessions that keep a lock from an owner and were silent too long.
+    fn end_silent_holders(
+        &mut self,
+        ino: InodeNo,
+        owner: LockOwner,
+        range: LockRange,
+        kind: LockKind,
+    ) -> Result<()> {
+        while let Some(silent) = self
+            .live
+            .locks(ino)
+            .iter()
+            .filter(|lock| lock.excludes(owner, range, kind))
+            .map(|lock| lock.owner.session)
+            .find(|holder| *holder != owner.session && self.live.is_silent_for(*holder, self.lock_silence))
+        {
+            tracing::warn!(
+                shard = %self.header.id,
+                session = %silent,
+                "a session that holds a lock which another one wants was silent too long; it ends"
+            );
+            self.end_session(silent)?;
+        }
+        Ok(())
     }
 
     fn end_session(&mut self, session: SessionId) -> Result<()> {

@@ -9,13 +9,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition, ShardState};
-use shardfs_proto::types::{Attr, Error, InodeNo, Result, Sequence, SessionId, ShardId, clock};
+use shardfs_proto::types::{Attr, Error, FileLock, InodeNo, Result, Sequence, SessionId, ShardId, clock};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use super::content::{ContentWriter, PutStreamStart};
 use super::executor::{Answer, Command, Executor, Numbered, Work};
 use super::keys::{self, Cf};
+use super::locks::Wanted;
 use super::records::{Counters, Header};
 use super::store::{Reader, Store, StoreProperties};
 use super::{ReadView, Room, Usage};
@@ -251,6 +252,36 @@ impl Shard {
         self.ask(command, Durability::Buffered).await.map(|_| ())
     }
 
+    /// The first lock that keeps a wanted one from its owner.
+    pub async fn test_lock(&self, wanted: Wanted) -> Result<Option<FileLock>> {
+        match self.ask(Command::TestLock { wanted }, Durability::Buffered).await? {
+            Answer::Lock(held) => Ok(held),
+            other => Err(wrong(&other)),
+        }
+    }
+
+    /// Returns when nobody may keep a wanted lock from its owner any more, or after `within`, or when the shard is to be closed. Its owner
+    /// is taken to wait for it meanwhile; that ends when this is dropped.
+    ///
+    /// # Errors
+    /// `Deadlock` if it would wait for itself.
+    pub async fn wait_lock(&self, wanted: Wanted, within: Duration) -> Result<()> {
+        // Before the look: it hears of all changes from here on, and of two that would wait for each other the later one sees the
+        // other.
+        let waiting = self.executor.waits().begin(wanted)?;
+        match self.ask(Command::CheckWait { wanted }, Durability::Buffered).await? {
+            Answer::Blocked(false) => return Ok(()),
+            Answer::Blocked(true) => {}
+            other => return Err(wrong(&other)),
+        }
+        tokio::select! {
+            () = waiting.changed() => {}
+            () = tokio::time::sleep(within) => {}
+            () = self.wanted_back() => {}
+        }
+        Ok(())
+    }
+
     /// Begins a streamed Put. Nothing is visible, and nothing stays, unless the writer commits.
     pub async fn put_content(&self, start: PutStreamStart) -> Result<ContentWriter> {
         let me = self.me.upgrade().ok_or_else(|| Error::unavailable("the shard is closing"))?;
@@ -296,6 +327,7 @@ fn wrong(answer: &Answer) -> Error {
         Answer::Keep { .. } => "a session's state",
         Answer::Attr(_) => "attributes",
         Answer::Content(_) => "a content",
+        Answer::Lock(_) | Answer::Blocked(_) => "a lock",
         Answer::Done => "nothing",
     };
     Error::internal(format!("the executor answered another command with {what}"))

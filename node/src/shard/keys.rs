@@ -17,6 +17,7 @@
 //! | `sys` | `R`, session u64, slot u16 | sequence u64, encoded result |
 //! | `sys` | `O`, inode u64 | orphan: the sessions that hold it |
 //! | `sys` | `T`, content id u64 | staged content |
+//! | `sys` | `L`, inode u64 | the inode's locks; none while it has none |
 //!
 //! The typed ordered value of an index is a tag and bytes that sort as the values do: 1, the text with
 //! 0 written as 0 255, then 0 0; 2, the integer with its sign bit flipped; 3, seconds with the sign bit
@@ -93,6 +94,7 @@ const SESSION: u8 = b'S';
 const RESULT: u8 = b'R';
 const ORPHAN: u8 = b'O';
 const STAGED: u8 = b'T';
+const LOCKS: u8 = b'L';
 
 /// `inode`, `parent` prefix, `dirent` prefix and `cookie` prefix of one inode: its number.
 pub fn inode(ino: InodeNo) -> [u8; 8] {
@@ -324,6 +326,19 @@ pub fn parse_staged(key: &[u8]) -> Result<ContentId> {
     ContentId::new(parse_tagged(STAGED, key)?).ok_or_else(|| bad(Cf::Sys, key))
 }
 
+/// `sys`: an inode's locks.
+pub fn locks(ino: InodeNo) -> [u8; 9] {
+    tagged(LOCKS, ino.get())
+}
+
+/// The prefix of all inodes' locks.
+pub const LOCKS_ALL: &[u8] = &[LOCKS];
+
+/// The inode of a `sys` locks key.
+pub fn parse_locks(key: &[u8]) -> Result<InodeNo> {
+    InodeNo::new(parse_tagged(LOCKS, key)?).map_err(|_| bad(Cf::Sys, key))
+}
+
 /// The least key above all keys with a prefix; `None`: there is none, scan to the end.
 pub fn prefix_end(prefix: &[u8]) -> Option<Vec<u8>> {
     let last = prefix.iter().rposition(|b| *b != 0xff)?;
@@ -391,6 +406,7 @@ mod tests {
         assert_eq!(result(session, 1023), *b"R\0\0\0\0\0\0\0\x05\x03\xff");
         assert_eq!(orphan(ino(9)), *b"O\0\0\0\0\0\0\0\x09");
         assert_eq!(staged(content), *b"T\0\0\0\0\0\0\x01\x02");
+        assert_eq!(locks(ino(9)), *b"L\0\0\0\0\0\0\0\x09");
         assert_eq!(
             index("n", &IndexValue::Text("a\0b".into()), ino(1)),
             b"n\0\x01a\0\xffb\0\0\0\0\0\0\0\0\0\x01"
@@ -416,6 +432,7 @@ mod tests {
         assert_eq!(parse_session(&super::session(session)).unwrap(), session);
         assert_eq!(parse_result(&result(session, 9)).unwrap(), (session, 9));
         assert_eq!(parse_orphan(&orphan(ino(9))).unwrap(), ino(9));
+        assert_eq!(parse_locks(&locks(ino(9))).unwrap(), ino(9));
         assert_eq!(parse_staged(&staged(content)).unwrap(), content);
         for value in [
             IndexValue::Text(String::new()),

@@ -26,8 +26,8 @@ const PAGE_ENTRIES_MIN: usize = 64;
 const PAGE_ENTRIES_MAX: usize = 1024;
 /// Directories of a path whose page survives a descent. 16 pages of 1024 names are below 5 MiB.
 const FRAMES_WITH_PAGES: usize = 16;
-/// Directories within each other above which a walk takes the tree for a loop. Renames of whole trees
-/// may nest deeper than [`DEPTH_MAX`], which is checked where names are made; not so much deeper.
+/// Directories within each other above which a walk takes the tree for a loop: more than renames can nest, also
+/// those of before that had a bound.
 pub const NESTING_MAX: usize = 16 * DEPTH_MAX;
 /// Steps without a key after which a walk pauses, so that its caller can see whether anyone still
 /// listens (a tree of empty directories has no key at all).

@@ -30,6 +30,10 @@ use super::handle::{Shard, initialize};
 use super::rocks::{RocksShared, RocksStore};
 use super::store::{Store, StoreProperties};
 use super::{PublishedView, Room, ShardInit};
+use copies::remove_building;
+pub use copies::{CopyInit, check_creation, rehome};
+
+mod copies;
 
 /// Age at which buffered operations are synced, and how often that is looked at: together, with a slow
 /// sync, below UNSYNCED_AGE_MAX.
@@ -158,7 +162,7 @@ impl ShardManager {
         remove_tree(&building)?;
         io("make", &building, std::fs::create_dir_all(&building))?;
         fail::fail_point!("shard::create::made_dir");
-        write_origin(&building, origin)?;
+        write_file(&building.join(ORIGIN_FILE), origin.as_bytes())?;
         {
             let store = RocksStore::create(&self.shared, init.id, &building)?;
             fail::fail_point!("shard::create::made_db");
@@ -175,6 +179,11 @@ impl ShardManager {
 
     fn slot(&self, id: ShardId) -> Arc<Slot> {
         Arc::clone(self.slots.lock().entry(id).or_default())
+    }
+
+    /// A shard, if it is open. That somebody asks whether it is, is no use of it.
+    pub fn opened(&self, id: ShardId) -> Option<Arc<Shard>> {
+        self.slots.lock().get(&id)?.open()
     }
 
     /// The shard in a folder, opened if need be. Whoever holds it keeps it open.
@@ -206,8 +215,9 @@ impl ShardManager {
                 ))
                 .with_shard(id));
             }
-            let store = RocksStore::open(&shared, id, &path)?;
-            Shard::open(id, Arc::new(store), room_too, runtime)
+            let store = Arc::new(RocksStore::open(&shared, id, &path)?);
+            copies::finish_adoption(&path, id, &store, &room_too)?;
+            Shard::open(id, store, room_too, runtime)
         })
         .await;
         drop(permit);
@@ -519,14 +529,13 @@ fn is_whole(dir: &Path) -> bool {
 /// The file beside the database that tells of which creation it is. Shards of earlier versions have none.
 const ORIGIN_FILE: &str = "origin";
 
-fn write_origin(dir: &Path, origin: &str) -> Result<()> {
-    let path = dir.join(ORIGIN_FILE);
+fn write_file(path: &Path, content: &[u8]) -> Result<()> {
     let write = || -> std::io::Result<()> {
-        let mut file = File::create(&path)?;
-        file.write_all(origin.as_bytes())?;
+        let mut file = File::create(path)?;
+        file.write_all(content)?;
         file.sync_all()
     };
-    io("write", &path, write())
+    io("write", path, write())
 }
 
 /// Fails unless a whole shard is of this creation. One without a word about it was made by an earlier version, in another call
@@ -571,7 +580,7 @@ fn delete_dir(dir: &Path) -> Result<()> {
     }
     fail::fail_point!("shard::delete::renamed");
     remove_tree(&doomed)?;
-    remove_tree(&with_suffix(dir, "creating")?)?;
+    remove_building(&with_suffix(dir, "creating")?)?;
     if parent(dir)?.exists() {
         sync_dir(parent(dir)?)?;
     }

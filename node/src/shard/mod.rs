@@ -3,6 +3,7 @@
 //! See ARCHITECTURE.md, "Inside a shard". Arrows: `manager -> handle -> executor -> group -> ops -> txn ->
 //! store`; `read`, `list` and `check` build on a [`ReadView`] and never write.
 
+mod adopt;
 mod cache;
 pub mod check;
 pub mod chunk;
@@ -13,6 +14,7 @@ mod group;
 mod handle;
 pub mod keys;
 pub mod list;
+mod locks;
 pub mod manager;
 pub mod mem;
 mod ops;
@@ -20,6 +22,7 @@ mod published;
 pub mod read;
 pub mod records;
 pub mod rocks;
+pub mod seek;
 mod session;
 pub mod store;
 mod sync_log;
@@ -29,7 +32,8 @@ mod wal;
 
 pub use content::{ContentWriter, PutStreamStart};
 pub use handle::{KeepAnswer, Mutation, Shard, initialize};
-pub use manager::{ManagerStatus, ShardManager, ShardSettings};
+pub use locks::Wanted;
+pub use manager::{CopyInit, ManagerStatus, ShardManager, ShardSettings, check_creation, rehome};
 pub use published::PublishedView;
 pub use view::ReadView;
 

@@ -12,8 +12,12 @@ mod codec;
 mod inode;
 mod sys;
 
-pub use inode::{Content, INLINE_BYTES_MAX, INODE_FLAG_AUTO, InodeRecord};
-pub use sys::{Counters, HEADER_FORMAT, Header, INODE_COST_BYTES, Orphan, SessionRecord, Slot, Staged};
+pub use inode::{
+    Content, INLINE_BYTES_MAX, INODE_FLAG_AUTO, INODE_FLAG_GAPS, INODE_FLAG_SET_ASIDE, InodeRecord,
+};
+pub use sys::{
+    Counters, HEADER_FORMAT, Header, INODE_COST_BYTES, LocksRecord, Orphan, SessionRecord, Slot, Staged,
+};
 
 use bytes::Bytes;
 use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};

@@ -129,8 +129,8 @@ impl RocksShared {
         o.set_arena_block_size(ARENA_BLOCK_BYTES);
         o.set_write_buffer_manager(&self.write_buffers);
         o.set_level_compaction_dynamic_level_bytes(true);
-        o.set_memtable_whole_key_filtering(true);
-        o.set_memtable_prefix_bloom_ratio(0.02);
+        // No Bloom filters of memtables: each takes a part of the largest memtable's size when it is made, of the budget as well, and most
+        // families of most shards hold little.
         if cf == Some(Cf::Chunk) {
             o.set_write_buffer_size(CHUNK_WRITE_BUFFER_BYTES);
             o.set_enable_blob_files(true);

@@ -1,7 +1,7 @@
 //! What lives beside the records while a shard is open: sessions, result slots, who holds what open,
-//! orphans, staged contents.
+//! orphans, locks, staged contents.
 //!
-//! Sessions, slots and orphans are copies of `sys` records; what is held open is known in memory alone.
+//! Sessions, slots, orphans and locks are copies of `sys` records; what is held open is known in memory alone.
 //! After an open of the shard no session has said what it holds: until it has (`resumed`), it counts as
 //! a holder of everything.
 //!
@@ -10,20 +10,23 @@
 //!
 //! Must not: write to the store.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use shardfs_proto::types::limits::SESSION_WINDOW;
-use shardfs_proto::types::{Error, InodeNo, Reason, Result, Sequence, SessionId, clock};
+use shardfs_proto::types::{Error, FileLock, InodeNo, Reason, Result, Sequence, SessionId, clock};
 
 use super::fingerprint::Fingerprint;
 use super::keys::{self, Cf, ContentId};
-use super::records::{Orphan, SessionRecord, Slot};
+use super::records::{LocksRecord, Orphan, SessionRecord, Slot};
 use super::store::Reader;
 
 /// Opens that one session may hold: what the kernel's own limit on open files allows a busy machine.
 pub const OPENS_PER_SESSION_MAX: u64 = 1 << 20;
+
+/// More than there is between two commands of a shard that is open: silent sessions are looked for more often.
+const ATTENDED_PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// The slot of a sequence number.
 pub fn slot_of(sequence: Sequence) -> u16 {
@@ -89,6 +92,8 @@ pub enum Effect {
     Orphan(InodeNo, Vec<SessionId>),
     /// A staged content; `None`: it is gone.
     Staged(ContentId, Option<StagedContent>),
+    /// The locks of an inode; `loosened`: who could not have one before may now.
+    Locks { inode: InodeNo, locks: Vec<FileLock>, loosened: bool },
 }
 
 /// How to take an [`Effect`] back.
@@ -114,6 +119,13 @@ pub struct Live {
     orphans: BTreeMap<InodeNo, Vec<SessionId>>,
     staged: HashMap<ContentId, StagedContent>,
     staged_bytes: u64,
+    /// By first bytes; none is empty.
+    locks: HashMap<InodeNo, Vec<FileLock>>,
+    lock_count: usize,
+    /// Inodes whose locks were loosened since that was last asked for.
+    loosened: HashSet<InodeNo>,
+    /// When commands were last looked at, and since when they are without a long pause.
+    attended: Option<(Instant, Instant)>,
 }
 
 impl Live {
@@ -132,6 +144,14 @@ impl Live {
             let ino = keys::parse_orphan(key)?;
             let orphan = Orphan::decode(value).map_err(|e| e.context(format!("orphan {ino}")))?;
             live.orphans.insert(ino, orphan.holders);
+            Ok(ControlFlow::Continue(()))
+        })?;
+        reader.scan_prefix(Cf::Sys, keys::LOCKS_ALL, &mut |key, value| {
+            let ino = keys::parse_locks(key)?;
+            let record =
+                LocksRecord::decode(value).map_err(|e| e.context(format!("locks of inode {ino}")))?;
+            live.lock_count += record.locks.len();
+            live.locks.insert(ino, record.locks);
             Ok(ControlFlow::Continue(()))
         })?;
         Ok(live)
@@ -217,6 +237,54 @@ impl Live {
             .filter(|(_, before, now)| now.len() < *before)
             .map(|(ino, _, now)| (ino, now))
             .collect()
+    }
+
+    /// Commands are looked at now. After a pause (the process was stopped, or its device hung) signs of life may wait behind what is
+    /// looked at first.
+    pub fn attend(&mut self) {
+        let now = clock::monotonic();
+        self.attended = match self.attended {
+            Some((last, since)) if now.saturating_duration_since(last) < ATTENDED_PAUSE_MAX => {
+                Some((now, since))
+            }
+            Some(_) | None => Some((now, now)),
+        };
+    }
+
+    /// Whether a session was silent for longer, and would have been heard; one that is unknown was.
+    pub fn is_silent_for(&self, session: SessionId, limit: Duration) -> bool {
+        let Some(session) = self.sessions.get(&session) else { return true };
+        let since = self.attended.map_or(session.last_seen, |(_, since)| since.max(session.last_seen));
+        clock::monotonic().saturating_duration_since(since) > limit
+    }
+
+    /// An inode's locks, by first bytes.
+    pub fn locks(&self, ino: InodeNo) -> &[FileLock] {
+        self.locks.get(&ino).map_or(&[], Vec::as_slice)
+    }
+
+    /// The locks of all inodes that have some.
+    pub fn all_locks(&self) -> impl Iterator<Item = (InodeNo, &[FileLock])> {
+        self.locks.iter().map(|(ino, locks)| (*ino, locks.as_slice()))
+    }
+
+    /// Locks of all inodes.
+    pub fn lock_count(&self) -> usize {
+        self.lock_count
+    }
+
+    /// Inodes with locks of a session, and what they have without those.
+    pub fn locks_without(&self, session: SessionId) -> Vec<(InodeNo, Vec<FileLock>)> {
+        let has = |locks: &[FileLock]| locks.iter().any(|lock| lock.owner.session == session);
+        let others = |locks: &[FileLock]| -> Vec<FileLock> {
+            locks.iter().copied().filter(|lock| lock.owner.session != session).collect()
+        };
+        self.all_locks().filter(|(_, locks)| has(locks)).map(|(ino, locks)| (ino, others(locks))).collect()
+    }
+
+    /// The inodes whose locks were loosened since the last call.
+    pub fn take_loosened(&mut self) -> HashSet<InodeNo> {
+        std::mem::take(&mut self.loosened)
     }
 
     /// A staged content.
@@ -352,6 +420,21 @@ impl Live {
                 let bytes = |staged: Option<StagedContent>| staged.map_or(0, |s| s.bytes);
                 self.staged_bytes = self.staged_bytes + bytes(staged) - bytes(before);
                 Undo::Effects(vec![Effect::Staged(content, before)])
+            }
+            Effect::Locks { inode, locks, loosened } => {
+                self.lock_count += locks.len();
+                let before = if locks.is_empty() {
+                    self.locks.remove(&inode)
+                } else {
+                    self.locks.insert(inode, locks)
+                };
+                let before = before.unwrap_or_default();
+                self.lock_count -= before.len();
+                if loosened {
+                    self.loosened.insert(inode);
+                }
+                // What is taken back may have kept somebody waiting.
+                Undo::Effects(vec![Effect::Locks { inode, locks: before, loosened: true }])
             }
         }
     }

@@ -11,8 +11,9 @@
 //!
 //! Must not: write to the store, or know what an operation means.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::ops::ControlFlow;
+mod chunks;
+
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -20,13 +21,9 @@ use shardfs_proto::types::op::Indexes;
 use shardfs_proto::types::{Cookie, Error, InodeNo, Reason, Result, SessionId, Version};
 
 use super::cache::InodeCache;
-use super::chunk;
 use super::keys::{self, Cf, ContentId};
-use super::records::{Content, Counters, InodeRecord};
+use super::records::{Counters, InodeRecord};
 use super::store::{Batch, Change, Store};
-
-/// Chunks that are deleted one by one; more become one range deletion, which costs every later scan.
-const POINT_DELETES_MAX: u32 = 256;
 
 struct Layer {
     changes: [BTreeMap<Bytes, Change>; Cf::ALL.len()],
@@ -73,14 +70,6 @@ pub struct Finished {
     pub counters: Counters,
     /// The inode records that it changes; `None`: removed.
     pub inodes: HashMap<InodeNo, Option<Arc<InodeRecord>>>,
-}
-
-/// What one layer knows of a chunk.
-enum Known {
-    There,
-    Gone,
-    /// Ask the layer below.
-    Below,
 }
 
 /// The change of a group.
@@ -318,124 +307,6 @@ impl<'a> Txn<'a> {
     fn remove_indexes(&mut self, ino: InodeNo, indexes: &Indexes) {
         for (name, value) in indexes {
             self.delete(Cf::Index, keys::index(name, value, ino));
-        }
-    }
-
-    fn known_chunk(layer: &Layer, key: &[u8]) -> Known {
-        match layer.changes[Cf::Chunk.position()].get(key) {
-            Some(Change::Put(_) | Change::Patch(_)) => Known::There,
-            Some(Change::Delete) => Known::Gone,
-            None if layer.covers(key) => Known::Gone,
-            None => Known::Below,
-        }
-    }
-
-    /// Whether a chunk is there.
-    pub fn chunk_exists(&self, content: ContentId, number: u32) -> Result<bool> {
-        let key = keys::chunk(content, number);
-        for layer in self.layers.iter().rev() {
-            match Self::known_chunk(layer, &key) {
-                Known::There => return Ok(true),
-                Known::Gone => return Ok(false),
-                Known::Below => {}
-            }
-        }
-        self.store.contains(Cf::Chunk, &key)
-    }
-
-    /// Sets a whole chunk.
-    pub fn put_chunk(&mut self, content: ContentId, number: u32, value: Bytes) {
-        debug_assert!(value.len() <= self.chunk_bytes as usize);
-        let key = Bytes::copy_from_slice(&keys::chunk(content, number));
-        self.top().changes[Cf::Chunk.position()].insert(key, Change::Put(value));
-    }
-
-    /// Patches a chunk; one that is not there begins empty.
-    pub fn patch_chunk(&mut self, content: ContentId, number: u32, patch: Bytes) {
-        let key = Bytes::copy_from_slice(&keys::chunk(content, number));
-        self.fold_patches(key, vec![patch]);
-    }
-
-    /// Puts patches on what the top layer knows of a chunk.
-    fn fold_patches(&mut self, key: Bytes, patches: Vec<Bytes>) {
-        let layer = self.top();
-        let covered = layer.covers(&key);
-        let slot = layer.changes[Cf::Chunk.position()].entry(key);
-        let apply = |base: &[u8], patches: &[Bytes]| {
-            let folded = chunk::apply_patches(Some(base), patches.iter().map(|p| &p[..]));
-            Change::Put(folded.expect("patches made here are well formed").into())
-        };
-        match slot {
-            std::collections::btree_map::Entry::Vacant(slot) => {
-                slot.insert(if covered { apply(&[], &patches) } else { Change::Patch(patches) });
-            }
-            std::collections::btree_map::Entry::Occupied(mut slot) => match slot.get_mut() {
-                Change::Put(base) => {
-                    let folded = apply(base, &patches);
-                    slot.insert(folded);
-                }
-                Change::Delete => {
-                    slot.insert(apply(&[], &patches));
-                }
-                Change::Patch(before) => before.extend(patches),
-            },
-        }
-    }
-
-    /// Removes the chunks from `from` up to `to` (exclusive), as many as are there.
-    pub fn delete_chunks(&mut self, content: ContentId, from: u32, to: u32) {
-        if to.saturating_sub(from) > POINT_DELETES_MAX {
-            self.top().delete_range(keys::chunk(content, from), keys::chunk(content, to));
-            return;
-        }
-        let layer = self.top();
-        for number in from..to {
-            let key = Bytes::copy_from_slice(&keys::chunk(content, number));
-            layer.changes[Cf::Chunk.position()].insert(key, Change::Delete);
-        }
-    }
-
-    /// How many of the chunks from `from` up to `to` (exclusive) are there.
-    pub fn count_chunks(&self, content: ContentId, from: u32, to: u32) -> Result<u64> {
-        let (first, last) = (keys::chunk(content, from), keys::chunk(content, to));
-        let mut decided: HashSet<Bytes> = HashSet::new();
-        let mut there = 0;
-        for layer in self.layers.iter().rev() {
-            let range = (std::ops::Bound::Included(&first[..]), std::ops::Bound::Excluded(&last[..]));
-            for (key, change) in layer.changes[Cf::Chunk.position()].range::<[u8], _>(range) {
-                if decided.insert(key.clone())
-                    && !matches!(change, Change::Delete)
-                    && !self.covered_above(layer, key)
-                {
-                    there += 1;
-                }
-            }
-        }
-        self.store.scan_keys(Cf::Chunk, &first, Some(&last), &mut |key, _| {
-            if !decided.contains(key) && !self.layers.iter().any(|layer| layer.covers(key)) {
-                there += 1;
-            }
-            Ok(ControlFlow::Continue(()))
-        })?;
-        Ok(there)
-    }
-
-    /// Whether a layer above `layer` deletes the range that a key lies in.
-    fn covered_above(&self, layer: &Layer, key: &[u8]) -> bool {
-        self.layers
-            .iter()
-            .rev()
-            .take_while(|above| !std::ptr::eq(*above, layer))
-            .any(|above| above.covers(key))
-    }
-
-    /// Removes the chunks of a content.
-    pub fn delete_content(&mut self, content: &Content, size: u64) {
-        if let Content::Chunks { id, count } = content
-            && *count > 0
-        {
-            let chunks = InodeRecord::dense_chunks(size, self.chunk_bytes);
-            self.delete_chunks(*id, 0, u32::try_from(chunks).unwrap_or(u32::MAX));
         }
     }
 

@@ -23,17 +23,22 @@ use shardfs_proto::types::{Error, Reason, Result};
 use super::ext4::{self, Content, Target, check_label, make_filesystem, wait_until_unclaimed};
 use super::fence::reservation::{Bounds, ReservationFence};
 use super::fence::{Fence, FenceKind, Fenced};
+use super::images::{self, Images};
 use super::loopdev::{self, sys};
 use super::views::ViewMount;
 use super::{
-    Attached, Description, LOOP_BYTES_MIN, Standby, VolumeProvider, VolumeSpec, in_the_way, io_error,
-    make_mount_point, mounts, verify_identity, wait_for_lock,
+    Attached, DEVICE, Description, LOOP_BYTES_MIN, Place, Standby, VolumeProvider, VolumeSpec, in_the_way,
+    io_error, make_mount_point, mounts, verify_identity, wait_for_lock,
 };
 
 /// The provider `device`.
 pub struct DeviceProvider;
 
 static FENCE: ReservationFence = ReservationFence { bounds: Bounds::DEFAULT };
+
+/// How a device is backed up.
+const INSTEAD_OF_IMAGES: &str = "take a snapshot of the device where it is made (the storage array, LVM below it); as after a power cut, it \
+                                 can be put back and served. Or use volumes of kind `aws`, or `loop` on an XFS or Btrfs";
 
 /// Bytes of the mark: one sector, before the place where ext4 begins.
 const MARK_BYTES: usize = 512;
@@ -139,6 +144,16 @@ impl VolumeProvider for DeviceProvider {
         loopdev::views::clean_up(spec, folder)
     }
 
+    /// The device was enlarged before, by whoever made it.
+    fn grow(&self, _spec: &VolumeSpec, attached: &Place) -> Result<bool> {
+        ext4::grow(attached, size_bytes(&attached.device)?)
+    }
+
+    /// A device is left as it is: what is on it may be the only copy.
+    fn delete(&self, _spec: &VolumeSpec) -> Result<()> {
+        Ok(())
+    }
+
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {
         let device = whole_device(spec).ok();
         Ok(Description {
@@ -147,6 +162,10 @@ impl VolumeProvider for DeviceProvider {
             devices: device.iter().map(|d| d.display().to_string()).collect(),
             mounted: !mounts::at(&spec.mount_point)?.is_empty(),
         })
+    }
+
+    fn images(&self) -> Result<&dyn Images> {
+        images::unsupported(DEVICE, INSTEAD_OF_IMAGES)
     }
 }
 

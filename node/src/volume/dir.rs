@@ -10,8 +10,15 @@ use shardfs_proto::types::{Error, Reason, Result};
 
 use super::fence::lock::LockFence;
 use super::fence::{Fence, Fenced};
+use super::images::{self, Images};
 use super::views::{Retired, ViewMount};
-use super::{Attached, Description, Standby, VolumeProvider, VolumeSpec, io_error, lock, verify_identity};
+use super::{
+    Attached, Description, Place, Standby, VolumeProvider, VolumeSpec, io_error, lock, verify_identity,
+};
+
+/// How a folder is backed up.
+const INSTEAD_OF_IMAGES: &str = "copy the folder while no node serves it, take a snapshot of the filesystem that it lies on, or use volumes of \
+                                 kind `loop` on an XFS or Btrfs";
 
 /// The provider `dir`.
 pub struct DirProvider;
@@ -80,6 +87,18 @@ impl VolumeProvider for DirProvider {
         Ok(())
     }
 
+    fn grow(&self, spec: &VolumeSpec, _attached: &Place) -> Result<bool> {
+        Err(Error::invalid(format!(
+            "volume {} is a folder, as large as what it lies on: enlarge that, which needs nothing here",
+            spec.id
+        )))
+    }
+
+    /// What lies in a folder may be more than the volume.
+    fn delete(&self, _spec: &VolumeSpec) -> Result<()> {
+        Ok(())
+    }
+
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {
         Ok(Description {
             exists: spec.source.is_dir(),
@@ -87,6 +106,10 @@ impl VolumeProvider for DirProvider {
             devices: Vec::new(),
             mounted: fs::read_link(&spec.mount_point).is_ok_and(|target| target == spec.source),
         })
+    }
+
+    fn images(&self) -> Result<&dyn Images> {
+        images::unsupported("dir", INSTEAD_OF_IMAGES)
     }
 }
 
@@ -174,5 +197,25 @@ mod tests {
         assert_eq!(DirProvider.attach(&spec).unwrap_err().reason(), Reason::Corrupt);
         fs::remove_dir_all(&spec.source).unwrap();
         assert_eq!(DirProvider.create(&spec).unwrap_err().reason(), Reason::Corrupt);
+    }
+
+    #[test]
+    fn a_volume_of_a_newer_format_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let spec = spec(dir.path());
+        DirProvider.create(&spec).unwrap();
+        drop(DirProvider.attach(&spec).unwrap());
+        let path = spec.source.join(super::super::IDENTITY_FILE);
+        let newer = r#"{"v":2,"cluster_of_later":"c1"}"#;
+        fs::write(&path, newer).unwrap();
+        let error = DirProvider.attach(&spec).unwrap_err();
+        assert_eq!(error.reason(), Reason::Unsupported);
+        assert!(error.message().contains("format 2") && error.message().contains("update"), "{error}");
+        let error = DirProvider.open_view(&spec, dir.path()).map(|_| ()).unwrap_err();
+        assert_eq!(error.reason(), Reason::Unsupported);
+        assert_eq!(fs::read_to_string(&path).unwrap(), newer);
+        // The same format with more fields is read.
+        fs::write(&path, r#"{"v":1,"cluster":"c1","volume":"vol-1","later":true}"#).unwrap();
+        DirProvider.attach(&spec).unwrap();
     }
 }

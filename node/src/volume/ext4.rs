@@ -6,6 +6,7 @@
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
@@ -16,7 +17,7 @@ use rustix::mount::MountFlags;
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 
 use super::loopdev::sys;
-use super::{VolumeSpec, io_error};
+use super::{Place, VolumeSpec, io_error};
 
 /// Bytes at the start that must be zero in what is to be formatted: every filesystem and partition table has its
 /// mark there.
@@ -232,9 +233,62 @@ pub(super) fn check_loop(path: &Path, spec: &VolumeSpec) -> Result<()> {
     Ok(())
 }
 
+/// Bytes of a block: as [`make_filesystem`] asks for.
+const BLOCK_BYTES: u64 = 4096;
+/// `_IOW('f', 16, __u64)`.
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+/// By how much a filesystem grows in one call of the kernel, so that none takes long: nothing else may unmount it meanwhile.
+const GROW_STEP_BYTES: u64 = 64 << 30;
+
+/// Makes a filesystem that is mounted for writing larger by one step, while it is used; whether it is then as large as `bytes`, which its
+/// device has.
+pub(super) fn grow(place: &Place, bytes: u64) -> Result<bool> {
+    let doing = || format!("enlarging the filesystem at {}", place.root.display());
+    let wanted = bytes / BLOCK_BYTES;
+    // Its own count: statfs takes its tables off.
+    let before = block_count(&place.device)?;
+    if before >= wanted {
+        return Ok(true);
+    }
+    let next = wanted.min(before.saturating_add(GROW_STEP_BYTES / BLOCK_BYTES));
+    let folder = File::open(&place.root).map_err(|e| io_error(&doing(), &e))?;
+    // SAFETY: the kernel reads one u64; the descriptor is open.
+    let done = unsafe { libc::ioctl(folder.as_raw_fd(), EXT4_IOC_RESIZE_FS as _, &raw const next) };
+    if done != 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(match error.kind() {
+            ErrorKind::PermissionDenied => Error::new(
+                Reason::NotPermitted,
+                format!("{}: {error}: it needs CAP_SYS_RESOURCE, and a filesystem without errors", doing()),
+            ),
+            _other => io_error(&doing(), &error),
+        });
+    }
+    let now = block_count(&place.device)?;
+    // The rest of a block group that would be too small for its own tables is left.
+    Ok(now >= wanted || now == before)
+}
+
+/// Blocks of the filesystem that is mounted from a device: its superblock is in the device's cache, and always the present one.
+fn block_count(device: &Path) -> Result<u64> {
+    let head = read_head(device, HEAD_BYTES)?;
+    let number = |at: usize| {
+        let bytes = head.get(SUPERBLOCK_AT as usize + at..)?.get(..4)?;
+        Some(u64::from(u32::from_le_bytes(bytes.try_into().ok()?)))
+    };
+    let (low, high) = (number(0x4), number(0x150));
+    let count = low.zip(high).map(|(low, high)| low | (high << 32));
+    count.ok_or_else(|| Error::io(format!("{} has no superblock", device.display())))
+}
+
 /// 32 digits as UUIDs are written.
 fn hyphenated(digits: &str) -> String {
     [&digits[..8], &digits[8..12], &digits[12..16], &digits[16..20], &digits[20..]].join("-")
+}
+
+/// A UUID as programs write it.
+pub(super) fn uuid_text(uuid: [u8; UUID_BYTES]) -> String {
+    hyphenated(&format!("{:032x}", u128::from_be_bytes(uuid)))
 }
 
 /// What a filesystem is made on.
@@ -263,7 +317,7 @@ pub(super) fn make_filesystem(
         Target::File => "lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0",
         Target::Device => "lazy_itable_init=1,lazy_journal_init=0,root_owner=0:0,nodiscard",
     };
-    let uuid = hyphenated(&format!("{:032x}", u128::from_be_bytes(uuid)));
+    let uuid = uuid_text(uuid);
     let search = std::env::var("PATH").unwrap_or_default();
     let output = Command::new("mkfs.ext4")
         .env("PATH", format!("{search}:/usr/sbin:/sbin"))

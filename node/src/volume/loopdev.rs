@@ -14,19 +14,20 @@ use std::fs::{self, File, OpenOptions};
 use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use shardfs_proto::types::{Error, Result, VolumeId};
+use shardfs_proto::types::{Error, Reason, Result, VolumeId};
 
 use super::ext4::{
-    Content, Target, check_label, check_loop, make_filesystem, marked_uuid, mount, probe,
+    self, Content, Target, check_label, check_loop, make_filesystem, marked_uuid, mount, probe,
     wait_until_unclaimed,
 };
 use super::fence::{Fence, Fenced, shutdown};
+use super::images::{self, Image, Images};
 use super::views::ViewMount;
 use super::{
-    Attached, Description, Standby, VolumeProvider, VolumeSpec, in_the_way, io_error, lock, make_mount_point,
-    mounts, verify_identity, wait_for_lock,
+    Attached, Description, Place, Standby, VolumeProvider, VolumeSpec, in_the_way, io_error, lock,
+    make_mount_point, mounts, verify_identity, wait_for_lock,
 };
 use sys::{BLOCK_BYTES, LO_NAME_BYTES, Tag, detach_device, devices_with_tag};
 
@@ -131,6 +132,33 @@ impl VolumeProvider for LoopProvider {
         views::clean_up(spec, folder)
     }
 
+    fn grow(&self, spec: &VolumeSpec, attached: &Place) -> Result<bool> {
+        let doing = || format!("enlarging {}", spec.source.display());
+        let file = OpenOptions::new().write(true).open(&spec.source).map_err(|e| io_error(&doing(), &e))?;
+        let length = file.metadata().map_err(|e| io_error(&doing(), &e))?.len();
+        let wanted = spec.size_bytes / u64::from(BLOCK_BYTES) * u64::from(BLOCK_BYTES);
+        if length < wanted {
+            file.set_len(wanted).and_then(|()| file.sync_all()).map_err(|e| io_error(&doing(), &e))?;
+        }
+        fail::fail_point!("loop::grow::lengthened", |_| Err(Error::unavailable("failpoint")));
+        sys::take_capacity(&attached.device, &open(&attached.device)?)?;
+        ext4::grow(attached, length.max(wanted))
+    }
+
+    fn delete(&self, spec: &VolumeSpec) -> Result<()> {
+        let source = &spec.source;
+        match fs::remove_file(source) {
+            Err(e) if e.kind() != ErrorKind::NotFound => {
+                return Err(io_error(&format!("removing {}", source.display()), &e));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let parent = source.parent().unwrap_or(Path::new("/"));
+        File::open(parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(|e| io_error(&format!("syncing {}", parent.display()), &e))
+    }
+
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {
         let meta = fs::metadata(&spec.source).ok();
         let devices = devices_with_tag(&tag(&spec.mount_point, &spec.id)?)?;
@@ -141,6 +169,132 @@ impl VolumeProvider for LoopProvider {
             mounted: !mounts::at(&spec.mount_point)?.is_empty(),
         })
     }
+
+    fn images(&self) -> Result<&dyn Images> {
+        Ok(self)
+    }
+}
+
+impl Images for LoopProvider {
+    fn image_place(&self, spec: &VolumeSpec, backup: &str, folder: Option<&Path>) -> Result<String> {
+        let place = match folder {
+            Some(folder) => folder.join(format!("{}{}", spec.id, image_ending(backup))),
+            None => with_ending(&spec.source, &image_ending(backup)),
+        };
+        place
+            .into_os_string()
+            .into_string()
+            .map_err(|place| Error::invalid(format!("volume {}: {} is not UTF-8", spec.id, place.display())))
+    }
+
+    fn back_up(&self, spec: &VolumeSpec, image: &Image) -> Result<String> {
+        images::clone_at_once(&spec.source, image_file(image)?)?;
+        Ok(image.place.clone())
+    }
+
+    fn drop_image(&self, image: &Image) -> Result<()> {
+        let file = image_file(image)?;
+        match file.parent() {
+            Some(folder) if !folder.exists() => Err(Error::not_found(format!(
+                "the image {} is not deleted: its folder is not there on this node",
+                file.display()
+            ))),
+            _ => images::remove_file(file),
+        }
+    }
+
+    /// Under another name, and always a new file: whoever had an older one open, however long ago, has nothing of this one.
+    fn make_place(&self, spec: &VolumeSpec, attempt: &str) -> Result<()> {
+        images::make_empty(&laid_file(spec, attempt))
+    }
+
+    fn drop_place(&self, spec: &VolumeSpec, attempt: &str) -> Result<()> {
+        images::remove_file(&laid_file(spec, attempt))
+    }
+
+    fn drop_places(&self, spec: &VolumeSpec, except: Option<&str>) -> Result<()> {
+        let kept = except.map(|attempt| laid_file(spec, attempt));
+        let folder = spec.source.parent().unwrap_or(Path::new("/"));
+        let failed = |e: std::io::Error| io_error(&format!("listing {}", folder.display()), &e);
+        let stem = with_ending(&spec.source, LAID_ENDING);
+        let stem = stem.file_name().unwrap_or_default();
+        let entries = match fs::read_dir(folder) {
+            Err(e) if e.kind() == ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(failed)?;
+            let name = entry.file_name();
+            let rest = name.as_encoded_bytes().strip_prefix(stem.as_encoded_bytes());
+            // An older version has named it so, without an attempt.
+            let is_place = rest.is_some_and(|rest| rest.is_empty() || rest[0] == b'-');
+            if is_place && kept.as_ref() != Some(&entry.path()) {
+                images::remove_file(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn lay_down(&self, spec: &VolumeSpec, image: &Image, attempt: &str) -> Result<PathBuf> {
+        let laid = laid_file(spec, attempt);
+        images::copy_into(image_file(image)?, &laid)?;
+        Ok(laid)
+    }
+
+    fn put_in_place(&self, spec: &VolumeSpec, attempt: &str, aside: Option<&str>) -> Result<Option<PathBuf>> {
+        let (laid, source) = (laid_file(spec, attempt), &spec.source);
+        if let Some(aside) = aside {
+            return images::put_in_place(&laid, source, aside);
+        }
+        if source.exists() {
+            if !images::is_of(source, spec) {
+                return Err(Error::new(
+                    Reason::AlreadyExists,
+                    format!(
+                        "{} is there already, and is not volume {}: give another --source",
+                        source.display(),
+                        spec.id
+                    ),
+                ));
+            }
+            return images::replace(&laid, source).map(|()| None);
+        }
+        images::put_in_place(&laid, source, "unused")
+    }
+
+    fn discard(&self, spec: &VolumeSpec) -> Result<()> {
+        if images::is_of(&spec.source, spec) {
+            images::remove_file(&spec.source)?;
+        }
+        self.drop_places(spec, None)
+    }
+}
+
+/// How the names of a backup's images end.
+fn image_ending(backup: &str) -> String {
+    format!(".backup-{backup}")
+}
+
+/// The file of an image. Its name says of which backup it is: nothing else is ever taken for one.
+fn image_file(image: &Image) -> Result<&Path> {
+    if image.place.ends_with(&image_ending(&image.backup)) {
+        return Ok(Path::new(&image.place));
+    }
+    Err(Error::corrupt(format!("{:?} is no image of the backup {}", image.place, image.backup)))
+}
+
+/// How the names begin to end under which images are laid down.
+const LAID_ENDING: &str = ".restoring";
+
+/// Where an attempt lays an image down.
+fn laid_file(spec: &VolumeSpec, attempt: &str) -> PathBuf {
+    with_ending(&spec.source, &format!("{LAID_ENDING}-{attempt}"))
+}
+
+fn with_ending(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(ending);
+    path.with_file_name(name)
 }
 
 /// What this node calls its device for a volume: the mount point is this node's alone.
@@ -164,7 +318,7 @@ pub(super) fn tag(mount_point: &Path, id: &VolumeId) -> Result<Tag> {
 
 /// Takes the lock that shows that a process of this node lives: while it is held nobody else removes the
 /// node's mount and device.
-fn own(spec: &VolumeSpec) -> Result<OwnedFd> {
+pub(super) fn own(spec: &VolumeSpec) -> Result<OwnedFd> {
     let path = shutdown::owner_file(&spec.mount_point);
     let file = OpenOptions::new()
         .read(true)
@@ -205,6 +359,8 @@ fn set_writable(device: &Path) -> Result<()> {
 /// Mounts a device for writing. It fails, and changes nothing, if the device was made read-only since.
 fn mount_standby(spec: &VolumeSpec, standby: Standby, lock: Option<OwnedFd>) -> Result<Attached> {
     let Standby { device, owner } = standby;
+    // The file may have grown since the device was made.
+    sys::take_capacity(&device, &open(&device)?)?;
     // What was read from it before, by us or by whoever looks at new devices, may be older than the fence.
     check_content(spec, &device)?;
     mount(&device, spec)?;
@@ -229,7 +385,7 @@ fn verify_device(spec: &VolumeSpec, device: &Path) -> Result<()> {
 }
 
 /// Unmounts and detaches whatever a process of this node has left for the volume.
-fn clean_up(spec: &VolumeSpec, tag: &Tag) -> Result<()> {
+pub(super) fn clean_up(spec: &VolumeSpec, tag: &Tag) -> Result<()> {
     let devices = devices_with_tag(tag)?;
     for mount in mounts::at(&spec.mount_point)? {
         if !devices.contains(&mount.source) && !is_over(&mount.source, &spec.source) {

@@ -16,25 +16,40 @@ use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use images::Images;
 use serde::{Deserialize, Serialize};
 use shardfs_proto::types::{Error, Reason, Result, VolumeId, clock};
 use views::ViewMount;
 
+#[cfg(feature = "aws")]
+pub mod aws;
+pub mod cloud;
 pub mod device;
 pub mod dir;
+pub mod ebs;
 mod ext4;
 pub mod fence;
+pub mod images;
+pub mod leftovers;
 pub mod loopdev;
 pub mod mounts;
+pub mod nvme;
 pub mod room;
 pub mod views;
 
 /// The file at a volume's root that names cluster and volume.
 const IDENTITY_FILE: &str = ".shardfs-volume";
+/// The format of that file, and with it of what lies beside it: the folders of shards. A later one is refused.
+const IDENTITY_FORMAT: u32 = 1;
 /// The provider of whole block devices.
 pub const DEVICE: &str = "device";
+/// The provider of EBS volumes.
+pub const AWS: &str = "aws";
+/// What EBS counts in.
+pub const GIB: u64 = 1 << 30;
 /// The smallest backing file or device: an ext4 with its journal, and the reserve.
 pub const LOOP_BYTES_MIN: u64 = 64 << 20;
 /// The largest backing file: what ext4 with 4 KiB blocks and 32-bit group counts comfortably holds.
@@ -153,16 +168,16 @@ impl Witness {
         self.check()
     }
 
-    /// Writes, discards and flushes that the device below has completed; `None`: the kernel does not tell. Asks the kernel, not
-    /// the device.
+    /// Writes and discards that the device below has completed; `None`: the kernel does not tell. Asks the kernel, not the device.
+    /// Flushes do not count: every sync(2) of the machine has one done, also on a device whose filesystem is stuck.
     pub fn completed(&self) -> Option<u64> {
         let device = rustix::fs::fstat(&self.file).ok()?.st_dev;
         let (major, minor) = (rustix::fs::major(device), rustix::fs::minor(device));
         let stat = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/stat")).ok()?;
         let fields: Vec<u64> = stat.split_whitespace().map_while(|field| field.parse().ok()).collect();
-        // The kernel's Documentation/block/stat.rst; discards came with Linux 4.18, flushes with 5.5.
-        let [writes, discards, flushes] = [4, 11, 15].map(|at| fields.get(at).copied());
-        Some(writes?.wrapping_add(discards.unwrap_or(0)).wrapping_add(flushes.unwrap_or(0)))
+        // The kernel's Documentation/block/stat.rst; discards came with Linux 4.18.
+        let [writes, discards] = [4, 11].map(|at| fields.get(at).copied());
+        Some(writes?.wrapping_add(discards.unwrap_or(0)))
     }
 
     /// The same as [`Witness::check`], unless it had to wait for the device: then it cannot be told.
@@ -195,6 +210,15 @@ fn in_the_way(spec: &VolumeSpec, source: &Path) -> Error {
 
 fn taken(error: &std::io::Error) -> Error {
     io_error("the volume was taken away: what was synced last may be lost", error)
+}
+
+/// Where a volume is attached for writing.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// The folder that holds the shards.
+    pub root: PathBuf,
+    /// The device or folder behind it.
+    pub device: PathBuf,
 }
 
 /// What is known about a volume without attaching it.
@@ -241,26 +265,83 @@ pub trait VolumeProvider: Send + Sync {
     fn open_view(&self, spec: &VolumeSpec, at: &Path) -> Result<ViewMount>;
     /// Takes away what a killed process of this node has left of views, which were all in places right below `folder`.
     fn clean_views(&self, spec: &VolumeSpec, folder: &Path) -> Result<()>;
+    /// Makes what a volume lies on as large as the specification says, as far as that is not a part of [`VolumeProvider::grow`]; it may take
+    /// minutes, and the volume may move meanwhile. Done already: no error.
+    fn enlarge_below(&self, _spec: &VolumeSpec) -> Result<()> {
+        Ok(())
+    }
+    /// Makes a volume that is attached for writing larger by one step, which takes a moment; whether it is then as large as its device is by
+    /// now; of a backing file, as the specification says. It is used meanwhile. Never makes anything smaller.
+    fn grow(&self, spec: &VolumeSpec, attached: &Place) -> Result<bool>;
+    /// Takes from this machine what attaching gave it: it is no node of the volume any more, and has let go of it. Done already: no
+    /// error.
+    fn release(&self, _spec: &VolumeSpec) -> Result<()> {
+        Ok(())
+    }
+    /// Deletes what the volume is made of, which nobody uses any more; what it cannot delete it leaves as it is. Done already: no
+    /// error.
+    fn delete(&self, spec: &VolumeSpec) -> Result<()>;
     /// What is known.
     fn describe(&self, spec: &VolumeSpec) -> Result<Description>;
+    /// How its volumes are backed up; an error that says what to do instead if they cannot be.
+    fn images(&self) -> Result<&dyn Images>;
 }
 
-/// The provider of a name.
+/// The kinds of volumes that a node can use.
+#[derive(Clone, Default)]
+pub struct Providers {
+    cloud: Option<Arc<ebs::EbsProvider>>,
+}
+
+impl Providers {
+    /// With the disks of a cloud.
+    pub fn with_cloud(cloud: ebs::EbsProvider) -> Providers {
+        Providers { cloud: Some(Arc::new(cloud)) }
+    }
+
+    /// The provider of a name.
+    pub fn get(&self, name: &str) -> Result<&dyn VolumeProvider> {
+        if name == AWS { self.ebs().map(|ebs| ebs as _) } else { provider(name) }
+    }
+
+    /// The disks of the cloud that this node is told of.
+    pub fn ebs(&self) -> Result<&ebs::EbsProvider> {
+        self.cloud.as_deref().ok_or_else(|| {
+            let how = if cfg!(feature = "aws") {
+                "start it with --aws-cluster NAME, on EC2"
+            } else {
+                "it was built without the feature `aws`"
+            };
+            Error::new(Reason::Unsupported, format!("this node uses no volumes of kind `aws`: {how}"))
+        })
+    }
+}
+
+/// The provider of a name, of those that need nothing but this machine.
 pub fn provider(name: &str) -> Result<&'static dyn VolumeProvider> {
     match name {
         "loop" => Ok(&loopdev::LoopProvider),
         DEVICE => Ok(&device::DeviceProvider),
         "dir" => Ok(&dir::DirProvider),
         other => Err(Error::invalid(format!(
-            "volume provider {other:?} is not known: there are `loop`, `device` and `dir`"
+            "volume provider {other:?} is not known: there are `loop`, `device`, `dir` and `aws`"
         ))),
     }
 }
 
 /// Checks a definition.
 pub fn check_spec(id: &VolumeId, name: &str, size_bytes: u64) -> Result<()> {
-    provider(name).map_err(|e| e.context(format!("volume {id}")))?;
+    if name != AWS {
+        provider(name).map_err(|e| e.context(format!("volume {id}")))?;
+    }
     match name {
+        AWS if id.as_str().starts_with(ebs::VERIFY_PREFIX) => Err(Error::invalid(format!(
+            "volume {id}: names that begin with {:?} are those of disks that backups are verified on: choose another one",
+            ebs::VERIFY_PREFIX
+        ))),
+        AWS if size_bytes == 0 || !size_bytes.is_multiple_of(GIB) => Err(Error::invalid(format!(
+            "volume {id}: an aws volume has a whole number of GiB, not {size_bytes} bytes: give --size, such as 100GiB"
+        ))),
         "loop" if !(LOOP_BYTES_MIN..=LOOP_BYTES_MAX).contains(&size_bytes) => {
             let wrong = if size_bytes == 0 { String::new() } else { format!(", not {size_bytes} bytes") };
             Err(Error::invalid(format!(
@@ -279,6 +360,11 @@ pub fn check_spec(id: &VolumeId, name: &str, size_bytes: u64) -> Result<()> {
     }
 }
 
+#[derive(Deserialize)]
+struct Format {
+    v: u32,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Identity {
     v: u32,
@@ -291,9 +377,22 @@ fn verify_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
     let path = root.join(IDENTITY_FILE);
     match fs::read(&path) {
         Ok(bytes) => {
-            let identity: Identity = serde_json::from_slice(&bytes).map_err(|e| {
+            let damaged = |e: serde_json::Error| {
                 Error::corrupt(format!("{}: {e}: the volume's identity is damaged", path.display()))
-            })?;
+            };
+            // First: a newer one may have other fields, and say with its format that nothing here is to be touched.
+            let Format { v } = serde_json::from_slice(&bytes).map_err(damaged)?;
+            if v > IDENTITY_FORMAT {
+                return Err(Error::new(
+                    Reason::Unsupported,
+                    format!(
+                        "volume {} has format {v}, this version of ShardFS knows up to {IDENTITY_FORMAT}: update this \
+                         node; the volume is left alone",
+                        spec.id
+                    ),
+                ));
+            }
+            let identity: Identity = serde_json::from_slice(&bytes).map_err(damaged)?;
             if identity.volume != spec.id || identity.cluster != spec.cluster_id {
                 return Err(Error::invalid(format!(
                     "{} holds volume {} of cluster {}, not volume {} of cluster {}: it is left alone",
@@ -317,7 +416,7 @@ fn verify_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
 }
 
 fn write_identity(root: &Path, spec: &VolumeSpec) -> Result<()> {
-    let identity = Identity { v: 1, cluster: spec.cluster_id.clone(), volume: spec.id.clone() };
+    let identity = Identity { v: IDENTITY_FORMAT, cluster: spec.cluster_id.clone(), volume: spec.id.clone() };
     let bytes = serde_json::to_vec(&identity).expect("an identity is plain data");
     let (path, fresh) = (root.join(IDENTITY_FILE), root.join(format!("{IDENTITY_FILE}.new")));
     let write = || -> std::io::Result<()> {

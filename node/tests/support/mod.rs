@@ -45,7 +45,7 @@ pub struct Node {
     node: node::Node,
     store: embedded_server::Handle,
     channel: Channel,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Node {
@@ -61,24 +61,22 @@ impl Node {
             provider: "dir".into(),
             source: volume.to_str().unwrap().into(),
             size_bytes: 0,
+            iops: 0,
             primary: NodeId::new(NODE_ID).unwrap(),
             backups: vec![],
             allow_unfenced: false,
         };
-        let address = store.address().to_string();
-        ensure_volume(&EmbeddedStore::new(&address).unwrap(), &spec).await.unwrap();
-        let args = Args {
-            id: Some(NODE_ID.into()),
-            data_dir: Some(PathBuf::from(dir.path()).join("node-1")),
-            listen: Some("127.0.0.1:0".into()),
-            meta: Some(address),
-            shutdown_seconds: Some(5),
-            ..Args::default()
-        };
-        let node = node::Node::start(NodeConfig::load(args).unwrap(), Child::orphan()).await.unwrap();
-        let endpoint = node.addresses().endpoints[0].clone();
-        let channel = Channel::from_shared(endpoint).unwrap().connect().await.unwrap();
-        Node { node, store, channel, _dir: dir }
+        ensure_volume(&EmbeddedStore::new(&store.address().to_string()).unwrap(), &spec).await.unwrap();
+        let (node, channel) = run(&dir, &store).await;
+        Node { node, store, channel, dir }
+    }
+
+    /// Ends the node in order and starts it again.
+    pub async fn restart(mut self) -> Node {
+        drop(self.channel);
+        self.node.shutdown().await.unwrap();
+        (self.node, self.channel) = run(&self.dir, &self.store).await;
+        self
     }
 
     /// Stops both in order.
@@ -132,6 +130,21 @@ impl Node {
         let request = wire::OpenSessionRequest { header, label: "a test".into() };
         self.files().open_session(request).await.unwrap().into_inner().session_id
     }
+}
+
+async fn run(dir: &tempfile::TempDir, store: &embedded_server::Handle) -> (node::Node, Channel) {
+    let args = Args {
+        id: Some(NODE_ID.into()),
+        data_dir: Some(PathBuf::from(dir.path()).join("node-1")),
+        listen: Some("127.0.0.1:0".into()),
+        meta: Some(store.address().to_string()),
+        shutdown_seconds: Some(5),
+        ..Args::default()
+    };
+    let node = node::Node::start(NodeConfig::load(args).unwrap(), Child::orphan()).await.unwrap();
+    let endpoint = node.addresses().endpoints[0].clone();
+    let channel = Channel::from_shared(endpoint).unwrap().connect().await.unwrap();
+    (node, channel)
 }
 
 /// A shard by its id.

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use futures::Stream;
 
 use super::Client;
+use super::channel::Node;
 use super::retry::{ATTEMPT_MAX, Target};
 use super::shards::selected;
 use crate::convert;
@@ -14,7 +15,8 @@ use crate::wire;
 
 /// How long a promotion is waited for, unless the client's deadline is shorter.
 const PROMOTE_WAIT_MAX: Duration = Duration::from_secs(30);
-/// How much later than it was told to a node may answer that a promotion was in vain, and have that heard.
+/// How much earlier than the caller's deadline a node is told to give a promotion up, so that its reason is heard; of a short
+/// deadline, a quarter.
 const PROMOTE_ANSWER_GRACE: Duration = Duration::from_secs(1);
 /// Pause between two questions whether a volume is served.
 const SERVED_ASK_PAUSE: Duration = Duration::from_millis(50);
@@ -59,8 +61,11 @@ impl Client {
     /// Adds a volume to the cluster; its first node makes and serves it.
     pub async fn add_volume(&self, volume: &NewVolume) -> Result<VolumeInfo> {
         let request = convert::new_volume_to_wire(volume);
+        let deadline = self.inner.config.deadline;
+        // A cloud takes its time; what was begun goes on, and is found when the call is repeated.
+        let attempt_max = if volume.provider == "aws" { deadline } else { ATTEMPT_MAX };
         let reply = self
-            .call(Target::Any, async |attempt| {
+            .call_within(Target::Any, deadline, attempt_max, async |attempt| {
                 attempt.node.admin().add_volume(attempt.node.request(request.clone())).await
             })
             .await?;
@@ -71,21 +76,24 @@ impl Client {
     pub async fn promote_volume(&self, volume: &VolumeId, node: &NodeId) -> Result<VolumeInfo> {
         let patience = PROMOTE_WAIT_MAX.min(self.inner.config.deadline);
         let until = clock::monotonic() + patience;
+        let grace = PROMOTE_ANSWER_GRACE.min(patience / 4);
         let left = || until.saturating_duration_since(clock::monotonic());
         let reply = self
-            .call_within(Target::Any, patience, patience + PROMOTE_ANSWER_GRACE, async |attempt| {
+            .call_within(Target::Any, patience, patience, async |attempt| {
                 let request = wire::PromoteVolumeRequest {
                     volume_id: volume.as_str().to_owned(),
                     node_id: node.as_str().to_owned(),
                     // 0 would leave it to the node.
-                    timeout_ms: u32::try_from(left().as_millis()).unwrap_or(u32::MAX).max(1),
+                    timeout_ms: u32::try_from(left().saturating_sub(grace).as_millis())
+                        .unwrap_or(u32::MAX)
+                        .max(1),
                 };
                 attempt.node.admin().promote_volume(attempt.node.request(request)).await
             })
             .await?;
         let moved = convert::volume_info_from_wire(reply.into_inner())?;
         let served = self.wait_served(volume, node, until);
-        tokio::time::timeout(left() + PROMOTE_ANSWER_GRACE, served).await.unwrap_or_else(|_| {
+        tokio::time::timeout(left().max(grace), served).await.unwrap_or_else(|_| {
             Err(Error::unavailable(format!("volume {volume} was given to {node}, which does not answer")))
         })?;
         Ok(moved)
@@ -152,19 +160,24 @@ impl Client {
         .await
     }
 
+    /// The node at one of these addresses.
+    pub(super) fn node_at(&self, endpoints: &[String]) -> Result<Node> {
+        let endpoint = self.inner.channels.usable(endpoints).ok_or_else(|| Error::invalid("no endpoint"))?;
+        self.inner.channels.node(endpoint)
+    }
+
     /// How one node sees itself. Asked once.
     ///
     /// # Errors
     /// `Unavailable` if it does not answer.
     pub async fn node_status(&self, endpoints: &[String]) -> Result<NodeStatus> {
-        let endpoint = self.inner.channels.usable(endpoints).ok_or_else(|| Error::invalid("no endpoint"))?;
-        let node = self.inner.channels.node(endpoint)?;
+        let node = self.node_at(endpoints)?;
         let mut admin = node.admin();
         let call = admin.get_status(node.request(wire::GetStatusRequest {}));
         match tokio::time::timeout(NODE_ATTEMPT_MAX, call).await {
             Ok(Ok(reply)) => convert::node_status_from_wire(reply.into_inner()),
             Ok(Err(status)) => Err(crate::status::from_status(&status)),
-            Err(_) => Err(Error::unavailable(format!("{endpoint} did not answer"))),
+            Err(_) => Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
         }
     }
 
@@ -177,8 +190,7 @@ impl Client {
         shards: &[ShardId],
         max_age: Duration,
     ) -> Result<Vec<ShardId>> {
-        let endpoint = self.inner.channels.usable(endpoints).ok_or_else(|| Error::invalid("no endpoint"))?;
-        let node = self.inner.channels.node(endpoint)?;
+        let node = self.node_at(endpoints)?;
         let request = wire::PublishViewsRequest {
             volume_id: volume.as_str().to_owned(),
             epoch: 0,
@@ -191,7 +203,7 @@ impl Client {
         match tokio::time::timeout(PUBLISH_ATTEMPT_MAX, call).await {
             Ok(Ok(reply)) => reply.into_inner().shard_ids.into_iter().map(ShardId::new).collect(),
             Ok(Err(status)) => Err(crate::status::from_status(&status)),
-            Err(_) => Err(Error::unavailable(format!("{endpoint} did not answer"))),
+            Err(_) => Err(Error::unavailable(format!("{} did not answer", node.endpoint))),
         }
     }
 

@@ -15,6 +15,7 @@ use tonic::transport::{Channel, Endpoint};
 use crate::types::limits::{MESSAGE_BYTES_MAX, REPLY_BYTES_MAX};
 use crate::types::{ClientId, Error, Result};
 use crate::wire::admin_client::AdminClient;
+use crate::wire::backups_client::BackupsClient;
 use crate::wire::files_client::FilesClient;
 use crate::wire::storage_client::StorageClient;
 use crate::wire::{CLIENT_ID_METADATA, GetStatusRequest};
@@ -65,6 +66,10 @@ impl Node {
 
     pub(super) fn admin(&self) -> AdminClient<Channel> {
         AdminClient::new(self.channel.clone()).max_decoding_message_size(REPLY_BYTES_MAX)
+    }
+
+    pub(super) fn backups(&self) -> BackupsClient<Channel> {
+        BackupsClient::new(self.channel.clone()).max_decoding_message_size(REPLY_BYTES_MAX)
     }
 
     /// A request that says for whom it is made.

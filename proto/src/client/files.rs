@@ -12,7 +12,7 @@ use super::session::{Session, header};
 use super::unsynced::{Answered, Fill};
 use crate::convert;
 use crate::types::cluster::ShardStat;
-use crate::types::op::{Durability, OpResult, Operation};
+use crate::types::op::{Durability, OpResult, Operation, SeekFor, Sought};
 use crate::types::{Attr, Cookie, Error, FileKind, InodeNo, Reason, Result, ShardId};
 use crate::wire;
 
@@ -54,6 +54,25 @@ impl Client {
         operation: Operation,
         durability: Durability,
     ) -> Result<OpResult> {
+        self.mutate_through(shard, operation, durability, None).await
+    }
+
+    /// The same, for somebody who has a file open, and had seen so many losses of locks when it opened it.
+    ///
+    /// # Errors
+    /// Also `Io` if locks of the file were lost since.
+    pub async fn mutate_through(
+        &self,
+        shard: ShardId,
+        operation: Operation,
+        durability: Durability,
+        seen_lock_losses: Option<u64>,
+    ) -> Result<OpResult> {
+        let file = operation.changed_inode().zip(seen_lock_losses);
+        let check = |session: &Session| match file {
+            Some((inode, seen)) => session.locks.check(inode, seen),
+            None => Ok(()),
+        };
         let opens = matches!(operation, Operation::Create { open: true, .. });
         let kept_bytes =
             (durability == Durability::Buffered && operation.is_replayable()).then(|| match &operation {
@@ -65,7 +84,7 @@ impl Client {
         let operation = &operation;
         let fill = Mutex::new(Fill::Low);
         let result = self
-            .numbered(shard, opens, async |attempt, session, sequence| {
+            .numbered_if(shard, opens, check, async |attempt, session, sequence| {
                 let epoch = attempt.epoch;
                 let request = wire::MutateRequest {
                     header: Some(header(shard, attempt.epoch, Some(session.id))),
@@ -119,8 +138,25 @@ impl Client {
         F: Fn(Attempt, Arc<Session>, u64) -> Fut,
         Fut: Future<Output = Result<T, tonic::Status>>,
     {
+        self.numbered_if(shard, registers, |_| Ok(()), attempt).await
+    }
+
+    /// The same, unless a check of the session under which it would run fails.
+    pub(super) async fn numbered_if<T, C, F, Fut>(
+        &self,
+        shard: ShardId,
+        registers: bool,
+        check: C,
+        attempt: F,
+    ) -> Result<T>
+    where
+        C: Fn(&Session) -> Result<()>,
+        F: Fn(Attempt, Arc<Session>, u64) -> Fut,
+        Fut: Future<Output = Result<T, tonic::Status>>,
+    {
         let mut session = self.session(shard).await?;
         loop {
+            check(&session).map_err(|error| error.with_shard(shard))?;
             let _registering = if registers { Some(session.registering().await) } else { None };
             let numbered = session.number().await;
             let sequence = numbered.sequence;
@@ -271,6 +307,38 @@ impl Client {
             })
             .await?;
         Ok(reply.data)
+    }
+
+    /// Looks for the next data or hole at or after `offset`, by pages of 4096 bytes; `None` if the offset is at or past the
+    /// file's end, or no data follows.
+    ///
+    /// # Errors
+    /// `Unsupported` from a node that does not know the call.
+    pub async fn seek(
+        &self,
+        shard: ShardId,
+        inode: InodeNo,
+        offset: u64,
+        what: SeekFor,
+    ) -> Result<Option<u64>> {
+        let mut at = offset;
+        loop {
+            let reply = self
+                .read_call(shard, async |attempt, header| {
+                    let what = convert::seek_for_to_wire(what);
+                    let request = wire::SeekRequest { header, inode: inode.get(), offset: at, what };
+                    attempt.node.files().seek(attempt.node.request(request)).await
+                })
+                .await?;
+            match convert::sought_from_wire(&reply)? {
+                Sought::Found(found) => return Ok(Some(found)),
+                Sought::Continue(next) if next > at => at = next,
+                Sought::Continue(_) => return Err(Error::internal("a seek makes no progress")),
+                // Looking for a hole there is always the file's end, unless it was cut meanwhile.
+                Sought::Nothing if at > offset && what == SeekFor::Hole => return Ok(Some(at)),
+                Sought::Nothing => return Ok(None),
+            }
+        }
     }
 
     /// A symlink's target.

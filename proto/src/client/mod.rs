@@ -3,21 +3,28 @@
 //! [`Client`] is a cheap handle; clones share connections, routes and sessions. Every call is routed to
 //! the node that serves the shard (`route`), repeated within one deadline while that may help (`retry`,
 //! the only retry loop), and, if it changes something, numbered in a session (`session`) so that a
-//! repetition gets the first answer. Reads may be answered by backups (`reads`). The calls stand in `shards`, `files`, `values` and `admin`.
+//! repetition gets the first answer. Reads may be answered by backups (`reads`); a new shard goes where there is room (`placing`). The calls stand in `shards`, `snapshots`, `files`, `locks`, `values`,
+//! `volumes`, `backups` and `admin`.
 //!
 //! Call [`Client::close`] before dropping the last handle: it ends the sessions, so that nodes need not
 //! wait until they expire.
 
 mod admin;
+mod backups;
 mod channel;
 mod files;
+mod locks;
+mod placing;
+mod provisioning;
 mod reads;
 mod retry;
 mod route;
 mod session;
 mod shards;
+mod snapshots;
 mod unsynced;
 mod values;
+mod volumes;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,7 +32,9 @@ use std::time::Duration;
 use parking_lot::Mutex;
 
 pub use files::{DirectoryEntry, DirectoryPage};
+pub use locks::LockRequest;
 pub use reads::ReadCounts;
+pub use session::SessionWatcher;
 pub use values::{Labelled, ListItem, ListOptions};
 
 use crate::types::{ClientId, Error, ReadFrom, Result};
@@ -36,6 +45,8 @@ use session::Sessions;
 /// Time in which a call is repeated before its caller sees the error: long enough for a failover or a
 /// quick restart.
 pub const DEADLINE_DEFAULT: Duration = Duration::from_secs(60);
+/// A call is repeated until it is answered; whoever makes it must be able to give up by other means.
+pub const DEADLINE_NEVER: Duration = Duration::MAX;
 
 /// How to reach a cluster, and for whom.
 #[derive(Clone, Debug)]
@@ -44,7 +55,7 @@ pub struct ClientConfig {
     pub endpoints: Vec<String>,
     /// For whom to act.
     pub client_id: ClientId,
-    /// How long a call is repeated while the cluster does not answer.
+    /// How long a call is repeated while the cluster does not answer; [`DEADLINE_NEVER`]: for ever.
     pub deadline: Duration,
     /// Says to people who holds a session, such as `host:pid mount /mnt`.
     pub label: String,
@@ -75,6 +86,9 @@ struct Inner {
     channels: Channels,
     routes: Routes,
     sessions: Sessions,
+    turns: locks::Turns,
+    /// Places for calls that wait for locks.
+    lock_waits: tokio::sync::Semaphore,
     read_counters: reads::Counters,
     /// The keep-alive task, once there is a session.
     keeper: Mutex<Option<tokio::task::JoinHandle<()>>>,
@@ -100,6 +114,8 @@ impl Client {
                 channels,
                 routes,
                 sessions: Sessions::default(),
+                turns: locks::Turns::default(),
+                lock_waits: tokio::sync::Semaphore::new(locks::WAITS_MAX),
                 read_counters: reads::Counters::default(),
                 keeper: Mutex::new(None),
             }),

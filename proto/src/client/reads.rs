@@ -203,6 +203,7 @@ fn is_answer(reason: Reason) -> bool {
         | Reason::NotEmpty
         | Reason::ShardReadOnly
         | Reason::ShardNotEmpty
+        | Reason::ShardHasSnapshots
         | Reason::NotPermitted
         | Reason::TooManyLinks
         | Reason::SessionUnknown
@@ -211,7 +212,10 @@ fn is_answer(reason: Reason) -> bool {
         | Reason::ShardFull
         | Reason::VolumeFull
         | Reason::FileTooLarge
-        | Reason::IdsExhausted => false,
+        | Reason::IdsExhausted
+        | Reason::LocksExhausted
+        | Reason::LockConflict
+        | Reason::Deadlock => false,
     }
 }
 

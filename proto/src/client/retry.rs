@@ -19,6 +19,9 @@ const BACKOFF_MAX: Duration = Duration::from_millis(200);
 /// An attempt that has no answer for so long is given up and repeated: the node may hang.
 pub(super) const ATTEMPT_MAX: Duration = Duration::from_secs(10);
 
+/// What an attempt gets however close the deadline is: so that one is made, whose error tells what is wrong.
+const ATTEMPT_MIN: Duration = Duration::from_millis(100);
+
 /// Without an answer for so long, other nodes are asked whether the shard has moved, and then this often again: a node that
 /// is stopped or cut off does not refuse, it is silent.
 const MOVED_ASK_AFTER: Duration = Duration::from_millis(500);
@@ -76,6 +79,22 @@ impl Client {
         target: Target,
         deadline: Duration,
         attempt_max: Duration,
+        attempt: F,
+    ) -> Result<T>
+    where
+        F: FnMut(Attempt) -> Fut,
+        Fut: Future<Output = Result<T, tonic::Status>>,
+    {
+        self.call_waiting(target, deadline, (attempt_max, Duration::ZERO), attempt).await
+    }
+
+    /// The same, for a call on which the node may be silent for so long as it should: that long its attempts take more, and its silence
+    /// says nothing.
+    pub(super) async fn call_waiting<T, F, Fut>(
+        &self,
+        target: Target,
+        deadline: Duration,
+        (attempt_max, silence): (Duration, Duration),
         mut attempt: F,
     ) -> Result<T>
     where
@@ -86,7 +105,8 @@ impl Client {
         let mut backoff = Backoff::new();
         let mut number = 0;
         loop {
-            let error = match self.attempt(target, number, attempt_max, &mut attempt).await {
+            let attempt_max = bounded(attempt_max + silence, deadline, started.elapsed());
+            let error = match self.attempt(target, number, (attempt_max, silence), &mut attempt).await {
                 Ok(answer) => return Ok(answer),
                 Err(error) => error,
             };
@@ -115,7 +135,7 @@ impl Client {
         &self,
         target: Target,
         number: u32,
-        attempt_max: Duration,
+        (attempt_max, silence): (Duration, Duration),
         attempt: &mut F,
     ) -> Result<T>
     where
@@ -144,16 +164,17 @@ impl Client {
                 },
                 Target::Shard(shard) => tokio::select! {
                     answer = call => Ok(answer),
-                    () = self.moved(shard, epoch) => Err("is silent, and the shard has moved"),
+                    () = self.moved(shard, epoch, silence) => Err("is silent, and the shard has moved"),
                 },
             }
         };
         let error = match answer.await {
             Ok(Ok(Ok(answer))) => return Ok(answer),
             Ok(Ok(Err(status))) => answered(&status, &endpoint, target),
-            Ok(Err(_)) => {
-                Error::unavailable(format!("{endpoint} did not answer within {} s", attempt_max.as_secs()))
-            }
+            Ok(Err(_)) => Error::unavailable(format!(
+                "{endpoint} did not answer within {:.1} s",
+                attempt_max.as_secs_f32()
+            )),
             Err(why) => {
                 // The others are asked first from now on, whatever is asked next.
                 self.inner.routes.rotate(&endpoint);
@@ -175,9 +196,10 @@ impl Client {
 }
 
 impl Client {
-    /// Ends when another node says that the shard is served under a later epoch; the route is learned then.
-    async fn moved(&self, shard: ShardId, epoch: u64) {
-        tokio::time::sleep(MOVED_ASK_AFTER).await;
+    /// Ends when another node says that the shard is served under a later epoch; the route is learned then. `silence`: as long
+    /// as that, nobody is asked.
+    async fn moved(&self, shard: ShardId, epoch: u64, silence: Duration) {
+        tokio::time::sleep(silence + MOVED_ASK_AFTER).await;
         loop {
             if let Ok(Some(node)) = self.another_node(shard)
                 && let Ok(info) = self.ask_shard(&node, &Selector::Id(shard)).await
@@ -206,6 +228,14 @@ fn answered(status: &tonic::Status, endpoint: &str, target: Target) -> Error {
     }
 }
 
+/// How long an attempt may take, so that the deadline is kept. A deadline of zero is that of one attempt, however long it takes.
+fn bounded(attempt_max: Duration, deadline: Duration, elapsed: Duration) -> Duration {
+    match deadline {
+        Duration::ZERO => attempt_max,
+        deadline => attempt_max.min(deadline.saturating_sub(elapsed).max(ATTEMPT_MIN)),
+    }
+}
+
 fn past(started: Instant, deadline: Duration, pause: Duration) -> bool {
     clock::monotonic().duration_since(started).saturating_add(pause) > deadline
 }
@@ -222,6 +252,18 @@ mod tests {
         assert_eq!(foreign.reason(), Reason::Unavailable);
         let ours = crate::status::to_status(&Error::not_found("no such key"));
         assert_eq!(answered(&ours, "http://h:1", Target::Any).message(), "no such key");
+    }
+
+    #[test]
+    fn an_attempt_ends_with_the_deadline() {
+        let seconds = Duration::from_secs;
+        assert_eq!(bounded(seconds(10), seconds(60), seconds(0)), seconds(10));
+        assert_eq!(bounded(seconds(10), seconds(4), seconds(0)), seconds(4));
+        assert_eq!(bounded(seconds(10), seconds(60), seconds(57)), seconds(3));
+        assert_eq!(bounded(seconds(10), seconds(4), seconds(5)), ATTEMPT_MIN);
+        assert_eq!(bounded(seconds(10), Duration::ZERO, seconds(1)), seconds(10));
+        assert_eq!(bounded(seconds(10), super::super::DEADLINE_NEVER, seconds(9999)), seconds(10));
+        assert!(!past(clock::monotonic(), super::super::DEADLINE_NEVER, seconds(9999)));
     }
 
     #[test]

@@ -3,21 +3,24 @@
 //! One session a shard, opened by the first call that needs one. Invariants:
 //! - a sequence number is given to one mutation only, and no number is given out while the one that is a
 //!   whole window older is unanswered (the node keeps one result slot for both);
+//! - what the session has locked is lost with it, and is not locked again (`locks`);
 //! - what the session holds open is known here, so that it can be listed to a node that has restarted;
 //!   that list and a registration never cross (`opens`: registrations share it, the list takes it alone).
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use super::Client;
+use super::DEADLINE_DEFAULT;
+use super::locks::Locks;
 use super::retry::Target;
 use super::unsynced::Unsynced;
-use crate::types::limits::SESSION_WINDOW;
+use crate::types::limits::{SESSION_TTL, SESSION_WINDOW};
 use crate::types::{InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
 use crate::wire;
 
@@ -30,10 +33,19 @@ pub(super) const CONTROL_ATTEMPT_MAX: Duration = Duration::from_secs(3);
 /// What closing a client may take.
 const CLOSE_MAX: Duration = Duration::from_secs(3);
 
+/// Is told of a client's sessions, so that somebody else can end them ([`Client::end_session`]) should the client's process die.
+pub trait SessionWatcher: Send + Sync {
+    /// A session with a shard has begun; nothing was done in it yet.
+    fn began(&self, shard: ShardId, session: SessionId);
+    /// It has ended, or is of no use any more.
+    fn ended(&self, shard: ShardId, session: SessionId);
+}
+
 /// The sessions of a client, at most one a shard.
 #[derive(Default)]
 pub(super) struct Sessions {
     table: Mutex<HashMap<ShardId, Arc<Slot>>>,
+    watcher: OnceLock<Arc<dyn SessionWatcher>>,
 }
 
 /// A shard's session, or the place where it will be.
@@ -55,8 +67,10 @@ pub(super) struct Session {
     answered: Notify,
     opens: tokio::sync::RwLock<()>,
     open_inodes: Mutex<HashMap<InodeNo, u32>>,
-    kept: Mutex<std::time::Instant>,
+    /// When it is kept alive next.
+    due: Mutex<Instant>,
     pub(super) unsynced: Unsynced,
+    pub(super) locks: Locks,
 }
 
 struct Sequences {
@@ -85,8 +99,9 @@ impl Session {
             answered: Notify::new(),
             opens: tokio::sync::RwLock::new(()),
             open_inodes: Mutex::default(),
-            kept: Mutex::new(clock::monotonic()),
+            due: Mutex::new(next_keeping()),
             unsynced: Unsynced::default(),
+            locks: Locks::default(),
         }
     }
 
@@ -135,13 +150,6 @@ impl Session {
     }
 }
 
-impl Slot {
-    fn set(&self, current: &mut Option<Arc<Session>>, session: Option<Arc<Session>>) {
-        self.known.lock().clone_from(&session);
-        *current = session;
-    }
-}
-
 impl Sessions {
     fn slot(&self, shard: ShardId) -> Arc<Slot> {
         let new = || {
@@ -172,7 +180,34 @@ impl Sessions {
 
     /// Forgets what is known of a shard that is gone.
     pub(super) fn forget(&self, shard: ShardId) {
-        self.table.lock().remove(&shard);
+        let slot = self.table.lock().remove(&shard);
+        if let Some(slot) = slot {
+            let known = slot.known.lock();
+            self.tell(shard, known.as_ref(), None);
+        }
+    }
+
+    /// Puts a session, or none, in the place of the one of before. `current`: the slot's, whose lock the caller holds.
+    fn set(
+        &self,
+        shard: ShardId,
+        slot: &Slot,
+        current: &mut Option<Arc<Session>>,
+        session: Option<Arc<Session>>,
+    ) {
+        self.tell(shard, current.as_ref(), session.as_ref());
+        slot.known.lock().clone_from(&session);
+        *current = session;
+    }
+
+    fn tell(&self, shard: ShardId, last: Option<&Arc<Session>>, next: Option<&Arc<Session>>) {
+        let Some(watcher) = self.watcher.get() else { return };
+        if let Some(next) = next {
+            watcher.began(shard, next.id);
+        }
+        if let Some(last) = last {
+            watcher.ended(shard, last.id);
+        }
     }
 }
 
@@ -185,7 +220,7 @@ impl Client {
             return Ok(session.clone());
         }
         let session = Arc::new(Session::new(self.open_session(shard).await?));
-        slot.set(&mut current, Some(session.clone()));
+        self.inner.sessions.set(shard, &slot, &mut current, Some(session.clone()));
         drop(current);
         self.start_keeper();
         Ok(session)
@@ -239,11 +274,13 @@ impl Client {
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
         // Before anything is asked: it would be made again first, in vain.
         lost.unsynced.give_up();
-        let session = Session::new(self.open_session(shard).await?);
+        let mut session = Session::new(self.open_session(shard).await?);
         session.unsynced.inherit(&lost.unsynced);
-        *session.open_inodes.lock() = std::mem::take(&mut *lost.open_inodes.lock());
+        let open_inodes = std::mem::take(&mut *lost.open_inodes.lock());
+        session.locks = Locks::after(&lost.locks, |inode| open_inodes.contains_key(&inode));
+        *session.open_inodes.lock() = open_inodes;
         let session = Arc::new(session);
-        slot.set(&mut current, Some(session.clone()));
+        self.inner.sessions.set(shard, &slot, &mut current, Some(session.clone()));
         slot.suspect.store(true, Ordering::Relaxed);
         Ok(session)
     }
@@ -273,14 +310,17 @@ impl Client {
                 return;
             };
             let suspect = slot.suspect.load(Ordering::Relaxed);
-            let age = clock::monotonic().duration_since(*session.kept.lock());
+            let due = *session.due.lock() <= clock::monotonic();
             if session.unsynced.mark().is_some() {
-                // A node syncs by itself within some seconds, but only an answer frees what is kept here.
-                if let Err(error) = self.make_durable(shard).await {
-                    tracing::debug!(%shard, %error, "cannot sync: later");
+                // A node syncs by itself within some seconds, but only an answer frees what is kept here. A client that waits
+                // for ever must not have its other sessions wait for that one.
+                match tokio::time::timeout(DEADLINE_DEFAULT, self.make_durable(shard)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(error)) => tracing::debug!(%shard, %error, "cannot sync: later"),
+                    Err(_) => tracing::debug!(%shard, "no sync within {DEADLINE_DEFAULT:?}: later"),
                 }
             }
-            if suspect || age >= KEEP_ALIVE_PERIOD {
+            if suspect || due {
                 self.keep_session(shard, &slot, &session, suspect).await;
             }
         });
@@ -304,7 +344,7 @@ impl Client {
                 .await;
             match kept {
                 Ok(reply) => {
-                    *session.kept.lock() = clock::monotonic();
+                    *session.due.lock() = next_keeping();
                     if resume {
                         slot.suspect.store(false, Ordering::Relaxed);
                     }
@@ -338,22 +378,54 @@ impl Client {
         let all = slots.into_iter().map(|(shard, slot)| async move {
             let mut current = slot.current.lock().await;
             let Some(session) = current.clone() else { return };
-            slot.set(&mut current, None);
+            slot.known.lock().take();
+            *current = None;
             drop(current);
-            let closed = self
-                .call_within(Target::Shard(shard), CLOSE_MAX, CLOSE_MAX, async |attempt| {
-                    let request = wire::CloseSessionRequest {
-                        header: Some(header(shard, attempt.epoch, Some(session.id))),
-                    };
-                    attempt.node.files().close_session(attempt.node.request(request)).await
-                })
-                .await;
-            if let Err(error) = closed {
-                tracing::debug!(%shard, %error, "session not closed");
+            match self.close_session(shard, session.id, CLOSE_MAX).await {
+                Ok(()) => self.inner.sessions.tell(shard, Some(&session), None),
+                Err(error) => tracing::debug!(%shard, %error, "session not closed"),
             }
         });
         let _ = tokio::time::timeout(CLOSE_MAX, futures::future::join_all(all)).await;
     }
+
+    /// Has every session of this client told from now on, to one watcher; another one is not taken.
+    pub fn watch_sessions(&self, watcher: Arc<dyn SessionWatcher>) {
+        let _ = self.inner.sessions.watcher.set(watcher);
+    }
+
+    /// Ends a session of a client whose process is dead, so that what it held is freed. Tries for as long as the shard would keep
+    /// the session by itself. One that is gone already is no error.
+    pub async fn end_session(&self, shard: ShardId, session: SessionId) -> Result<()> {
+        match self.close_session(shard, session, SESSION_TTL).await {
+            Err(error)
+                if matches!(
+                    error.reason(),
+                    Reason::SessionUnknown
+                        | Reason::ShardNotFound
+                        | Reason::ShardDeleted
+                        | Reason::ShardReadOnly
+                ) =>
+            {
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
+    async fn close_session(&self, shard: ShardId, session: SessionId, within: Duration) -> Result<()> {
+        let closed = self.call_within(Target::Shard(shard), within, CLOSE_MAX, async |attempt| {
+            let request =
+                wire::CloseSessionRequest { header: Some(header(shard, attempt.epoch, Some(session))) };
+            attempt.node.files().close_session(attempt.node.request(request)).await
+        });
+        closed.await.map(drop)
+    }
+}
+
+/// When a session that was kept alive now is kept alive again: not all of those that began together at the same moment.
+fn next_keeping() -> Instant {
+    clock::monotonic() + KEEP_ALIVE_PERIOD.mul_f64(1.0 - fastrand::f64() / 4.0)
 }
 
 /// What every call about a shard's inodes begins with.
@@ -392,11 +464,41 @@ mod tests {
         let slot = sessions.slot(shard);
         let mut current = slot.current.lock().await;
         assert!(sessions.current(shard).is_none());
-        slot.set(&mut current, Some(Arc::new(Session::new(SessionId::new(1).unwrap()))));
+        sessions.set(shard, &slot, &mut current, Some(Arc::new(Session::new(SessionId::new(1).unwrap()))));
         // The lock is held still.
         assert_eq!(sessions.current(shard).map(|session| session.id), SessionId::new(1));
-        slot.set(&mut current, None);
+        sessions.set(shard, &slot, &mut current, None);
         assert!(sessions.current(shard).is_none());
+    }
+
+    #[derive(Default)]
+    struct Told(Mutex<Vec<(&'static str, u64)>>);
+
+    impl SessionWatcher for Told {
+        fn began(&self, _shard: ShardId, session: SessionId) {
+            self.0.lock().push(("began", session.get()));
+        }
+
+        fn ended(&self, _shard: ShardId, session: SessionId) {
+            self.0.lock().push(("ended", session.get()));
+        }
+    }
+
+    #[tokio::test]
+    async fn every_session_is_told_and_the_next_before_the_last_has_ended() {
+        let (sessions, shard) = (Sessions::default(), ShardId::new(3).unwrap());
+        let told = Arc::new(Told::default());
+        assert!(sessions.watcher.set(told.clone()).is_ok());
+        let slot = sessions.slot(shard);
+        let mut current = slot.current.lock().await;
+        for id in [1, 2] {
+            let session = Arc::new(Session::new(SessionId::new(id).unwrap()));
+            sessions.set(shard, &slot, &mut current, Some(session));
+        }
+        drop(current);
+        sessions.forget(shard);
+        sessions.forget(shard);
+        assert_eq!(*told.0.lock(), [("began", 1), ("began", 2), ("ended", 1), ("ended", 2)]);
     }
 
     #[test]

@@ -2,27 +2,28 @@
 
 use std::time::Duration;
 
+use parking_lot::Mutex;
+
 use super::Client;
+use super::placing::Refusals;
 use super::retry::Target;
 use crate::convert;
+use crate::status::{from_status, to_status};
 use crate::types::cluster::{NewShard, Selector, ShardInfo};
-use crate::types::{Error, Reason, Result, ShardId, ShardName};
+use crate::types::{Error, Reason, Result, ShardId, ShardName, clock};
 use crate::wire;
 
 /// Making, closing and deleting a shard touch the metadata store and many files.
-const ATTEMPT_MAX: Duration = Duration::from_secs(30);
+pub(super) const ATTEMPT_MAX: Duration = Duration::from_secs(30);
 
 impl Client {
-    /// Makes a shard on one of the cluster's nodes, chosen at random among those alive. With an empty
-    /// `request_id` one is made up, so that repetitions are safe.
+    /// Makes a shard on one of the cluster's nodes, drawn by lot among those alive with the room of their volumes as weight. With an
+    /// empty `request_id` one is made up, so that repetitions are safe.
     ///
     /// # Errors
-    /// `ShardExists`; `VolumeFull` if there is no room.
+    /// `ShardExists`; `VolumeFull` if no node has room.
     pub async fn new_shard(&self, new: &NewShard) -> Result<ShardInfo> {
-        let request_id = match new.request_id.as_str() {
-            "" => format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)),
-            given => given.to_owned(),
-        };
+        let request_id = request_id(&new.request_id);
         let request = wire::NewShardRequest {
             name: new.name.as_str().to_owned(),
             limit_bytes: new.limit_bytes.unwrap_or(0),
@@ -31,27 +32,34 @@ impl Client {
             gid: new.gid,
             request_id,
         };
-        let mut nodes = self.nodes().await?;
-        nodes.retain(|node| node.alive && !node.endpoints.is_empty());
-        fastrand::shuffle(&mut nodes);
-        let request = &request;
-        let nodes = &nodes;
-        let shard = self
+        let begun = clock::monotonic();
+        let nodes = self.places().await?;
+        let refusals = Mutex::new(Refusals::default());
+        let (request, nodes, refused) = (&request, &nodes, &refusals);
+        let made = self
             .call_within(Target::Any, self.inner.config.deadline, ATTEMPT_MAX, async |attempt| {
-                let chosen = nodes.get(attempt.number as usize % nodes.len().max(1));
-                let endpoint = chosen.and_then(|node| self.inner.channels.usable(&node.endpoints));
+                let at = attempt.number as usize % nodes.len().max(1);
+                let endpoint = nodes.get(at).and_then(|node| self.inner.channels.usable(&node.endpoints));
                 let node = match endpoint.map(|endpoint| self.inner.channels.node(endpoint)) {
                     Some(Ok(node)) => node,
                     Some(Err(_)) | None => attempt.node,
                 };
                 // Not the node of the attempt, so it is watched here.
-                tokio::select! {
+                let answer = tokio::select! {
                     answer = async { node.storage().new_shard(node.request(request.clone())).await } => answer,
                     () = node.silent(attempt.number / nodes.len().max(1) as u32) => Err(tonic::Status::unavailable(format!("{} is silent", node.endpoint))),
-                }
+                };
+                answer.map_err(|status| {
+                    let said = from_status(&status);
+                    let judged = refused.lock().judge(at, nodes.len(), &said, begun.elapsed());
+                    judged.map_or(status, |judged| to_status(&judged))
+                })
             })
-            .await?;
-        self.learned(shard.into_inner())
+            .await;
+        match made {
+            Ok(shard) => self.learned(shard.into_inner()),
+            Err(error) => Err(refusals.into_inner().told(error)),
+        }
     }
 
     /// Makes a shard read-only for good.
@@ -157,6 +165,14 @@ impl Client {
         let info = convert::shard_info_from_wire(shard)?;
         self.inner.routes.learn_info(&info);
         Ok(info)
+    }
+}
+
+/// The request id that was given; without one, one that nobody else has.
+pub(super) fn request_id(given: &str) -> String {
+    match given {
+        "" => format!("{:016x}{:016x}", fastrand::u64(..), fastrand::u64(..)),
+        given => given.to_owned(),
     }
 }
 

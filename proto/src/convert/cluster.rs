@@ -2,8 +2,8 @@
 
 use super::{missing, state_from_wire, state_to_wire, time_from_wire, time_to_wire};
 use crate::types::cluster::{
-    CheckItem, CheckSummary, DamagedShard, NewVolume, NodeInfo, NodeStatus, ShardStat, Takeover, VolumeInfo,
-    VolumeStatus,
+    CheckItem, CheckSummary, DamagedShard, NewVolume, NodeInfo, NodeStatus, ShardStat, Stray, Takeover,
+    VolumeInfo, VolumeStatus,
 };
 use crate::types::{Epoch, NodeId, Result, ShardId, VolumeId};
 use crate::wire;
@@ -71,6 +71,8 @@ pub fn new_volume_from_wire(v: wire::AddVolumeRequest) -> Result<NewVolume> {
         size_bytes: v.size_bytes,
         nodes: v.nodes.into_iter().map(NodeId::new).collect::<Result<_>>()?,
         allow_unfenced: v.allow_unfenced,
+        iops: v.iops,
+        kms_key: (v.encrypted || !v.kms_key.is_empty()).then_some(v.kms_key),
     })
 }
 
@@ -83,6 +85,9 @@ pub fn new_volume_to_wire(v: &NewVolume) -> wire::AddVolumeRequest {
         size_bytes: v.size_bytes,
         nodes: v.nodes.iter().map(|node| node.as_str().to_owned()).collect(),
         allow_unfenced: v.allow_unfenced,
+        iops: v.iops,
+        encrypted: v.kms_key.is_some(),
+        kms_key: v.kms_key.clone().unwrap_or_default(),
     }
 }
 
@@ -98,6 +103,8 @@ pub fn volume_info_to_wire(v: &VolumeInfo) -> wire::Volume {
         epoch: v.epoch.get(),
         shards: v.shards,
         target: v.target.as_ref().map(|n| n.as_str().to_owned()).unwrap_or_default(),
+        leaving: v.leaving,
+        iops: v.iops,
     }
 }
 
@@ -113,6 +120,32 @@ pub fn volume_info_from_wire(v: wire::Volume) -> Result<VolumeInfo> {
         epoch: Epoch::new(v.epoch).ok_or_else(|| missing("the volume's epoch"))?,
         shards: v.shards,
         target: if v.target.is_empty() { None } else { Some(NodeId::new(v.target)?) },
+        leaving: v.leaving,
+        iops: v.iops,
+    })
+}
+
+/// What the records do not account for.
+pub fn stray_to_wire(s: &Stray) -> wire::Stray {
+    wire::Stray {
+        volume_id: s.volume.clone(),
+        disk: s.disk.clone(),
+        machine: s.machine.clone(),
+        gib: s.gib,
+        why: s.why.clone(),
+        since: s.since.map(time_to_wire),
+    }
+}
+
+/// What the records do not account for.
+pub fn stray_from_wire(s: wire::Stray) -> Result<Stray> {
+    Ok(Stray {
+        volume: s.volume_id,
+        disk: s.disk,
+        machine: s.machine,
+        gib: s.gib,
+        why: s.why,
+        since: s.since.map(time_from_wire).transpose()?,
     })
 }
 
@@ -214,14 +247,30 @@ pub fn check_item_to_wire(item: &CheckItem) -> wire::CheckReply {
             CheckItem::Finding { kind, detail } => {
                 Part::Finding(wire::CheckFinding { kind: kind.clone(), detail: detail.clone() })
             }
-            CheckItem::Summary(s) => Part::Summary(wire::CheckSummary {
-                inodes: s.inodes,
-                dirents: s.dirents,
-                chunks: s.chunks,
-                bytes: s.bytes,
-                findings: s.findings,
-            }),
+            CheckItem::Summary(s) => Part::Summary(check_summary_to_wire(s)),
         }),
+    }
+}
+
+/// The end of an fsck.
+pub fn check_summary_to_wire(s: &CheckSummary) -> wire::CheckSummary {
+    wire::CheckSummary {
+        inodes: s.inodes,
+        dirents: s.dirents,
+        chunks: s.chunks,
+        bytes: s.bytes,
+        findings: s.findings,
+    }
+}
+
+/// The end of an fsck.
+pub fn check_summary_from_wire(s: wire::CheckSummary) -> CheckSummary {
+    CheckSummary {
+        inodes: s.inodes,
+        dirents: s.dirents,
+        chunks: s.chunks,
+        bytes: s.bytes,
+        findings: s.findings,
     }
 }
 
@@ -230,12 +279,6 @@ pub fn check_item_from_wire(reply: wire::CheckReply) -> Result<CheckItem> {
     use wire::check_reply::Part;
     Ok(match reply.part.ok_or_else(|| missing("the check's item"))? {
         Part::Finding(f) => CheckItem::Finding { kind: f.kind, detail: f.detail },
-        Part::Summary(s) => CheckItem::Summary(CheckSummary {
-            inodes: s.inodes,
-            dirents: s.dirents,
-            chunks: s.chunks,
-            bytes: s.bytes,
-            findings: s.findings,
-        }),
+        Part::Summary(s) => CheckItem::Summary(check_summary_from_wire(s)),
     })
 }

@@ -2,23 +2,27 @@
 
 use bytes::Bytes;
 
+use super::locks::{lock_change_from_wire, lock_kind_to_wire};
 use super::{
     attr_from_wire, attr_to_wire, kind_from_wire, kind_to_wire, meta_from_wire, meta_to_wire, missing, mode,
     put_item_from_wire, put_item_to_wire, put_items_from_wire, time_from_wire, time_to_wire, value_from_wire,
     version_condition,
 };
 use crate::types::limits::{FILE_BYTES_MAX, SYMLINK_BYTES_MAX, XATTR_NAME_BYTES_MAX, XATTR_VALUE_BYTES_MAX};
-use crate::types::op::{AllocateMode, NewInode, ObjectMeta, OpResult, Operation, SetAttr, SetTime};
-use crate::types::{Error, FileKind, FileName, InodeNo, Key, Reason, Result, Version};
+use crate::types::op::{
+    AllocateMode, NewInode, ObjectMeta, OpResult, Operation, SeekFor, SetAttr, SetTime, Sought,
+};
+use crate::types::{Error, FileKind, FileName, InodeNo, Key, LockRange, Reason, Result, Version};
 use crate::{status, wire};
 
 fn new_inode_from_wire(i: Option<wire::NewInode>) -> Result<NewInode> {
     let i = i.ok_or_else(|| missing("the new inode's identity"))?;
-    Ok(NewInode { mode: mode(i.mode)?, uid: i.uid, gid: i.gid })
+    let unmasked_mode = i.unmasked_mode.map(mode).transpose()?;
+    Ok(NewInode { mode: mode(i.mode)?, uid: i.uid, gid: i.gid, unmasked_mode })
 }
 
 fn new_inode_to_wire(i: &NewInode) -> wire::NewInode {
-    wire::NewInode { mode: i.mode, uid: i.uid, gid: i.gid }
+    wire::NewInode { mode: i.mode, uid: i.uid, gid: i.gid, unmasked_mode: i.unmasked_mode }
 }
 
 fn xattr_name(name: Bytes) -> Result<Bytes> {
@@ -173,6 +177,7 @@ pub fn operation_from_wire(operation: Option<wire::Operation>) -> Result<Operati
                         Mode::ZeroRange => AllocateMode::ZeroRange { keep_size: false },
                         Mode::ZeroRangeKeepSize => AllocateMode::ZeroRange { keep_size: true },
                     },
+                    kill_set_id: o.kill_set_id,
                 }
             }
             W::SetXattr(o) => {
@@ -191,6 +196,7 @@ pub fn operation_from_wire(operation: Option<wire::Operation>) -> Result<Operati
                     value: o.value,
                     create_only: o.create_only,
                     replace_only: o.replace_only,
+                    kill_set_group_id: o.kill_set_group_id,
                 }
             }
             W::RemoveXattr(o) => Operation::RemoveXattr { inode: ino(o.inode)?, name: xattr_name(o.name)? },
@@ -203,6 +209,25 @@ pub fn operation_from_wire(operation: Option<wire::Operation>) -> Result<Operati
             W::DeleteValue(o) => {
                 Operation::DeleteValue { key: Key::new(o.key)?, if_version: version_condition(o.if_version) }
             }
+            W::CopyRange(o) => {
+                range(o.source_offset, 0)?;
+                range(o.destination_offset, 0)?;
+                Operation::CopyRange {
+                    source: ino(o.source)?,
+                    source_offset: o.source_offset,
+                    destination: ino(o.destination)?,
+                    destination_offset: o.destination_offset,
+                    length: o.length,
+                    kill_set_id: o.kill_set_id,
+                }
+            }
+            W::SetLock(o) => Operation::SetLock {
+                inode: ino(o.inode)?,
+                owner: o.owner,
+                pid: o.pid,
+                range: LockRange::new(o.start, o.end)?,
+                kind: lock_change_from_wire(o.kind)?,
+            },
         },
     )
 }
@@ -281,7 +306,7 @@ pub fn operation_to_wire(operation: &Operation) -> wire::Operation {
             append: *append,
             kill_set_id: *kill_set_id,
         }),
-        Operation::Allocate { inode, offset, length, mode } => {
+        Operation::Allocate { inode, offset, length, mode, kill_set_id } => {
             use wire::allocate::Mode;
             W::Allocate(wire::Allocate {
                 inode: inode.get(),
@@ -295,15 +320,17 @@ pub fn operation_to_wire(operation: &Operation) -> wire::Operation {
                     AllocateMode::ZeroRange { keep_size: true } => Mode::ZeroRangeKeepSize,
                 }
                 .into(),
+                kill_set_id: *kill_set_id,
             })
         }
-        Operation::SetXattr { inode, name, value, create_only, replace_only } => {
+        Operation::SetXattr { inode, name, value, create_only, replace_only, kill_set_group_id } => {
             W::SetXattr(wire::SetXattr {
                 inode: inode.get(),
                 name: name.clone(),
                 value: value.clone(),
                 create_only: *create_only,
                 replace_only: *replace_only,
+                kill_set_group_id: *kill_set_group_id,
             })
         }
         Operation::RemoveXattr { inode, name } => {
@@ -318,8 +345,72 @@ pub fn operation_to_wire(operation: &Operation) -> wire::Operation {
             key: Bytes::copy_from_slice(key.as_bytes()),
             if_version: if_version.map_or(0, Version::get),
         }),
+        Operation::CopyRange {
+            source,
+            source_offset,
+            destination,
+            destination_offset,
+            length,
+            kill_set_id,
+        } => W::CopyRange(wire::CopyRange {
+            source: source.get(),
+            source_offset: *source_offset,
+            destination: destination.get(),
+            destination_offset: *destination_offset,
+            length: *length,
+            kill_set_id: *kill_set_id,
+        }),
+        Operation::SetLock { inode, owner, pid, range, kind } => W::SetLock(wire::SetLock {
+            inode: inode.get(),
+            owner: *owner,
+            pid: *pid,
+            start: range.start(),
+            end: range.end(),
+            kind: kind.map_or(wire::LockKind::Unlock, lock_kind_to_wire).into(),
+        }),
     };
     wire::Operation { kind: Some(kind) }
+}
+
+/// What a seek looks for.
+pub fn seek_for_from_wire(what: i32) -> Result<SeekFor> {
+    use wire::seek_request::What;
+    match What::try_from(what) {
+        Ok(What::Data) => Ok(SeekFor::Data),
+        Ok(What::Hole) => Ok(SeekFor::Hole),
+        Ok(What::Unspecified) | Err(_) => Err(missing("what to seek (or it is unknown here)")),
+    }
+}
+
+/// What a seek looks for.
+pub fn seek_for_to_wire(what: SeekFor) -> i32 {
+    use wire::seek_request::What;
+    match what {
+        SeekFor::Data => What::Data.into(),
+        SeekFor::Hole => What::Hole.into(),
+    }
+}
+
+/// What a seek brought.
+pub fn sought_to_wire(sought: Sought, view: Option<wire::ViewLabel>) -> wire::SeekReply {
+    use wire::seek_reply::Outcome;
+    let (offset, outcome) = match sought {
+        Sought::Found(offset) => (offset, Outcome::Found),
+        Sought::Continue(offset) => (offset, Outcome::Continue),
+        Sought::Nothing => (0, Outcome::None),
+    };
+    wire::SeekReply { offset, outcome: outcome.into(), view }
+}
+
+/// What a seek brought.
+pub fn sought_from_wire(reply: &wire::SeekReply) -> Result<Sought> {
+    use wire::seek_reply::Outcome;
+    match reply.outcome() {
+        Outcome::Found => Ok(Sought::Found(reply.offset)),
+        Outcome::Continue => Ok(Sought::Continue(reply.offset)),
+        Outcome::None => Ok(Sought::Nothing),
+        Outcome::Unspecified => Err(missing("what the seek brought")),
+    }
 }
 
 /// One item's outcome in a batch.
@@ -351,6 +442,7 @@ pub fn op_result_to_wire(r: &OpResult) -> wire::OperationResult {
         meta: r.meta.as_ref().map(meta_to_wire),
         results: r.results.iter().map(put_result_to_wire).collect(),
         pruned_directories: r.pruned_directories,
+        length: r.length,
     }
 }
 
@@ -363,5 +455,6 @@ pub fn op_result_from_wire(r: wire::OperationResult) -> Result<OpResult> {
         meta: r.meta.map(meta_from_wire).transpose()?,
         results: r.results.into_iter().map(put_result_from_wire).collect::<Result<_>>()?,
         pruned_directories: r.pruned_directories,
+        length: r.length,
     })
 }

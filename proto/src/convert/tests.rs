@@ -1,9 +1,9 @@
 //! What goes over the wire comes back the same; what is not valid does not come in.
 
 use super::*;
-use crate::types::FileName;
 use crate::types::limits::FILE_BYTES_MAX;
-use crate::types::op::{AllocateMode, NewInode, Operation, SetAttr, SetTime};
+use crate::types::op::{AllocateMode, NewInode, Operation, SeekFor, SetAttr, SetTime, Sought};
+use crate::types::{FileName, LockKind, LockRange};
 
 fn name(n: &str) -> FileName {
     FileName::new(Bytes::copy_from_slice(n.as_bytes())).unwrap()
@@ -14,7 +14,7 @@ fn ino(n: u64) -> InodeNo {
 }
 
 fn every_operation() -> Vec<Operation> {
-    let inode = NewInode { mode: 0o644, uid: 1, gid: 2 };
+    let inode = NewInode { mode: 0o644, uid: 1, gid: 2, unmasked_mode: Some(0o666) };
     let time = Timestamp::new(-5, 7).unwrap();
     let item = PutItem {
         key: Key::new("a/b").unwrap(),
@@ -86,12 +86,25 @@ fn every_operation() -> Vec<Operation> {
             value: Bytes::from_static(b""),
             create_only: true,
             replace_only: false,
+            kill_set_group_id: true,
         },
         Operation::RemoveXattr { inode: ino(3), name: Bytes::from_static(b"user.x") },
         Operation::PutValue { item: item.clone() },
         Operation::PutValues { items: vec![item.clone(), item], atomic: true },
         Operation::DeleteValue { key: Key::new("k").unwrap(), if_version: None },
+        Operation::CopyRange {
+            source: ino(3),
+            source_offset: 1,
+            destination: ino(4),
+            destination_offset: 2,
+            length: u64::MAX,
+            kill_set_id: true,
+        },
     ];
+    for kind in [None, Some(LockKind::Read), Some(LockKind::Write)] {
+        let range = LockRange::new(7, u64::MAX).unwrap();
+        all.push(Operation::SetLock { inode: ino(3), owner: u64::MAX, pid: 9, range, kind });
+    }
     for mode in [
         AllocateMode::Allocate { keep_size: false },
         AllocateMode::Allocate { keep_size: true },
@@ -99,7 +112,7 @@ fn every_operation() -> Vec<Operation> {
         AllocateMode::ZeroRange { keep_size: false },
         AllocateMode::ZeroRange { keep_size: true },
     ] {
-        all.push(Operation::Allocate { inode: ino(3), offset: 4096, length: 1, mode });
+        all.push(Operation::Allocate { inode: ino(3), offset: 4096, length: 1, mode, kill_set_id: true });
     }
     all
 }
@@ -126,12 +139,19 @@ fn bad_operations_are_refused() {
     assert_eq!(bad(W::Write(write)), Reason::TooLarge);
     let set = wire::SetAttr { inode: 1, mode: Some(0o10000), ..Default::default() };
     assert_eq!(bad(W::SetAttr(set)), Reason::InvalidArgument);
+    let new = wire::NewInode { unmasked_mode: Some(0o10000), ..Default::default() };
+    let directory = wire::MakeDirectory { parent: 1, name: "d".into(), inode: Some(new) };
+    assert_eq!(bad(W::MakeDirectory(directory)), Reason::InvalidArgument);
     let symlink = wire::MakeSymlink {
         parent: 1,
         name: "s".into(),
         target: Bytes::new(),
         inode: Some(wire::NewInode::default()),
     };
+    let lock = wire::SetLock { inode: 1, start: 5, end: 4, kind: 1, ..Default::default() };
+    assert_eq!(bad(W::SetLock(lock)), Reason::InvalidArgument);
+    let lock = wire::SetLock { inode: 1, kind: 9, ..Default::default() };
+    assert_eq!(bad(W::SetLock(lock)), Reason::InvalidArgument);
     assert_eq!(bad(W::MakeSymlink(symlink)), Reason::InvalidArgument);
     let both = wire::Rename {
         parent: 1,
@@ -142,6 +162,19 @@ fn bad_operations_are_refused() {
         exchange: true,
     };
     assert_eq!(bad(W::Rename(both)), Reason::InvalidArgument);
+}
+
+#[test]
+fn what_is_sought_survives_the_wire() {
+    for what in [SeekFor::Data, SeekFor::Hole] {
+        assert_eq!(seek_for_from_wire(seek_for_to_wire(what)).unwrap(), what);
+    }
+    assert_eq!(seek_for_from_wire(0).unwrap_err().reason(), Reason::InvalidArgument);
+    assert_eq!(seek_for_from_wire(7).unwrap_err().reason(), Reason::InvalidArgument);
+    for sought in [Sought::Found(5), Sought::Continue(6), Sought::Nothing] {
+        assert_eq!(sought_from_wire(&sought_to_wire(sought, None)).unwrap(), sought);
+    }
+    assert!(sought_from_wire(&wire::SeekReply::default()).is_err());
 }
 
 #[test]

@@ -85,4 +85,6 @@ pub struct Attr {
     pub btime: Timestamp,
     /// Grows with every change.
     pub version: Version,
+    /// Whether it has an access control list, for access or by default; `None`: the node does not say.
+    pub has_acl: Option<bool>,
 }

@@ -69,3 +69,20 @@ pub fn boot() -> BootTime {
     assert_eq!(done, 0, "the boot clock can be read");
     BootTime(Duration::new(now.tv_sec.cast_unsigned(), u32::try_from(now.tv_nsec).unwrap_or(0)))
 }
+
+/// Year, month, day and second of the day of seconds since 1970, in the proleptic Gregorian calendar.
+/// Counts days in eras of 400 years that begin on 1 March of the year 0.
+pub fn civil(seconds: i64) -> (i64, u32, u32, u32) {
+    const DAYS_OF_ERA: i64 = 146_097;
+    const DAYS_TO_1970: i64 = 719_468;
+    let second = seconds.rem_euclid(86_400) as u32;
+    let days = seconds.div_euclid(86_400) + DAYS_TO_1970;
+    let era = days.div_euclid(DAYS_OF_ERA);
+    let day = days.rem_euclid(DAYS_OF_ERA);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day_of_year = day - (365 * year + year / 4 - year / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day_of_month = (day_of_year - (153 * march_month + 2) / 5 + 1) as u32;
+    let month = if march_month < 10 { march_month + 3 } else { march_month - 9 } as u32;
+    (year + era * 400 + i64::from(month <= 2), month, day_of_month, second)
+}

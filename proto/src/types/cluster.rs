@@ -33,6 +33,19 @@ pub struct NewShard {
     pub request_id: String,
 }
 
+/// What a clone should be.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CloneShard {
+    /// The shard or snapshot whose content it gets.
+    pub source: Selector,
+    /// Its name among the owner's shards.
+    pub name: ShardName,
+    /// Limit on its logical bytes; `None`: as the source's.
+    pub limit_bytes: Option<u64>,
+    /// Makes a retry safe: 1..=64 bytes, or empty.
+    pub request_id: String,
+}
+
 /// A shard.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ShardInfo {
@@ -54,6 +67,8 @@ pub struct ShardInfo {
     pub used_bytes: Option<u64>,
     /// Inodes in use; only from the primary.
     pub inodes: Option<u64>,
+    /// The shard that this is a snapshot of; `None`: it is none.
+    pub snapshot_of: Option<ShardId>,
 }
 
 /// Space of a shard, for statfs.
@@ -101,16 +116,37 @@ pub struct NodeInfo {
 pub struct NewVolume {
     /// Its id.
     pub id: VolumeId,
-    /// `loop`, `device` or `dir`.
+    /// `loop`, `device`, `dir` or `aws`.
     pub provider: String,
-    /// The backing file, device or folder; an absolute path that its nodes know.
+    /// The backing file, device or folder; an absolute path that its nodes know. Of kind `aws`: the id of a disk; empty: one is made.
     pub source: String,
-    /// Bytes of a backing file that is to be made; 0 for others.
+    /// Bytes of a backing file or disk that is to be made; 0 for others.
     pub size_bytes: u64,
     /// The nodes that attach it; the first one serves it at first.
     pub nodes: Vec<NodeId>,
     /// It is served even if its device has no working fence.
     pub allow_unfenced: bool,
+    /// Of a disk that is to be made: reads and writes a second; 0: a default.
+    pub iops: u32,
+    /// Of a disk that is to be made: it is encrypted with this key; empty: with the account's default key.
+    pub kms_key: Option<String>,
+}
+
+/// Something of the cluster in its cloud that the records do not account for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Stray {
+    /// The volume, by the disk's tags, or whose making was cut off.
+    pub volume: String,
+    /// The cloud's id of the disk; empty: none was made, as far as is known.
+    pub disk: String,
+    /// A machine that has the disk and should not; empty: the disk itself is what strays.
+    pub machine: String,
+    /// GiB of the disk.
+    pub gib: u32,
+    /// Why, for people.
+    pub why: String,
+    /// When it began.
+    pub since: Option<Timestamp>,
 }
 
 /// A volume, as the metadata store knows it.
@@ -134,6 +170,10 @@ pub struct VolumeInfo {
     pub shards: u32,
     /// Where an operator wants it.
     pub target: Option<NodeId>,
+    /// It is being taken out of the cluster.
+    pub leaving: bool,
+    /// Of kind `aws`: reads and writes a second that its disk is made for; 0: not known.
+    pub iops: u32,
 }
 
 /// One volume as the node that serves it sees it.

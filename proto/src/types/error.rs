@@ -45,6 +45,8 @@ pub enum Reason {
     ShardReadOnly,
     /// The shard is not empty.
     ShardNotEmpty,
+    /// The shard has snapshots.
+    ShardHasSnapshots,
     /// Not allowed here, whoever asks.
     NotPermitted,
     /// The inode has as many names as it may have.
@@ -69,8 +71,14 @@ pub enum Reason {
     FileTooLarge,
     /// No shard ids or inode numbers are left.
     IdsExhausted,
+    /// A file or the shard has as many locks as it may have.
+    LocksExhausted,
     /// A version condition does not hold.
     VersionMismatch,
+    /// Somebody else holds a lock that excludes this one.
+    LockConflict,
+    /// Who waits for the lock would wait for somebody who waits for him.
+    Deadlock,
     /// The shard is served by another node.
     NotPrimary,
     /// The caller's epoch is old.
@@ -110,6 +118,7 @@ impl Reason {
             | Reason::WrongKind
             | Reason::ShardReadOnly
             | Reason::ShardNotEmpty
+            | Reason::ShardHasSnapshots
             | Reason::NotPermitted
             | Reason::TooManyLinks
             | Reason::SessionUnknown
@@ -121,7 +130,10 @@ impl Reason {
             | Reason::VolumeFull
             | Reason::FileTooLarge
             | Reason::IdsExhausted
+            | Reason::LocksExhausted
             | Reason::VersionMismatch
+            | Reason::LockConflict
+            | Reason::Deadlock
             | Reason::Corrupt
             | Reason::Io
             | Reason::Internal

@@ -101,6 +101,8 @@ impl fmt::Display for Key {
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ShardName(String);
 
+/// The directory of a shard's snapshots, at the shard's root.
+pub const SNAPSHOT_DIRECTORY: &str = ".snap";
 /// The virtual directory at the root of the mount.
 pub const VIRTUAL_DIRECTORY: &str = ".shardfs";
 

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use super::attr::{Attr, FileKind, Timestamp};
 use super::error::Error;
 use super::ids::{InodeNo, Version};
+use super::locks::{LockKind, LockRange};
 use super::name::{FileName, Key};
 
 /// When a mutation is answered.
@@ -27,6 +28,8 @@ pub struct NewInode {
     pub uid: u32,
     /// Group, unless the parent has its set-group-id bit.
     pub gid: u32,
+    /// What counts instead of `mode` if the parent has a default access control list.
+    pub unmasked_mode: Option<u32>,
 }
 
 /// A change to make to a time.
@@ -179,6 +182,7 @@ pub enum Operation {
         offset: u64,
         length: u64,
         mode: AllocateMode,
+        kill_set_id: bool,
     },
     SetXattr {
         inode: InodeNo,
@@ -186,6 +190,7 @@ pub enum Operation {
         value: Bytes,
         create_only: bool,
         replace_only: bool,
+        kill_set_group_id: bool,
     },
     RemoveXattr {
         inode: InodeNo,
@@ -201,6 +206,23 @@ pub enum Operation {
     DeleteValue {
         key: Key,
         if_version: Option<Version>,
+    },
+    CopyRange {
+        source: InodeNo,
+        source_offset: u64,
+        destination: InodeNo,
+        destination_offset: u64,
+        length: u64,
+        kill_set_id: bool,
+    },
+    /// See SetLock.
+    SetLock {
+        inode: InodeNo,
+        owner: u64,
+        pid: u32,
+        range: LockRange,
+        /// `None` unlocks.
+        kind: Option<LockKind>,
     },
 }
 
@@ -223,7 +245,10 @@ impl Operation {
             | Operation::RemoveXattr { .. }
             | Operation::PutValue { .. }
             | Operation::PutValues { .. }
-            | Operation::DeleteValue { .. } => false,
+            | Operation::DeleteValue { .. }
+            | Operation::SetLock { .. }
+            // What its source holds may be another's by then.
+            | Operation::CopyRange { .. } => false,
         }
     }
 }
@@ -274,6 +299,28 @@ pub struct OpResult {
     pub results: Vec<Result<ObjectMeta, Error>>,
     /// DeleteValue.
     pub pruned_directories: u32,
+    /// CopyRange: bytes copied. Allocate: bytes for which room is set aside.
+    pub length: u64,
+}
+
+/// What a seek looks for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SeekFor {
+    /// Data.
+    Data,
+    /// A hole, or the file's end.
+    Hole,
+}
+
+/// What a seek brought.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sought {
+    /// It begins here.
+    Found(u64),
+    /// It does not begin before here: to be gone on with.
+    Continue(u64),
+    /// The offset is at or past the file's end, or no data follows.
+    Nothing,
 }
 
 /// State of a shard.

@@ -97,6 +97,19 @@ for round in 1 2 3; do
 done
 say "three changes were seen on the backup"
 
+# --- a volume grows while it is used ---
+blocks() { df -k /var/lib/node-1/volumes/vol-2 | tail -1 | tr -s ' ' | cut -d' ' -f2; }
+second_served() { fs volume show vol-2 | grep -q '^state *served'; }
+fs volume add vol-2 --kind loop --source /tmp/vol-2.img --size 96MiB --nodes node-1
+until_true "vol-2 is served" second_served
+before=$(blocks)
+fs volume grow vol-2 --size 256MiB >/tmp/said 2>&1 || broken "vol-2 does not grow: $(cat /tmp/said)"
+after=$(blocks)
+((after > before + 140 * 1024)) || broken "vol-2 had $before KiB and has $after"
+say "vol-2 grew from $before to $after KiB: $(cat /tmp/said)"
+fs volume delete vol-2 >/tmp/said 2>&1 || broken "vol-2 does not leave: $(cat /tmp/said)"
+[ ! -e /tmp/vol-2.img ] || broken "vol-2's file is there still"
+
 # --- the primary is stopped ---
 for i in $(seq 3); do put --buffered "/tmp/in/$i" "data/unsynced/$i"; done
 old=$(child_of "${parent[1]}")

@@ -10,12 +10,14 @@ use clap::Subcommand;
 use indicatif::{ProgressBar, ProgressStyle};
 use shardfs_node::cluster::connect::MetaSettings;
 use shardfs_proto::client::{Client, ClientConfig};
-use shardfs_proto::types::clock;
+use shardfs_proto::types::cluster::NewVolume;
+use shardfs_proto::types::{NodeId, VolumeId, clock};
 
 use crate::context::{Context, DEV_FOLDER};
 use crate::devcluster::control::{ClusterStatus, KillSignal, Request};
 use crate::devcluster::launch::{self, Outcome, Wanted, WantedMeta};
 use crate::devcluster::member::MOUNT;
+use crate::devcluster::meta;
 use crate::devcluster::state::{Layout, Settings, VolumeKind};
 use crate::failure::{Failure, Result};
 use crate::meta_flags::MetaFlags;
@@ -25,6 +27,11 @@ use crate::system;
 
 /// How long the nodes are asked about their volumes.
 const CHECK_MAX: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// How long volumes in a cloud may take to be attached and formatted.
+const CLOUD_VOLUMES_MAX: std::time::Duration = std::time::Duration::from_secs(60);
+/// Pause between two looks.
+const CLOUD_LOOK_PAUSE: std::time::Duration = std::time::Duration::from_millis(200);
 
 /// `shardfs dev`.
 #[derive(clap::Args, Debug)]
@@ -235,7 +242,7 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
         }
         Outcome::Started { mount_failure } => {
             mount_failure.map_or(Ok(()), Err)?;
-            check_volumes(layout).await
+            add_cloud_volumes(layout).await
         }
         Outcome::Ended => say("stopped".to_owned()),
     }
@@ -260,6 +267,43 @@ fn wanted_meta(args: &UpArgs) -> Result<Option<WantedMeta>> {
     }
     settings.check().map_err(|e| Failure::usage(format!("--meta: {e:#}")))?;
     Ok(Some(WantedMeta::Etcd(settings)))
+}
+
+/// Has the nodes make the volumes that are disks of a cloud, those that are missing; fails if a volume is not served.
+async fn add_cloud_volumes(layout: &Layout) -> Result<()> {
+    let settings = launch::settings_of(layout)?;
+    if settings.volumes != VolumeKind::Aws {
+        return check_volumes(layout).await;
+    }
+    let client =
+        Client::new(ClientConfig::new(layout.node_endpoints(&settings), settings.client_id.clone()))?;
+    let there = client.volumes().await?;
+    for (number, (volume, node)) in settings.volume_names().into_iter().enumerate() {
+        let id = VolumeId::new(volume)?;
+        if there.iter().any(|info| info.id == id) {
+            continue;
+        }
+        let mut nodes = vec![NodeId::new(node.clone())?];
+        nodes.extend(meta::backups(&settings, &node, number)?);
+        let new = NewVolume {
+            id,
+            provider: VolumeKind::Aws.as_str().to_owned(),
+            source: String::new(),
+            size_bytes: settings.volume_size_bytes,
+            nodes,
+            allow_unfenced: false,
+            iops: 0,
+            kms_key: None,
+        };
+        client.add_volume(&new).await?;
+    }
+    let begun = clock::monotonic();
+    loop {
+        match check_volumes(layout).await {
+            Err(_) if begun.elapsed() < CLOUD_VOLUMES_MAX => tokio::time::sleep(CLOUD_LOOK_PAUSE).await,
+            checked => return checked,
+        }
+    }
 }
 
 /// Fails if a volume is not served, though its node is up.
@@ -310,6 +354,9 @@ fn welcome(
             size::human(settings.volume_size_bytes)
         ),
         VolumeKind::Dir => format!("{} as volumes", output::count(volumes, "folder")),
+        VolumeKind::Aws => {
+            format!("{} of {}", output::count(volumes, "EBS volume"), size::human(settings.volume_size_bytes))
+        }
     };
     let place = match mount {
         Some(mount) => format!("mounted on {}", mount.display()),

@@ -3,14 +3,14 @@
 use futures::StreamExt;
 use serde_json::json;
 use shardfs_proto::client::Client;
-use shardfs_proto::types::cluster::{CheckItem, CheckSummary, Selector, ShardInfo};
+use shardfs_proto::types::cluster::{CheckItem, CheckSummary, ShardInfo};
 use shardfs_proto::types::op::ShardState;
 
 use super::remote::find_shard;
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, Result};
-use crate::output::{self, Out, note, printable};
-use crate::paths::shard_selector;
+use crate::output::{self, Out, note};
+use crate::paths::{ShardRef, info_text, shard_ref};
 use crate::size;
 
 /// `shardfs fsck`.
@@ -24,9 +24,9 @@ Examples:
   shardfs fsck photos --read-data   also reads all content, so that checksums are verified"
 )]
 pub struct Args {
-    /// Shards, by name or @ID [default: all]
-    #[arg(value_name = "SHARD", value_parser = shard_selector)]
-    shards: Vec<Selector>,
+    /// Shards, by name or @ID, and snapshots, as SHARD/.snap/NAME [default: all]
+    #[arg(value_name = "SHARD", value_parser = shard_ref)]
+    shards: Vec<ShardRef>,
     /// Also read all content, so that its checksums are verified
     #[arg(long)]
     read_data: bool,
@@ -60,15 +60,12 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
                 unchecked += 1;
                 if args.json {
                     out.json_line(&json!({
-                        "shard": shard.name.as_str(), "shard_id": shard.id, "error": failure.message()
+                        "shard": shard.name.as_str(), "shard_id": shard.id, "snapshot_of": shard.snapshot_of,
+                        "error": failure.message()
                     }))?;
                 } else {
                     out.flush()?;
-                    note(format!(
-                        "{} (id {}): not checked: {failure}",
-                        printable(shard.name.as_str().as_bytes()),
-                        shard.id
-                    ));
+                    note(format!("{} (id {}): not checked: {failure}", info_text(shard), shard.id));
                 }
             }
         }
@@ -94,14 +91,15 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
 }
 
 async fn check(client: &Client, shard: &ShardInfo, args: &Args, out: &mut Out) -> Result<CheckSummary> {
-    let name = printable(shard.name.as_str().as_bytes());
+    let name = info_text(shard);
     let mut items = std::pin::pin!(client.check_shard(shard.id, args.read_data));
     while let Some(item) = items.next().await {
         match item? {
             CheckItem::Finding { kind, detail } => {
                 if args.json {
                     out.json_line(&json!({
-                        "shard": shard.name.as_str(), "shard_id": shard.id, "finding": kind, "detail": detail
+                        "shard": shard.name.as_str(), "shard_id": shard.id, "snapshot_of": shard.snapshot_of,
+                        "finding": kind, "detail": detail
                     }))?;
                 } else {
                     out.line(format!("{name}: {kind}: {detail}"))?;
@@ -110,7 +108,8 @@ async fn check(client: &Client, shard: &ShardInfo, args: &Args, out: &mut Out) -
             CheckItem::Summary(s) => {
                 if args.json {
                     out.json_line(&json!({
-                        "shard": shard.name.as_str(), "shard_id": shard.id, "inodes": s.inodes, "dirents": s.dirents,
+                        "shard": shard.name.as_str(), "shard_id": shard.id, "snapshot_of": shard.snapshot_of,
+                        "inodes": s.inodes, "dirents": s.dirents,
                         "chunks": s.chunks, "bytes": s.bytes, "findings": s.findings
                     }))?;
                 } else {

@@ -26,7 +26,7 @@ use super::remote::{ends_everything, find_shard, resolve};
 use crate::context::Context;
 use crate::failure::{Failure, OrFail, Result};
 use crate::output::{self, Out, printable};
-use crate::paths::{RemotePath, shard_text};
+use crate::paths::RemotePath;
 use crate::size;
 
 /// Bytes of one range.
@@ -341,7 +341,7 @@ impl Download {
         };
         let mut items = std::pin::pin!(self.client.list(self.shard, options));
         let mut running = FuturesUnordered::new();
-        let shard = shard_text(&source.shard);
+        let shard = source.shard.to_string();
         let mut tally = Tally { verbose: args.verbose, shard, ..Tally::default() };
         while let Some(item) = items.next().await {
             let ListItem::Key { key, kind, meta } = item? else { continue };

@@ -3,6 +3,7 @@
 //! A command that is interrupted is dropped at its next await; whatever must not stay behind half-written is
 //! held by a value whose drop removes it.
 
+pub mod backup;
 pub mod bench;
 pub mod completions;
 pub mod dev;
@@ -72,6 +73,7 @@ async fn run_command(command: Command, context: &Context) -> Result<()> {
         Command::Shard(args) => interruptible(shard::run(args, context), context).await,
         Command::Node(args) => interruptible(node::run(args, context), context).await,
         Command::Volume(args) => interruptible(volume::run(args, context), context).await,
+        Command::Backup(args) => interruptible(backup::run(args, context), context).await,
         Command::Status(args) => interruptible(status::run(args, context), context).await,
         Command::Fsck(args) => interruptible(fsck::run(args, context), context).await,
         Command::Umount(args) => interruptible(umount::run(args), context).await,
@@ -85,6 +87,7 @@ fn changes(command: &Command) -> bool {
     match command {
         Command::Put(_) | Command::Rm(_) => true,
         Command::Shard(args) => args.changes(),
+        Command::Backup(args) => args.changes(),
         _ => false,
     }
 }
@@ -138,6 +141,8 @@ mod tests {
             ("shard create s", true),
             ("shard close s", true),
             ("shard list", false),
+            ("backup create vol-1", true),
+            ("backup list", false),
             ("shard show s", false),
             ("ls s", false),
             ("get s/a", false),

@@ -26,7 +26,7 @@ use super::progress::Progress;
 use super::remote::{Tree, ends_everything, find_shard};
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, OrFail, Result};
-use crate::paths::{RemotePath, shard_text};
+use crate::paths::RemotePath;
 use crate::size;
 use walk::{Found, walk};
 
@@ -140,7 +140,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let upload = Upload {
         client,
         shard,
-        place: shard_text(&dest.shard),
+        place: dest.shard.to_string(),
         durability: if args.buffered { Durability::Buffered } else { Durability::Sync },
         preserve: args.preserve,
         options: PutOptions {

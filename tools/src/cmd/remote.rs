@@ -9,17 +9,38 @@ use shardfs_proto::types::op::{Durability, NewInode, Operation};
 use shardfs_proto::types::{Attr, FileKind, FileName, InodeNo, Key, Reason, ShardId};
 
 use crate::failure::{Failure, OrFail, Result};
+use crate::paths::ShardRef;
 
 /// Directories that are remembered; when there are more, all are forgotten.
 const DIRECTORIES_MAX: usize = 4096;
 
-/// The shard that was typed: a name among the client id's shards, or `@ID`.
-pub async fn find_shard(client: &Client, shard: &Selector) -> Result<ShardInfo> {
-    let found = match shard {
+/// The shard or snapshot that was typed. What is a shard's name is one, whatever else it may be.
+pub async fn find_shard(client: &Client, shard: &ShardRef) -> Result<ShardInfo> {
+    let selector = match shard {
+        ShardRef::Shard(selector) => selector,
+        ShardRef::Snapshot(of, name) => {
+            let of = find_selected(client, of).await?;
+            return client.snapshot_by_name(of.id, name).await.map_err(Failure::from);
+        }
+    };
+    let missing = match find_selected(client, selector).await {
+        Err(error) if error.reason() == Reason::ShardNotFound => error,
+        found => return found.map_err(Failure::from),
+    };
+    let Some((of, name)) = shard.as_snapshot() else { return Err(missing.into()) };
+    match find_selected(client, &of).await {
+        Ok(of) => client.snapshot_by_name(of.id, &name).await.map_err(Failure::from),
+        // `a@b` where there is no shard `a`: a shard's name.
+        Err(error) if error.reason() == Reason::ShardNotFound => Err(missing.into()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn find_selected(client: &Client, shard: &Selector) -> shardfs_proto::types::Result<ShardInfo> {
+    match shard {
         Selector::Name(name) => client.shard_by_name(name).await,
         Selector::Id(id) => client.shard(*id).await,
-    };
-    found.map_err(Failure::from)
+    }
 }
 
 /// What a path names, whatever its kind; empty: the shard's root. Follows no symlinks.
@@ -104,7 +125,7 @@ impl Tree {
         let operation = Operation::MakeDirectory {
             parent,
             name: FileName::new(Bytes::copy_from_slice(name))?,
-            inode: NewInode { mode, uid: self.root.uid, gid: self.root.gid },
+            inode: NewInode { mode, uid: self.root.uid, gid: self.root.gid, unmasked_mode: None },
         };
         match self.client.mutate(self.shard, operation, durability).await {
             Ok(result) => result
@@ -133,7 +154,7 @@ impl Tree {
             parent,
             name: name.clone(),
             target: target.clone(),
-            inode: NewInode { mode: 0o777, uid: self.root.uid, gid: self.root.gid },
+            inode: NewInode { mode: 0o777, uid: self.root.uid, gid: self.root.gid, unmasked_mode: None },
         };
         match self.client.mutate(self.shard, make.clone(), durability).await {
             Ok(_) => return Ok(()),

@@ -12,7 +12,7 @@ use super::progress::Progress;
 use super::remote::{ends_everything, find_shard, resolve_if_there};
 use crate::context::Context;
 use crate::failure::{EXIT_FAILURE, Failure, Result};
-use crate::paths::{RemotePath, shard_text};
+use crate::paths::RemotePath;
 
 /// Entries of one look into a directory.
 const PAGE: u32 = 1024;
@@ -51,7 +51,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let paths = args.paths.iter().map(|p| RemotePath::parse(p)).collect::<Result<Vec<_>>>()?;
     for path in &paths {
         if path.rest().is_empty() && !(args.recursive && path.trailing_slash) {
-            let shard = shard_text(&path.shard);
+            let shard = &path.shard;
             return Err(Failure::usage(format!("{shard} is a shard")).hint(format!(
                 "`shardfs shard delete {shard}` deletes it; `shardfs rm -r {shard}/` empties it"
             )));

@@ -6,7 +6,7 @@ use clap::Subcommand;
 use serde_json::{Value, json};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::ShardName;
-use shardfs_proto::types::cluster::{NewShard, Selector, ShardInfo};
+use shardfs_proto::types::cluster::{NewShard, ShardInfo};
 use shardfs_proto::types::op::ShardState;
 
 use super::remote::find_shard;
@@ -14,8 +14,10 @@ use super::status::ask_nodes;
 use crate::context::Context;
 use crate::failure::{Failure, OrFail, Result};
 use crate::output::{self, Align, Out, Table, time_json, time_text};
-use crate::paths::{shard_name, shard_selector, shard_text};
+use crate::paths::{ShardRef, info_text, shard_name, shard_ref};
 use crate::size;
+
+mod snapshots;
 
 /// Shards whose usage is asked for at a time.
 const USAGE_JOBS: usize = 16;
@@ -31,7 +33,13 @@ const USAGE_MAX: std::time::Duration = std::time::Duration::from_secs(5);
   shardfs shard close photos          nothing in it changes ever again
   shardfs shard delete photos --force
 
-SHARD is a name, or @ID.")]
+  shardfs shard snapshot photos monday          keeps photos as it is now
+  shardfs ls photos/.snap/monday                reads it; on the mount as well
+  shardfs shard rollback photos monday --yes    photos is as it was then
+  shardfs shard clone photos/.snap/monday old   a shard of its own, to write to
+  shardfs shard delete photos/.snap/monday
+
+SHARD is a name, or @ID. A snapshot is SHARD/.snap/NAME; SHARD@NAME does too, unless a shard has that very name.")]
 pub struct Args {
     #[command(subcommand)]
     command: Command,
@@ -40,7 +48,7 @@ pub struct Args {
 impl Args {
     /// Whether it changes something in the cluster.
     pub fn changes(&self) -> bool {
-        !matches!(self.command, Command::List { .. } | Command::Show { .. })
+        !matches!(self.command, Command::List { .. } | Command::Show { .. } | Command::Snapshots { .. })
     }
 }
 
@@ -80,11 +88,11 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Show one shard
+    /// Show one shard or snapshot
     Show {
-        /// A name, or @ID
-        #[arg(value_parser = shard_selector)]
-        shard: Selector,
+        /// A name, or @ID, or SHARD/.snap/NAME
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -92,29 +100,80 @@ enum Command {
     /// Close a shard for good: it can be read, and never changes again
     Close {
         /// A name, or @ID
-        #[arg(value_parser = shard_selector)]
-        shard: Selector,
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
     },
     /// Give a shard another name
     Rename {
         /// A name, or @ID
-        #[arg(value_parser = shard_selector)]
-        shard: Selector,
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
         /// The new name
         #[arg(value_parser = shard_name)]
         new_name: ShardName,
     },
-    /// Delete a shard and everything in it
+    /// Delete a shard and everything in it, or a snapshot
     Delete {
-        /// A name, or @ID
-        #[arg(value_parser = shard_selector)]
-        shard: Selector,
-        /// Even if it is not empty
+        /// A name, or @ID, or SHARD/.snap/NAME
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
+        /// Even if it is not empty; a snapshot needs no such word
         #[arg(long, short)]
         force: bool,
         /// Do not ask
         #[arg(long, short)]
         yes: bool,
+    },
+    /// Keep a shard as it is now, under a name: at once, and without a copy of its bytes
+    #[command(after_help = snapshots::SNAPSHOT_HELP)]
+    Snapshot {
+        /// A name, or @ID
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
+        /// The snapshot's name among the shard's
+        #[arg(value_parser = shard_name)]
+        name: ShardName,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// List a shard's snapshots
+    Snapshots {
+        /// A name, or @ID
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put a shard back to one of its snapshots: what was written since is lost
+    #[command(after_help = snapshots::ROLLBACK_HELP)]
+    Rollback {
+        /// A name, or @ID
+        #[arg(value_parser = shard_ref)]
+        shard: ShardRef,
+        /// One of its snapshots
+        #[arg(value_parser = shard_name)]
+        snapshot: ShardName,
+        /// What was written since the snapshot may be lost
+        #[arg(long, short)]
+        yes: bool,
+    },
+    /// Make a shard with the content of another one or of a snapshot, sharing its blocks
+    #[command(after_help = snapshots::CLONE_HELP)]
+    Clone {
+        /// A name, or @ID, or SHARD/.snap/NAME
+        #[arg(value_parser = shard_ref)]
+        source: ShardRef,
+        /// The new shard's name
+        #[arg(value_parser = shard_name)]
+        new_name: ShardName,
+        /// Limit on its bytes, e.g. 2GiB [default: as the source's]
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+        limit: Option<u64>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -153,17 +212,25 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         Command::Close { shard } => {
             let client = context.client()?;
             let info = find_shard(&client, &shard).await?;
-            let info = client.close_shard(info.id).await.with_context(|| shard_text(&shard))?;
+            let info = client.close_shard(info.id).await.with_context(|| shard.to_string())?;
             done(format!("{} is {}", info.name, info.state.as_str()))
         }
         Command::Rename { shard, new_name } => {
             let client = context.client()?;
             let info = find_shard(&client, &shard).await?;
             let old = info.name.clone();
-            let info = client.rename_shard(info.id, &new_name).await.with_context(|| shard_text(&shard))?;
+            let info = client.rename_shard(info.id, &new_name).await.with_context(|| shard.to_string())?;
             done(format!("{old} is {} now", info.name))
         }
         Command::Delete { shard, force, yes } => delete(context, &shard, force, yes).await,
+        Command::Snapshot { shard, name, json } => snapshots::take(context, &shard, &name, json).await,
+        Command::Snapshots { shard, json } => snapshots::list(context, &shard, json).await,
+        Command::Rollback { shard, snapshot, yes } => {
+            snapshots::roll_back(context, &shard, &snapshot, yes).await
+        }
+        Command::Clone { source, new_name, limit, json } => {
+            snapshots::clone(context, &source, new_name, limit, json).await
+        }
     }
 }
 
@@ -214,7 +281,7 @@ async fn list(context: &Context, all_owners: bool, deleted: bool, json: bool) ->
     ]);
     let mut table = Table::new(&columns);
     for info in &shards {
-        let mut row = vec![info.id.to_string(), output::printable(info.name.as_str().as_bytes())];
+        let mut row = vec![info.id.to_string(), info_text(info)];
         if all_owners {
             row.push(info.owner.to_string());
         }
@@ -244,7 +311,7 @@ async fn with_usage(client: &Client, info: ShardInfo) -> ShardInfo {
     }
 }
 
-async fn show(context: &Context, shard: &Selector, json: bool) -> Result<()> {
+async fn show(context: &Context, shard: &ShardRef, json: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
     let info = with_usage(&client, info).await;
@@ -255,6 +322,9 @@ async fn show(context: &Context, shard: &Selector, json: bool) -> Result<()> {
     }
     out.line(format!("name      {}", output::printable(info.name.as_str().as_bytes())))?;
     out.line(format!("id        {}", info.id))?;
+    if let Some(of) = info.snapshot_of {
+        out.line(format!("snapshot  of shard {of}"))?;
+    }
     out.line(format!("owner     {}", info.owner))?;
     out.line(format!("state     {}", info.state.as_str()))?;
     if let (Some(used), Some(inodes)) = (info.used_bytes, info.inodes) {
@@ -272,7 +342,7 @@ async fn show(context: &Context, shard: &Selector, json: bool) -> Result<()> {
     out.flush()
 }
 
-async fn delete(context: &Context, shard: &Selector, force: bool, yes: bool) -> Result<()> {
+async fn delete(context: &Context, shard: &ShardRef, force: bool, yes: bool) -> Result<()> {
     let client = context.client()?;
     let info = find_shard(&client, shard).await?;
     let info = with_usage(&client, info).await;
@@ -281,7 +351,9 @@ async fn delete(context: &Context, shard: &Selector, force: bool, yes: bool) -> 
             (Some(used), Some(inodes)) => format!("{inodes} inodes, {}", size::human(used)),
             _ => "its content".to_owned(),
         };
-        let question = if force {
+        let question = if info.snapshot_of.is_some() {
+            format!("Delete the snapshot {}?", info_text(&info))
+        } else if force {
             format!("Delete the shard {} with {content}, for good?", info.name)
         } else {
             format!("Delete the shard {} if it is empty?", info.name)
@@ -290,8 +362,9 @@ async fn delete(context: &Context, shard: &Selector, force: bool, yes: bool) -> 
             return Err(Failure::new("nothing was deleted"));
         }
     }
-    client.delete_shard(info.id, !force).await.with_context(|| shard_text(shard))?;
-    done(format!("{} is deleted", info.name))
+    let only_if_empty = !force && info.snapshot_of.is_none();
+    client.delete_shard(info.id, only_if_empty).await.with_context(|| shard.to_string())?;
+    done(format!("{} is deleted", info_text(&info)))
 }
 
 /// "vol-1 (node-1)".
@@ -309,6 +382,7 @@ pub fn to_json(info: &ShardInfo) -> Value {
         "name": info.name.as_str(),
         "owner": info.owner,
         "state": info.state.as_str(),
+        "snapshot_of": info.snapshot_of,
         "limit_bytes": info.limit_bytes,
         "used_bytes": info.used_bytes,
         "inodes": info.inodes,

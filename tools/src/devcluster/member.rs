@@ -116,6 +116,8 @@ impl Member {
         // in the directory below.
         let mut args =
             vec![mount.display().to_string(), "--foreground".to_owned(), "--replace-dead".to_owned()];
+        // The supervisor starts it again, and `dev kill mount` means what it says.
+        args.push("--no-restart".to_owned());
         args.extend(["--ready-fd".to_owned(), READY_FD.to_owned()]);
         args.extend(["--endpoints".to_owned(), layout.node_endpoints(settings).join(",")]);
         args.extend(["--client-id".to_owned(), settings.client_id.to_string()]);

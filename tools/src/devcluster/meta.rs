@@ -42,6 +42,10 @@ pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
         bootstrap::ensure_cluster_id(&*store).await?;
     }
     store.txn(Txn::new().delete(records::STOPPING)).await.map_err(|e| Failure::new(e.to_string()))?;
+    // The nodes make them, when they are there: only they can.
+    if settings.volumes == VolumeKind::Aws {
+        return Ok(());
+    }
     for (number, (volume, node)) in settings.volume_names().into_iter().enumerate() {
         let source = layout.volume_source(settings.volumes, &volume);
         let source = source.to_str().ok_or_else(|| {
@@ -53,8 +57,9 @@ pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
             source: source.to_owned(),
             size_bytes: match settings.volumes {
                 VolumeKind::Loop => settings.volume_size_bytes,
-                VolumeKind::Dir => 0,
+                VolumeKind::Dir | VolumeKind::Aws => 0,
             },
+            iops: 0,
             primary: NodeId::new(node.clone())?,
             backups: backups(settings, &node, number)?,
             allow_unfenced: false,
@@ -82,7 +87,7 @@ pub async fn note_stopping(settings: &Settings) {
 }
 
 /// All other nodes, another one first for each of a node's volumes: so they spread when the node fails.
-fn backups(settings: &Settings, primary: &str, number: usize) -> Result<Vec<NodeId>> {
+pub fn backups(settings: &Settings, primary: &str, number: usize) -> Result<Vec<NodeId>> {
     let mut others: Vec<String> = settings.node_names().into_iter().filter(|node| node != primary).collect();
     if !others.is_empty() {
         let turns = number / settings.node_names().len() % others.len();

@@ -24,6 +24,8 @@ const META_VARIABLES: [&str; 6] = [
     "SHARDFS_META_USER",
     "SHARDFS_META_PASSWORD_FILE",
 ];
+/// By which a service is told of its manager: what is started here is not that service, which `dev up` may be part of.
+const SERVICE_VARIABLES: [&str; 3] = ["NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"];
 
 /// Who a process is.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -203,7 +205,7 @@ pub fn start(program: &Path, args: &[String], log: &Path, ready: impl Into<Stdio
     command.args(args).stdin(ready).stdout(log.try_clone()?).stderr(log).process_group(0);
     // What a node is to know of its metadata store stands in its arguments; what was left in the environment would add
     // to it. The password stands nowhere else.
-    for variable in META_VARIABLES {
+    for variable in META_VARIABLES.iter().chain(&SERVICE_VARIABLES) {
         command.env_remove(variable);
     }
     inherit_only_stdio(&mut command);

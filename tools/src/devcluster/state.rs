@@ -61,6 +61,8 @@ pub enum VolumeKind {
     Loop,
     /// A folder (needs no root)
     Dir,
+    /// An EBS volume, on EC2; the nodes are told of it by the environment (SHARDFS_AWS_CLUSTER, see `shardfs-node --help`)
+    Aws,
 }
 
 impl VolumeKind {
@@ -69,6 +71,7 @@ impl VolumeKind {
         match self {
             VolumeKind::Loop => "loop",
             VolumeKind::Dir => "dir",
+            VolumeKind::Aws => "aws",
         }
     }
 }
@@ -253,7 +256,8 @@ impl Layout {
     pub fn volume_source(&self, kind: VolumeKind, name: &str) -> PathBuf {
         match kind {
             VolumeKind::Loop => self.volumes().join(format!("{name}.img")),
-            VolumeKind::Dir => self.volumes().join(name),
+            // Of one that the cloud has, nothing lies there.
+            VolumeKind::Dir | VolumeKind::Aws => self.volumes().join(name),
         }
     }
 

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use shardfs_node::volume::device::{self, Holds, Inspection};
 use shardfs_node::volume::fence::reservation::conformance::{self, Held, Step, Verdict};
+use shardfs_node::volume::nvme::{self, Rescap};
 use shardfs_node::volume::{LOOP_BYTES_MIN, mounts};
-use shardfs_proto::types::Reason;
+use shardfs_proto::types::{Reason, Result};
 
 use super::Check;
 use crate::size;
@@ -36,7 +37,10 @@ pub fn checks(path: &Path) -> Vec<Check> {
             )];
         }
     };
-    vec![what(&name, &seen), users(&name, &seen.device), reservations(&name, path)]
+    let mut checks = vec![what(&name, &seen), users(&name, &seen.device)];
+    checks.extend(offers(&name, nvme::rescap(&seen.device)));
+    checks.push(reservations(&name, path));
+    checks
 }
 
 fn what(name: &str, seen: &Inspection) -> Check {
@@ -92,6 +96,42 @@ fn in_use(device: &Path) -> std::io::Result<Option<String>> {
         }
         Err(e) => Err(e),
     }
+}
+
+/// What an NVMe namespace says that it offers; nothing of other devices.
+fn offers(name: &str, rescap: Result<Option<u8>>) -> Option<Check> {
+    const EBS: &str = "use a namespace with Write Exclusive. On EC2: an io2 volume with Multi-Attach enabled, at a Nitro instance; AWS \
+                       offers reservations for volumes made after September 18, 2023, and for older ones once they were detached from \
+                       all instances and attached again. Cross-check: nvme id-ns -H DEVICE";
+    let name = format!("{name} NVMe");
+    let rescap = match rescap {
+        Ok(None) => return None,
+        Ok(Some(byte)) => Rescap(byte),
+        Err(error) => {
+            return Some(Check::warn(&name, error.to_string(), "run as root; see the kernel's log"));
+        }
+    };
+    if rescap.is_none() {
+        return Some(Check::fail(&name, "the namespace offers no reservations", EBS));
+    }
+    let offered = rescap.offered().join(", ");
+    if !rescap.write_exclusive() {
+        return Some(Check::fail(&name, format!("no Write Exclusive among what is offered: {offered}"), EBS));
+    }
+    let mut detail = format!("offers {offered}");
+    if !rescap.persists() {
+        detail.push_str(
+            "; reservations end with a loss of the device's power: nodes notice that and take them again",
+        );
+    }
+    if rescap.ignores_existing_key() {
+        return Some(Check::ok(&name, detail));
+    }
+    Some(Check::warn(
+        &name,
+        format!("{detail}; not Ignore Existing Key as of NVMe 1.3, with which a node changes its key"),
+        "try it before you rely on it: DEPLOYMENT.md, \"What to check first on real EBS\", the step with another key",
+    ))
 }
 
 fn reservations(name: &str, path: &Path) -> Check {
@@ -255,6 +295,21 @@ mod tests {
         assert_eq!(what("x", &seen(1 << 30, Holds::Unknown)).outcome, Outcome::Warn);
         assert_eq!(what("x", &seen(1 << 30, Holds::OtherExt4("root".into()))).outcome, Outcome::Warn);
         assert_eq!(what("x", &seen(1 << 30, Holds::Volume("sfs-vol-1".into()))).outcome, Outcome::Ok);
+    }
+
+    #[test]
+    fn what_a_namespace_offers_is_judged() {
+        let outcome = |byte| offers("x", Ok(Some(byte))).unwrap().outcome;
+        assert_eq!(outcome(0xFF), Outcome::Ok);
+        assert_eq!(outcome(0x82), Outcome::Ok);
+        assert_eq!(outcome(0x03), Outcome::Warn);
+        assert_eq!(outcome(0x80 | 0x7C), Outcome::Fail);
+        let none = offers("x", Ok(Some(0))).unwrap();
+        assert_eq!(none.outcome, Outcome::Fail);
+        assert!(none.advice.contains("Multi-Attach"));
+        assert_eq!(offers("x", Ok(None)), None);
+        let unread = offers("x", Err(shardfs_proto::types::Error::io("no"))).unwrap();
+        assert_eq!(unread.outcome, Outcome::Warn);
     }
 
     #[test]

@@ -184,12 +184,18 @@ fn read_volume(node: &TestNode, shard: ShardId) -> VolumeId {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_crash_left_is_swept() {
     let (world, one, two, shard) = two().await;
-    fill(&one, shard, "a").await;
+    two.end().await;
+    one.end().await;
     let views = views_dir(&world.shard_dir("vol-1", shard));
-    // Of an earlier epoch, half-made, and something else.
+    // Of an earlier epoch, half-made, and something else. A primary looks for them once, when it has begun.
     for name in ["1-900", "1-901.tmp", "x"] {
         std::fs::create_dir_all(views.join(name)).unwrap();
     }
+    let one = world.node("n1").await;
+    let serves = async || one.catalog.open_shard(&me(), &by_id(shard), None).await.is_ok();
+    eventually("the first serves again", serves).await;
+    let two = world.node("n2").await;
+    fill(&one, shard, "a").await;
     publish(&one, shard).await;
     let named = |name: &str| views.join(name).exists();
     eventually("they are gone", async || !named("1-900") && !named("1-901.tmp") && !named("x")).await;

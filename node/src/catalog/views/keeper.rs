@@ -23,7 +23,7 @@ use crate::cluster::records::VolumeRecord;
 use crate::cluster::records::views::{Pinned, ViewRecord};
 use crate::cluster::store::Revision;
 use crate::cluster::view::Kept;
-use crate::volume;
+use crate::volume::leftovers;
 use crate::volume::views::{ViewMount, view_dir};
 
 /// How often is looked when nobody wakes.
@@ -184,7 +184,8 @@ impl Catalog {
             }
             let (spec, name, folder) =
                 (self.spec_of(record), record.provider.clone(), self.views_folder(&record.id));
-            match blocking(move || volume::provider(&name)?.clean_views(&spec, &folder)).await {
+            let providers = self.parts.providers.clone();
+            match blocking(move || providers.get(&name)?.clean_views(&spec, &folder)).await {
                 Ok(()) => drop(keeper.cleaned.insert(record.id.clone())),
                 Err(error) => {
                     tracing::debug!(volume = %record.id, %error, "taking old views away: later");
@@ -195,6 +196,18 @@ impl Catalog {
             let dropped = pins::drop_stale(&*self.parts.store, &self.parts.view, &self.parts.record).await;
             keeper.unpinned = dropped.is_ok();
         }
+    }
+
+    /// Takes away what an earlier process of this node has left of views of a volume that it is no node of; whether there was anything.
+    pub(in crate::catalog) async fn take_away_views(&self, volume: &VolumeId) -> Result<bool> {
+        // Nothing is opened meanwhile; and what this process may have opened is the keeper's.
+        let keeper = self.views.keeper.lock().await;
+        if keeper.cleaned.contains(volume) {
+            return Ok(false);
+        }
+        let (cluster_id, folder) = (self.parts.cluster_id.clone(), self.views_folder(volume));
+        let volume = volume.clone();
+        blocking(move || leftovers::take_away_views(&cluster_id, &volume, &folder)).await
     }
 
     fn views_folder(&self, volume: &VolumeId) -> PathBuf {
@@ -381,7 +394,8 @@ impl Catalog {
         keeper.count += 1;
         let at = self.views_folder(&record.id).join(keeper.count.to_string());
         let (spec, name) = (self.spec_of(record), record.provider.clone());
-        let mount = blocking(move || volume::provider(&name)?.open_view(&spec, &at)).await?;
+        let providers = self.parts.providers.clone();
+        let mount = blocking(move || providers.get(&name)?.open_view(&spec, &at)).await?;
         let mounted = Arc::new(Mounted {
             volume: record.id.clone(),
             root: mount.root().to_owned(),

@@ -50,6 +50,7 @@ impl World {
             provider: "dir".into(),
             source: world.dir.path().join("vol-1").to_str().unwrap().into(),
             size_bytes: 0,
+            iops: 0,
             primary: node("a"),
             backups: vec![node("b"), node("c")],
             allow_unfenced: false,
@@ -74,6 +75,7 @@ impl World {
             incarnation: bootstrap::random_id(),
             instance_id: String::new(),
             region: String::new(),
+            cloud: false,
         };
         let (view, lease) = (View::new(), Arc::new(Lease::default()));
         let (stop, replaced) = (CancellationToken::new(), CancellationToken::new());

@@ -573,6 +573,29 @@ mod tests {
         assert!(decode(kv.key, b"").is_err());
     }
 
+    #[test]
+    fn a_file_of_a_newer_format_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("meta.redb");
+        drop(open(&path).unwrap());
+        let newer = |format: Option<u64>| {
+            let db = Database::builder().open(&path).unwrap();
+            let tx = db.begin_write().unwrap();
+            let mut meta = tx.open_table(META).unwrap();
+            if let Some(format) = format {
+                meta.insert("format", format).unwrap();
+            }
+            let found = ["format", "reserved"].map(|name| read_meta(&meta, name).unwrap());
+            drop(meta);
+            tx.commit().unwrap();
+            found
+        };
+        let before = newer(Some(FORMAT + 1));
+        let error = open(&path).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains(&format!("format {}", FORMAT + 1)) && error.contains("newer"), "{error}");
+        assert_eq!(newer(None), before);
+    }
+
     /// A filesystem of its own, gone with the test.
     struct Tmpfs(tempfile::TempDir);
 

@@ -20,6 +20,7 @@ fn volume(id: &str, primary: &str, backups: &[&str], local: Local) -> Volume {
         target: None,
         formatted: true,
         handed_over: false,
+        retired: false,
         local,
         attempts: 0,
         doubts: BTreeMap::new(),
@@ -400,4 +401,27 @@ fn plans_agree_and_keep_their_hands_off() {
             }
         }
     }
+}
+
+#[test]
+fn a_volume_that_leaves_is_retired_by_its_primary_and_let_go_of_by_the_others() {
+    let leaving = |volume: Volume| Volume { retired: true, ..volume };
+    let retire = || vec![Action::Retire(id("v"))];
+    for local in [Local::Primary(epoch(3)), Local::Detached, Local::Backup, Local::Unusable, Local::Lost] {
+        assert_eq!(plan(&observed("a", vec![leaving(volume("v", "a", &[], local))])), retire(), "{local:?}");
+    }
+    let cases = [
+        (volume("v", "a", &[], Local::Busy), vec![]),
+        (volume("v", "a", &[], Local::Fenced), vec![Action::StepDown(id("v"))]),
+        (volume("v", "a", &[], Local::Primary(epoch(2))), vec![Action::StepDown(id("v"))]),
+        (volume("v", "b", &[], Local::Backup), vec![Action::Detach(id("v"))]),
+        (volume("v", "b", &[], Local::Detached), vec![]),
+    ];
+    for (volume, actions) in cases {
+        let what = format!("{volume:?}");
+        assert_eq!(plan(&observed("a", vec![leaving(volume)])), actions, "{what}");
+    }
+    let mut cut_off = observed("a", vec![leaving(volume("v", "a", &[], Local::Primary(epoch(3))))]);
+    cut_off.store_reachable = false;
+    assert_eq!(plan(&cut_off), []);
 }

@@ -23,6 +23,7 @@ fn node(id: &str) -> NodeRecord {
         incarnation: bootstrap::random_id(),
         instance_id: String::new(),
         region: String::new(),
+        cloud: false,
     }
 }
 
@@ -33,6 +34,7 @@ fn volume(id: &str, primary: &str) -> VolumeRecord {
         provider: "dir".into(),
         source: "/x".into(),
         size_bytes: 0,
+        iops: 0,
         primary: Some(NodeId::new(primary).unwrap()),
         backups: Vec::new(),
         epoch: Epoch::FIRST,
@@ -43,6 +45,9 @@ fn volume(id: &str, primary: &str) -> VolumeRecord {
         predecessors: Vec::new(),
         handed_over: false,
         unmounted: false,
+        leaving: false,
+        retired: false,
+        delete_content: false,
     }
 }
 
@@ -61,6 +66,9 @@ fn shard(id: u64, name: &str, state: StateWord) -> ShardRecord {
         uid: 0,
         gid: 0,
         purged: false,
+        snapshot_of: None,
+        copy_of: None,
+        rollback: None,
     }
 }
 

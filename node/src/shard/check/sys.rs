@@ -1,4 +1,6 @@
-//! Invariants 3 (its second half), 5 and 6 (its first half): orphans, counters, sessions, indexes.
+//! Invariants 3 (its second half), 5, 6 (its first half) and 7: orphans, counters, sessions, indexes, locks.
+
+use std::collections::BTreeSet;
 
 use shardfs_proto::types::limits::SESSION_WINDOW;
 use shardfs_proto::types::name::quoted;
@@ -7,7 +9,9 @@ use shardfs_proto::types::{InodeNo, SessionId};
 use super::cursor::{Cursor, Entry};
 use super::{Checker, FindingKind};
 use crate::shard::keys::{self, Cf};
-use crate::shard::records::{Counters, Header, InodeRecord, Orphan, SessionRecord, Slot, Staged};
+use crate::shard::records::{
+    Counters, Header, InodeRecord, LocksRecord, Orphan, SessionRecord, Slot, Staged,
+};
 use crate::shard::store::Reader;
 
 /// Runs the passes over `index` and `sys`. After those over the tree and the contents, whose sums it
@@ -75,6 +79,7 @@ fn records(c: &mut Checker<'_>) {
             Some(b'R') => slot(c, &entry),
             Some(b'O') => orphan(c, &entry),
             Some(b'T') => staged(c, &entry),
+            Some(b'L') => locks(c, &entry),
             Some(_) | None => c.finding(FindingKind::BadKey, format!("family sys: {}", quoted(&entry.key))),
         }
     }
@@ -154,6 +159,45 @@ fn staged(c: &mut Checker<'_>, entry: &Entry) {
     };
     c.greatest.id = c.greatest.id.max(content.get());
     c.decoded(format!("staged content {}", content.get()), Staged::decode(&entry.value));
+}
+
+fn locks(c: &mut Checker<'_>, entry: &Entry) {
+    let Ok(inode) = keys::parse_locks(&entry.key) else {
+        c.finding(FindingKind::BadKey, format!("family sys: {}", quoted(&entry.key)));
+        return;
+    };
+    let what = format!("locks of inode {inode}");
+    if inode_record(c, inode).is_none() {
+        c.finding(FindingKind::Locks, format!("{what}: there is no such inode"));
+    }
+    let Some(LocksRecord { locks }) = c.decoded(&what, LocksRecord::decode(&entry.value)) else { return };
+    if locks.is_empty() {
+        c.finding(FindingKind::Locks, format!("{what}: there are none"));
+    }
+    let sessions: BTreeSet<SessionId> = locks.iter().map(|lock| lock.owner.session).collect();
+    for session in sessions {
+        c.greatest.session = c.greatest.session.max(session.get());
+        if !has_session(c, session) {
+            c.finding(FindingKind::Locks, format!("{what}: a holder, session {session}, is not there"));
+        }
+    }
+    if !locks.is_sorted_by_key(|lock| lock.range.start()) {
+        c.finding(FindingKind::Locks, format!("{what}: they are not in order"));
+        return;
+    }
+    // In order, so that only those that begin before one ends are looked at with it.
+    for (at, lock) in locks.iter().enumerate() {
+        let near = locks[at + 1..].iter().take_while(|other| other.range.start() <= lock.range.end());
+        for other in near {
+            let same_owner = other.owner == lock.owner;
+            if same_owner || other.excludes(lock.owner, lock.range, lock.kind) {
+                let (a, b) = (lock.range, other.range);
+                let (a, b) = ((a.start(), a.end()), (b.start(), b.end()));
+                c.finding(FindingKind::Locks, format!("{what}: {a:?} and {b:?} exclude each other"));
+                return;
+            }
+        }
+    }
 }
 
 fn counters(c: &mut Checker<'_>) {

@@ -3,13 +3,16 @@
 use std::collections::BTreeSet;
 
 use bytes::Bytes;
+use shardfs_proto::types::acl::{ACCESS_ACL, AclEntry, DEFAULT_ACL, Subject};
 use shardfs_proto::types::op::IndexValue;
-use shardfs_proto::types::{Cookie, FileKind, InodeNo, Sequence, SessionId};
+use shardfs_proto::types::{
+    Cookie, FileKind, FileLock, InodeNo, LockKind, LockOwner, LockRange, Sequence, SessionId,
+};
 
 use super::*;
 use crate::shard::keys::{self, Cf, ContentId};
 use crate::shard::read::tests::{CHUNK, Fixture, ino};
-use crate::shard::records::{Content, CookieEntry, Dirent, Orphan, Slot};
+use crate::shard::records::{Content, CookieEntry, Dirent, LocksRecord, Orphan, Slot};
 
 /// A whole tree with one of everything.
 struct Tree {
@@ -238,6 +241,43 @@ fn lost_inodes_and_wrong_orphans_are_found() {
     });
 }
 
+#[test]
+fn wrong_locks_are_found() {
+    use FindingKind::*;
+    // An owner's number, the first and last byte, the kind.
+    type Held = (u64, u64, u64, LockKind);
+    fn put(t: &mut Tree, inode: u64, session: SessionId, held: &[Held]) {
+        let lock = |(number, start, end, kind): &Held| FileLock {
+            owner: LockOwner { session, number: *number },
+            pid: 1,
+            range: LockRange::new(*start, *end).unwrap(),
+            kind: *kind,
+        };
+        let locks = held.iter().map(lock).collect();
+        t.f.put(Cf::Sys, &keys::locks(ino(inode)), LocksRecord { locks }.encode());
+    }
+    fn of_small(t: &mut Tree, held: &[Held]) {
+        let (small, session) = (t.small.get(), t.session);
+        put(t, small, session, held);
+    }
+    let (read, write) = (LockKind::Read, LockKind::Write);
+    broken(&[], |t| of_small(t, &[(1, 0, 5, read), (2, 0, u64::MAX, read), (1, 7, 9, read)]));
+    broken(&[Locks], |t| of_small(t, &[]));
+    broken(&[Locks], |t| {
+        let session = t.session;
+        put(t, 300, session, &[(1, 0, 5, read)]);
+    });
+    broken(&[Locks, Counter], |t| {
+        let small = t.small.get();
+        put(t, small, SessionId::new(1 << 40).unwrap(), &[(1, 0, 5, read)]);
+    });
+    broken(&[Locks], |t| of_small(t, &[(1, 0, 5, read), (2, 5, 5, write)]));
+    broken(&[Locks], |t| of_small(t, &[(1, 0, 5, read), (1, 5, 6, read)]));
+    broken(&[Locks], |t| of_small(t, &[(1, 7, 8, read), (1, 5, 6, read)]));
+    broken(&[BadRecord], |t| t.f.put(Cf::Sys, &keys::locks(t.small), Bytes::from_static(b"\x01short")));
+    broken(&[BadKey], |t| t.f.put(Cf::Sys, b"Lshort", LocksRecord { locks: vec![] }.encode()));
+}
+
 fn orphan_record(holders: Vec<SessionId>) -> Bytes {
     Orphan { holders }.encode()
 }
@@ -333,6 +373,32 @@ fn wrong_indexes_are_found() {
     broken(&[Index], |t| {
         t.f.put(Cf::Index, &keys::index("colour", &IndexValue::Text("blue".into()), t.small), Bytes::new());
     });
+}
+
+#[test]
+fn wrong_access_control_lists_are_found() {
+    use FindingKind::*;
+    let acl = |entries: &[(Subject, u8)]| {
+        let entries = entries.iter().map(|&(subject, permissions)| AclEntry { subject, permissions });
+        shardfs_proto::types::Acl::new(entries.collect()).unwrap().encode()
+    };
+    let minimal = acl(&[(Subject::Owner, 6), (Subject::OwningGroup, 4), (Subject::Other, 4)]);
+    let masked =
+        acl(&[(Subject::Owner, 6), (Subject::OwningGroup, 7), (Subject::Mask, 4), (Subject::Other, 4)]);
+    let with = |inode: InodeNo, mode: u32, name: &'static [u8], value: &Bytes, t: &mut Tree| {
+        let mut record = t.f.get(inode);
+        record.mode = mode;
+        record.xattrs.insert(Bytes::from_static(name), value.clone());
+        t.f.set(inode, &record);
+    };
+    // The usage is not kept up here: whole lists are no finding of their own.
+    broken(&[Usage], |t| with(t.small, 0o4644, ACCESS_ACL, &masked, t));
+    broken(&[Usage], |t| with(t.directory, 0o700, DEFAULT_ACL, &minimal, t));
+    broken(&[Usage, Acl], |t| with(t.small, 0o674, ACCESS_ACL, &masked, t));
+    broken(&[Usage, Acl], |t| with(t.small, 0o644, ACCESS_ACL, &minimal, t));
+    broken(&[Usage, Acl], |t| with(t.small, 0o644, DEFAULT_ACL, &masked, t));
+    broken(&[Usage, Acl], |t| with(t.directory, 0o644, ACCESS_ACL, &masked.slice(..20), t));
+    broken(&[Usage, Acl], |t| with(t.directory, 0o755, DEFAULT_ACL, &masked.slice(..4), t));
 }
 
 #[test]

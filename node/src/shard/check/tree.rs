@@ -1,4 +1,4 @@
-//! Invariants 1, 2, 3 (its first half) and 6 (its second half): names, links, directories.
+//! Invariants 1, 2, 3 (its first half), 6 (its second half) and 7: names, links, directories, access control lists.
 //!
 //! One merge over `inode`, `parent`, `dirent` and `cookie`, which all begin with the inode or directory
 //! that they are about. What an entry says about another place is looked up in batches.
@@ -6,10 +6,11 @@
 use std::collections::HashSet;
 
 use bytes::Bytes;
+use shardfs_proto::types::acl::{ACCESS_ACL, DEFAULT_ACL, PERMISSION_BITS};
 use shardfs_proto::types::attr::MODE_BITS;
 use shardfs_proto::types::limits::FILE_BYTES_MAX;
 use shardfs_proto::types::name::quoted;
-use shardfs_proto::types::{Cookie, FileKind, InodeNo, Result};
+use shardfs_proto::types::{Acl, Cookie, FileKind, InodeNo, Result};
 
 use super::content::Window;
 use super::cursor::Cursor;
@@ -198,6 +199,9 @@ fn judge(
             c.finding(FindingKind::Index, format!("inode {inode} is not in its index {name:?}"));
         }
     }
+    if let Some(why) = acl_fault(record) {
+        c.finding(FindingKind::Acl, format!("inode {inode}: {why}"));
+    }
     let root = inode == InodeNo::ROOT;
     if seen.names == 0 && !root {
         let orphan = c.view.contains(Cf::Sys, &keys::orphan(inode));
@@ -261,6 +265,31 @@ fn judge(
     if seen.names > 0 && !is_reachable(c, inode, record, reachable) {
         c.finding(FindingKind::Unreachable, format!("directory {inode} is not below the root"));
     }
+}
+
+/// What is wrong with an inode's access control lists.
+fn acl_fault(record: &InodeRecord) -> Option<String> {
+    for name in [ACCESS_ACL, DEFAULT_ACL] {
+        let Some(value) = record.xattrs.get(name) else { continue };
+        let acl = match Acl::decode(value) {
+            Ok(Some(acl)) => acl,
+            Ok(None) => return Some(format!("{}: a list without entries", quoted(name))),
+            Err(error) => return Some(format!("{}: {error}", quoted(name))),
+        };
+        let may = match record.kind {
+            FileKind::Directory => true,
+            FileKind::Symlink => false,
+            _ => name == ACCESS_ACL,
+        };
+        if !may {
+            return Some(format!("{} of a {:?}", quoted(name), record.kind));
+        }
+        let bits = record.mode & PERMISSION_BITS;
+        if name == ACCESS_ACL && (acl.is_mode() || acl.mode() != bits) {
+            return Some(format!("its list says {:o}, its mode {bits:o}", acl.mode()));
+        }
+    }
+    None
 }
 
 /// Whether the way up from a directory ends at the root. A break in it is another check's finding, at

@@ -7,9 +7,13 @@ use shardfs_proto::types::name::quoted;
 use shardfs_proto::types::op::{OpResult, SetAttr, SetTime};
 use shardfs_proto::types::{Error, FileKind, InodeNo, Reason, Result};
 
-use super::Apply;
+use super::{Apply, acl};
 use crate::shard::records::{INODE_FLAG_AUTO, InodeRecord};
 
+/// Namespaces of extended attributes; of `system.` there are the access control lists only.
+const NAMESPACES: [&[u8]; 3] = [b"user.", b"trusted.", b"security."];
+/// The privileges of a program.
+const CAPABILITY: &[u8] = b"security.capability";
 /// What each extended attribute counts besides its bytes: keeps their number below what a record holds.
 const XATTR_COST_BYTES: usize = 16;
 
@@ -18,11 +22,14 @@ impl Apply<'_, '_> {
         let before = self.inode(ino)?;
         let mut record = InodeRecord::clone(&before);
         if let Some(mode) = set.mode {
-            record.mode = mode & MODE_BITS;
+            acl::set_mode(&mut record, mode & MODE_BITS)?;
         }
         // On a directory the set-group-id bit says what new entries inherit, and stays.
         if set.kill_set_id && record.kind != FileKind::Directory {
             record.mode = Self::kill_set_id(record.mode);
+        }
+        if set.uid.is_some() || set.gid.is_some() || set.size.is_some() || set.kill_set_id {
+            drop_capability(&mut record);
         }
         record.uid = set.uid.unwrap_or(record.uid);
         record.gid = set.gid.unwrap_or(record.gid);
@@ -70,12 +77,10 @@ impl Apply<'_, '_> {
         ino: InodeNo,
         name: &Bytes,
         value: &Bytes,
-        create_only: bool,
-        replace_only: bool,
+        (create_only, replace_only): (bool, bool),
+        kill_set_group_id: bool,
     ) -> Result<OpResult> {
-        if name.is_empty() || name.contains(&0) {
-            return Err(Error::invalid("an extended attribute's name is empty or contains NUL"));
-        }
+        check_namespace(name)?;
         if name.len() > XATTR_NAME_BYTES_MAX {
             return Err(Error::new(
                 Reason::NameTooLong,
@@ -102,8 +107,12 @@ impl Apply<'_, '_> {
         if replace_only && !there {
             return Err(no_attribute(name));
         }
-        // Copies: the message's memory must not be kept alive by a small attribute.
-        record.xattrs.insert(Bytes::copy_from_slice(name), Bytes::copy_from_slice(value));
+        if acl::is_acl(name) {
+            acl::set_acl(ino, &mut record, name, value, kill_set_group_id)?;
+        } else {
+            // Copies: the message's memory must not be kept alive by a small attribute.
+            record.xattrs.insert(Bytes::copy_from_slice(name), Bytes::copy_from_slice(value));
+        }
         let all = record.xattr_bytes() + XATTR_COST_BYTES * record.xattrs.len();
         if all > XATTRS_BYTES_MAX {
             return Err(Error::new(
@@ -127,6 +136,30 @@ impl Apply<'_, '_> {
         record.ctime = self.now;
         let record = self.txn.put_inode(ino, record)?;
         Ok(self.answer(ino, &record))
+    }
+}
+
+/// What a change of a file's content or owner takes from it: a program that somebody else wrote has no privileges.
+pub(super) fn drop_capability(record: &mut InodeRecord) {
+    if record.kind != FileKind::Directory {
+        record.xattrs.remove(CAPABILITY);
+    }
+}
+
+/// Fails unless a name is in a namespace that there is.
+fn check_namespace(name: &[u8]) -> Result<()> {
+    if name.is_empty() || name.contains(&0) {
+        return Err(Error::invalid("an extended attribute's name is empty or contains NUL"));
+    }
+    let within = NAMESPACES.iter().find_map(|namespace| name.strip_prefix(*namespace));
+    match within {
+        Some(b"") => Err(Error::invalid(format!("{} names no attribute", quoted(name)))),
+        Some(_) => Ok(()),
+        None if acl::is_acl(name) => Ok(()),
+        None => Err(Error::new(
+            Reason::Unsupported,
+            format!("attribute {}: there is no such namespace", quoted(name)),
+        )),
     }
 }
 

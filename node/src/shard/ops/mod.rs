@@ -10,8 +10,13 @@
 //!
 //! Must not: touch the store but through the transaction, or change [`Live`] but through effects.
 
+mod acl;
+mod allocate;
 mod attr;
+mod copy;
 mod data;
+mod depth;
+mod locks;
 mod names;
 mod rename;
 mod sessions;
@@ -20,7 +25,6 @@ mod values;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use shardfs_proto::types::limits::DEPTH_MAX;
 use shardfs_proto::types::op::{OpResult, Operation, Repetition};
 use shardfs_proto::types::{
     Attr, Cookie, Error, FileKind, FileName, InodeNo, Reason, Result, SessionId, Timestamp,
@@ -31,6 +35,7 @@ use super::records::{Content, CookieEntry, Dirent, Header, INODE_COST_BYTES, Ino
 use super::session::{Effect, Live};
 use super::txn::Txn;
 
+pub(in crate::shard) use allocate::is_zero;
 pub use values::StagedPut;
 
 /// Set-user-id, set-group-id, execution by the group.
@@ -65,6 +70,8 @@ pub(super) struct Identity {
     pub(super) mode: u32,
     pub(super) uid: u32,
     pub(super) gid: u32,
+    /// See [`shardfs_proto::types::op::NewInode`].
+    pub(super) unmasked_mode: Option<u32>,
 }
 
 impl Apply<'_, '_> {
@@ -89,16 +96,32 @@ impl Apply<'_, '_> {
             Operation::Write { inode, offset, data, append, kill_set_id } => {
                 self.write(*inode, *offset, data, *append, *kill_set_id)
             }
-            Operation::Allocate { inode, offset, length, mode } => {
-                self.allocate(*inode, *offset, *length, *mode)
+            Operation::Allocate { inode, offset, length, mode, kill_set_id } => {
+                self.allocate(*inode, (*offset, *length), *mode, *kill_set_id)
             }
-            Operation::SetXattr { inode, name, value, create_only, replace_only } => {
-                self.set_xattr(*inode, name, value, *create_only, *replace_only)
+            Operation::SetXattr { inode, name, value, create_only, replace_only, kill_set_group_id } => {
+                self.set_xattr(*inode, name, value, (*create_only, *replace_only), *kill_set_group_id)
             }
             Operation::RemoveXattr { inode, name } => self.remove_xattr(*inode, name),
             Operation::PutValue { item } => self.put_value(item),
             Operation::PutValues { items, atomic } => self.put_values(items, *atomic),
             Operation::DeleteValue { key, if_version } => self.delete_value(key, *if_version),
+            Operation::CopyRange {
+                source,
+                source_offset,
+                destination,
+                destination_offset,
+                length,
+                kill_set_id,
+            } => self.copy_range(
+                (*source, *source_offset),
+                (*destination, *destination_offset),
+                *length,
+                *kill_set_id,
+            ),
+            Operation::SetLock { inode, owner, pid, range, kind } => {
+                self.set_lock(*inode, *owner, *pid, *range, *kind)
+            }
         }?;
         self.check_growth()?;
         Ok(result)
@@ -197,35 +220,6 @@ impl Apply<'_, '_> {
         Ok(())
     }
 
-    /// The directories from one up to the root, itself first.
-    pub(super) fn ancestors(&mut self, from: InodeNo) -> Result<Vec<InodeNo>> {
-        let mut path = vec![from];
-        let mut at = from;
-        while at != InodeNo::ROOT {
-            let record = self.inode(at)?;
-            at = record
-                .parent
-                .ok_or_else(|| Error::corrupt(format!("inode {at}: a directory without a parent")))?;
-            path.push(at);
-            // A subtree that was moved may lie deeper than directories can be made.
-            if path.len() as u64 > self.txn.counters().inodes {
-                return Err(Error::corrupt(format!("directory {from} is its own ancestor")));
-            }
-        }
-        Ok(path)
-    }
-
-    /// Fails if a directory lies too deep to hold another.
-    pub(super) fn check_depth(&mut self, parent: InodeNo) -> Result<()> {
-        if self.ancestors(parent)?.len() > DEPTH_MAX {
-            return Err(Error::new(
-                Reason::NameTooLong,
-                format!("directory {parent} has {DEPTH_MAX} directories above it, the limit"),
-            ));
-        }
-        Ok(())
-    }
-
     /// Fails if somebody else has changed the inode of an operation that was lost: versions that were given since
     /// the shard was opened are greater than any that it had before.
     pub(super) fn check_repetition(&mut self, operation: &Operation, repetition: Repetition) -> Result<()> {
@@ -245,14 +239,16 @@ impl Apply<'_, '_> {
         ))
     }
 
-    /// A record of a new inode in a directory, with set-group-id passed on.
+    /// A record of a new inode in a directory, with set-group-id and the default access control list passed on.
     pub(super) fn new_record(
         &mut self,
         parent: &InodeRecord,
         kind: FileKind,
         identity: Identity,
-    ) -> InodeRecord {
-        let mut mode = identity.mode & shardfs_proto::types::attr::MODE_BITS;
+    ) -> Result<InodeRecord> {
+        let acl::Inherited { mode, xattrs } =
+            acl::inherit(parent, kind, identity.mode, identity.unmasked_mode)?;
+        let mut mode = mode & shardfs_proto::types::attr::MODE_BITS;
         let mut gid = identity.gid;
         if parent.mode & SET_GID != 0 {
             gid = parent.gid;
@@ -260,8 +256,7 @@ impl Apply<'_, '_> {
                 mode |= SET_GID;
             }
         }
-        self.txn.grow(INODE_COST_BYTES);
-        InodeRecord {
+        let record = InodeRecord {
             kind,
             flags: 0,
             mode,
@@ -279,9 +274,11 @@ impl Apply<'_, '_> {
             parent: None,
             content: Content::EMPTY,
             target: Bytes::new(),
-            xattrs: Default::default(),
+            xattrs,
             indexes: Default::default(),
-        }
+        };
+        self.txn.grow(INODE_COST_BYTES + record.xattr_bytes() as u64);
+        Ok(record)
     }
 
     /// Enters a name, as a new one (`cookie` = `None`) or in the place of one that was there.
@@ -354,8 +351,11 @@ impl Apply<'_, '_> {
         self.effects.push(Effect::Orphan(ino, holders));
     }
 
-    /// Removes an inode with its content.
+    /// Removes an inode with its content and its locks.
     pub(super) fn free(&mut self, ino: InodeNo, record: &InodeRecord) -> Result<()> {
+        if !self.live.locks(ino).is_empty() {
+            self.put_locks(ino, Vec::new(), true);
+        }
         self.txn.delete_content(&record.content, record.size);
         self.txn.remove_inode(ino)
     }

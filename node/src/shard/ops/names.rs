@@ -11,7 +11,7 @@ use crate::shard::session::{Effect, unknown};
 
 impl From<NewInode> for Identity {
     fn from(new: NewInode) -> Identity {
-        Identity { mode: new.mode, uid: new.uid, gid: new.gid }
+        Identity { mode: new.mode, uid: new.uid, gid: new.gid, unmasked_mode: new.unmasked_mode }
     }
 }
 
@@ -46,7 +46,7 @@ impl Apply<'_, '_> {
             }
             return Ok(OpResult { created: false, ..self.answer(entry.inode, &record) });
         }
-        let mut record = self.new_record(&directory, kind, new.into());
+        let mut record = self.new_record(&directory, kind, new.into())?;
         record.rdev = rdev;
         let (ino, result) = self.enter(parent, name, record)?;
         if open {
@@ -89,9 +89,10 @@ impl Apply<'_, '_> {
         if self.lookup(parent, name)?.is_some() {
             return Err(exists(parent, name));
         }
-        self.check_depth(parent)?;
-        let mut record = self.new_record(&directory, FileKind::Directory, new.into());
+        let height = self.check_depth(parent)?;
+        let mut record = self.new_record(&directory, FileKind::Directory, new.into())?;
         record.parent = Some(parent);
+        record.set_height_bound(height);
         Ok(self.enter(parent, name, record)?.1)
     }
 
@@ -117,7 +118,7 @@ impl Apply<'_, '_> {
             return Err(exists(parent, name));
         }
         let mut record =
-            self.new_record(&directory, FileKind::Symlink, Identity { mode: 0o777, ..new.into() });
+            self.new_record(&directory, FileKind::Symlink, Identity { mode: 0o777, ..new.into() })?;
         record.target = target.clone();
         Ok(self.enter(parent, name, record)?.1)
     }

@@ -35,8 +35,10 @@ impl Apply<'_, '_> {
             return Err(exists(to.0, to.1));
         }
         let record = self.entry_inode(from.1, &source)?;
+        let mut record = InodeRecord::clone(&record);
         if source.kind == FileKind::Directory && from.0 != to.0 {
-            self.check_not_below(source.inode, to.0)?;
+            let height = self.check_move((source.inode, &record), from.0, to.0)?;
+            record.set_height_bound(height);
         }
         match target {
             None if exchange => Err(Error::not_found(format!("there is no {} in directory {}", to.1, to.0))),
@@ -44,14 +46,6 @@ impl Apply<'_, '_> {
             Some(target) if exchange => self.exchange(from, to, &source, &target, &record),
             target => self.move_name(from, to, &source, target.as_ref(), &record),
         }
-    }
-
-    /// Fails if a directory would come to lie in itself, or too deep.
-    fn check_not_below(&mut self, moved: InodeNo, new_parent: InodeNo) -> Result<()> {
-        if self.ancestors(new_parent)?.contains(&moved) {
-            return Err(Error::invalid(format!("directory {moved} cannot move into itself")));
-        }
-        self.check_depth(new_parent)
     }
 
     fn move_name(
@@ -116,11 +110,12 @@ impl Apply<'_, '_> {
         target: &Dirent,
         record: &InodeRecord,
     ) -> Result<OpResult> {
+        let mut other = InodeRecord::clone(&*self.entry_inode(to.1, target)?);
         if target.kind == FileKind::Directory && from.0 != to.0 {
-            self.check_not_below(target.inode, from.0)?;
+            let height = self.check_move((target.inode, &other), to.0, from.0)?;
+            other.set_height_bound(height);
         }
         self.check_name(from.0, from.1)?;
-        let other = self.entry_inode(to.1, target)?;
         self.remove_name(from.0, from.1, source);
         self.remove_name(to.0, to.1, target);
         self.add_name(to.0, to.1, (source.inode, source.kind), Some(target.cookie));

@@ -32,12 +32,14 @@ impl Apply<'_, '_> {
         Ok(session)
     }
 
-    /// Ends a session whose result slots are `slots`; what it alone held is freed.
+    /// Ends a session whose result slots are `slots`; what it alone held is freed, what it had locked is not any more.
     pub fn end_session(&mut self, session: SessionId, slots: &[u16]) -> Result<()> {
         self.txn.delete(Cf::Sys, keys::session(session));
         for slot in slots {
             self.txn.delete(Cf::Sys, keys::result(session, *slot));
         }
+        // First: what is freed below takes all its locks along.
+        self.drop_locks_of(session);
         for ino in self.live.orphans_of(session) {
             self.let_go(session, ino)?;
         }

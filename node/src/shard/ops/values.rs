@@ -6,14 +6,15 @@
 
 use bytes::Bytes;
 use shardfs_proto::types::limits::{
-    INDEX_NAME_BYTES_MAX, INDEX_TEXT_BYTES_MAX, INDEXES_MAX, VALUE_BYTES_MAX,
+    DEPTH_MAX, INDEX_NAME_BYTES_MAX, INDEX_TEXT_BYTES_MAX, INDEXES_MAX, VALUE_BYTES_MAX,
 };
 use shardfs_proto::types::op::{IndexValue, Indexes, ObjectMeta, OpResult, PutItem, PutOptions};
 use shardfs_proto::types::{Error, FileKind, FileName, InodeNo, Key, Reason, Result, Version};
 
-use super::{Apply, Identity};
+use super::attr::drop_capability;
+use super::{Apply, Identity, acl};
 use crate::shard::keys::{self, Cf, ContentId};
-use crate::shard::records::{Content, INODE_FLAG_AUTO, InodeRecord};
+use crate::shard::records::{Content, INODE_FLAG_AUTO, INODE_FLAG_GAPS, INODE_FLAG_SET_ASIDE, InodeRecord};
 use crate::shard::session::Effect;
 
 /// Permission bits of files and directories that a put makes.
@@ -100,6 +101,7 @@ impl Apply<'_, '_> {
             mode: FILE_MODE,
             uid: options.uid.unwrap_or(root.uid),
             gid: options.gid.unwrap_or(root.gid),
+            unmasked_mode: None,
         };
         let (directories, name) = key.split_last();
         let parent = self.make_path(key, &directories, identity)?;
@@ -108,18 +110,19 @@ impl Apply<'_, '_> {
         let (ino, mut record) = match &entry {
             Some(entry) => {
                 check_is_value(key, entry.kind)?;
-                let record = InodeRecord::clone(&*self.entry_inode(&name, entry)?);
+                let mut record = InodeRecord::clone(&*self.entry_inode(&name, entry)?);
                 if options.if_absent {
                     return Err(Error::new(Reason::AlreadyExists, format!("key {key} is there already")));
                 }
                 check_version(key, options.if_version, Some(record.version))?;
                 self.txn.delete_content(&record.content, record.size);
+                drop_capability(&mut record);
                 (Some(entry.inode), record)
             }
             None => {
                 check_version(key, options.if_version, None)?;
                 let directory = self.directory(parent)?;
-                (None, self.new_record(&directory, FileKind::Regular, identity))
+                (None, self.new_record(&directory, FileKind::Regular, identity)?)
             }
         };
         match value {
@@ -132,8 +135,9 @@ impl Apply<'_, '_> {
                 record.content = Content::Chunks { id, count };
             }
         }
+        record.flags &= !(INODE_FLAG_GAPS | INODE_FLAG_SET_ASIDE);
         if let Some(mode) = options.mode {
-            record.mode = mode & shardfs_proto::types::attr::MODE_BITS;
+            acl::set_mode(&mut record, mode & shardfs_proto::types::attr::MODE_BITS)?;
         }
         record.uid = options.uid.unwrap_or(record.uid);
         // A new file's group may come from its directory.
@@ -157,7 +161,8 @@ impl Apply<'_, '_> {
     /// The directory that a path of names leads to from the root, made where it is missing.
     fn make_path(&mut self, key: &Key, names: &[FileName], identity: Identity) -> Result<InodeNo> {
         let mut parent = InodeNo::ROOT;
-        for name in names {
+        let mut made = false;
+        for (above, name) in names.iter().enumerate() {
             if let Some(entry) = self.lookup(parent, name)? {
                 check_is_directory(key, name, entry.kind)?;
                 parent = entry.inode;
@@ -166,10 +171,17 @@ impl Apply<'_, '_> {
             self.check_name(parent, name)?;
             let directory = self.directory(parent)?;
             let identity = Identity { mode: DIRECTORY_MODE, ..identity };
-            let mut record = self.new_record(&directory, FileKind::Directory, identity);
+            let mut record = self.new_record(&directory, FileKind::Directory, identity)?;
             record.parent = Some(parent);
             record.flags |= INODE_FLAG_AUTO;
+            // A key has fewer names.
+            record.set_height_bound(DEPTH_MAX.saturating_sub(above + 1));
             parent = self.enter(parent, name, record)?.0;
+            made = true;
+        }
+        if made {
+            let path = self.ancestors(parent)?;
+            self.raise_heights(&path[1..], 0)?;
         }
         Ok(parent)
     }

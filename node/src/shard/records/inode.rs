@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
+use shardfs_proto::types::acl::{ACCESS_ACL, DEFAULT_ACL};
+use shardfs_proto::types::limits::{DEPTH_MAX, MOVED_DEPTH_MAX};
 use shardfs_proto::types::op::{IndexValue, Indexes, ObjectMeta};
 use shardfs_proto::types::{Attr, Error, FileKind, InodeNo, Result, Timestamp, Version};
 
@@ -15,6 +17,16 @@ pub const INLINE_BYTES_MAX: usize = 4096;
 
 /// Flag of a directory that a Put made: a Delete that empties it removes it.
 pub const INODE_FLAG_AUTO: u16 = 1;
+
+/// Flag of a regular file in whose chunks there may be pages that nobody wrote: only their bytes tell them from data. Without it
+/// every page of a chunk counts as data.
+pub const INODE_FLAG_GAPS: u16 = 2;
+
+/// Flag of a regular file for which room was set aside: a chunk of it that holds nothing but zeros may be such room.
+pub const INODE_FLAG_SET_ASIDE: u16 = 4;
+
+/// Where a directory's flags hold one more than the bound on its height; 0: none is noted.
+const HEIGHT_SHIFT: u32 = 2;
 
 /// Bytes that a directory shows as its size: a block, as on other filesystems.
 const DIRECTORY_SIZE_BYTES: u64 = 4096;
@@ -44,7 +56,7 @@ impl Content {
 /// |---|---|
 /// | 1 | format: 1 |
 /// | 1 | kind: 1 regular, 2 directory, 3 symlink, 4 FIFO, 5 socket, 6 character device, 7 block device |
-/// | 2 | flags |
+/// | 2 | flags: 1 made by a Put (directory); 2 gaps, 4 set aside (regular); from 4 on: 1 + bound of height, 0 = none (directory) |
 /// | 4 | mode |
 /// | 4 | uid |
 /// | 4 | gid |
@@ -62,7 +74,8 @@ impl Content {
 pub struct InodeRecord {
     /// What it is.
     pub kind: FileKind,
-    /// Bits: [`INODE_FLAG_AUTO`].
+    /// Bits: [`INODE_FLAG_AUTO`] (directory), [`INODE_FLAG_GAPS`], [`INODE_FLAG_SET_ASIDE`] (regular); a directory's other bits:
+    /// [`InodeRecord::height_bound`].
     pub flags: u16,
     /// 0..=07777.
     pub mode: u32,
@@ -108,6 +121,26 @@ impl InodeRecord {
     /// Whether it is a directory that a Put made.
     pub fn is_auto(&self) -> bool {
         self.flags & INODE_FLAG_AUTO != 0
+    }
+
+    /// At most so many directories lie below each other in this one.
+    pub fn height_bound(&self) -> usize {
+        match usize::from(self.flags >> HEIGHT_SHIFT) {
+            // Made before bounds were noted: by what bounds the making of directories.
+            0 => DEPTH_MAX,
+            noted => noted - 1,
+        }
+    }
+
+    /// Notes a bound on that, of a directory.
+    pub fn set_height_bound(&mut self, height: usize) {
+        let noted = u16::try_from(height.min(MOVED_DEPTH_MAX) + 1).expect("depths have 13 bits");
+        self.flags = (self.flags & INODE_FLAG_AUTO) | (noted << HEIGHT_SHIFT);
+    }
+
+    /// Whether pages of its chunks may be holes.
+    pub fn has_gaps(&self) -> bool {
+        self.flags & INODE_FLAG_GAPS != 0
     }
 
     /// Chunks that a file of this size has when it has no holes.
@@ -177,6 +210,7 @@ impl InodeRecord {
             ctime: self.ctime,
             btime: self.btime,
             version: self.version,
+            has_acl: Some([ACCESS_ACL, DEFAULT_ACL].iter().any(|name| self.xattrs.contains_key(*name))),
         }
     }
 

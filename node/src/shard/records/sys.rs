@@ -2,7 +2,10 @@
 
 use bytes::Bytes;
 use shardfs_proto::types::op::ShardState;
-use shardfs_proto::types::{ClientId, Error, Result, Sequence, SessionId, ShardId, Timestamp};
+use shardfs_proto::types::{
+    ClientId, Error, FileLock, LockKind, LockOwner, LockRange, Reason, Result, Sequence, SessionId, ShardId,
+    Timestamp,
+};
 
 use crate::shard::fingerprint::Fingerprint;
 
@@ -57,10 +60,12 @@ impl Header {
     /// From bytes. A newer format is an error that names it.
     pub fn decode(value: &[u8]) -> Result<Header> {
         if let Some(found) = value.first().filter(|found| **found > HEADER_FORMAT) {
-            return Err(Error::corrupt(format!(
+            // Nothing is damaged: a restart, fsck or restore mends nothing.
+            let message = format!(
                 "the shard has format {found}; this version of ShardFS reads up to format {HEADER_FORMAT}: \
                  install a newer one"
-            )));
+            );
+            return Err(Error::new(Reason::Unsupported, message));
         }
         let mut d = Decoder::new("header", value, HEADER_FORMAT)?;
         let number = d.u64()?;
@@ -303,5 +308,68 @@ impl Staged {
         let staged = Staged { session: SessionId::new(d.u64()?), begun: d.time()? };
         d.finish()?;
         Ok(staged)
+    }
+}
+
+/// The locks of an inode.
+///
+/// | bytes | field |
+/// |---|---|
+/// | 1 | format: 1 |
+/// | 8 | session |
+/// | 8 | the owner's number within it |
+/// | 4 | process id |
+/// | 8 | first byte |
+/// | 8 | last byte |
+/// | 1 | kind: 1 read, 2 write |
+///
+/// All but the first repeat, by first bytes.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct LocksRecord {
+    /// Not empty while the record is there.
+    pub locks: Vec<FileLock>,
+}
+
+const LOCKS_FORMAT: u8 = 1;
+const LOCK_BYTES: usize = 37;
+
+impl LocksRecord {
+    /// To bytes.
+    pub fn encode(&self) -> Bytes {
+        let mut e = Encoder::new(LOCKS_FORMAT, 1 + LOCK_BYTES * self.locks.len());
+        for lock in &self.locks {
+            e.u64(lock.owner.session.get());
+            e.u64(lock.owner.number);
+            e.u32(lock.pid);
+            e.u64(lock.range.start());
+            e.u64(lock.range.end());
+            e.u8(match lock.kind {
+                LockKind::Read => 1,
+                LockKind::Write => 2,
+            });
+        }
+        e.finish()
+    }
+
+    /// From bytes.
+    pub fn decode(value: &[u8]) -> Result<LocksRecord> {
+        let mut d = Decoder::new("locks", value, LOCKS_FORMAT)?;
+        let mut locks = Vec::with_capacity(value.len() / LOCK_BYTES);
+        while d.position() < value.len() {
+            let session = d.u64()?;
+            let session = SessionId::new(session).ok_or_else(|| d.bad("session 0"))?;
+            let owner = LockOwner { session, number: d.u64()? };
+            let pid = d.u32()?;
+            let (start, end) = (d.u64()?, d.u64()?);
+            let range = LockRange::new(start, end).map_err(|_| d.bad("a range"))?;
+            let kind = match d.u8()? {
+                1 => LockKind::Read,
+                2 => LockKind::Write,
+                _ => return Err(d.bad("a kind")),
+            };
+            locks.push(FileLock { owner, pid, range, kind });
+        }
+        d.finish()?;
+        Ok(LocksRecord { locks })
     }
 }

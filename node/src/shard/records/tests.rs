@@ -2,7 +2,9 @@
 
 use proptest::prelude::*;
 use shardfs_proto::types::op::{IndexValue, ShardState};
-use shardfs_proto::types::{ClientId, Reason, SessionId, ShardId, Timestamp, Version};
+use shardfs_proto::types::{
+    ClientId, FileLock, LockKind, LockOwner, LockRange, Reason, SessionId, ShardId, Timestamp, Version,
+};
 
 use super::*;
 use crate::shard::fingerprint::Fingerprint;
@@ -159,6 +161,17 @@ fn small_records_are_the_golden_bytes() {
     assert_eq!(Slot::decode(&bare.encode()).unwrap(), bare);
     let orphan = Orphan { holders: vec![SessionId::new(1).unwrap(), SessionId::new(2).unwrap()] };
     assert_eq!(hex(&orphan.encode()), "0100000000000000010000000000000002");
+    let lock = FileLock {
+        owner: LockOwner { session: SessionId::new(1).unwrap(), number: 2 },
+        pid: 3,
+        range: LockRange::new(4, u64::MAX).unwrap(),
+        kind: LockKind::Write,
+    };
+    let locks = LocksRecord { locks: vec![lock] };
+    assert_eq!(
+        hex(&locks.encode()),
+        "0100000000000000010000000000000002000000030000000000000004ffffffffffffffff02"
+    );
     let staged = Staged { session: SessionId::new(4), begun: at(1, 2) };
     assert_eq!(hex(&staged.encode()), "010000000000000004000000000000000100000002");
 
@@ -170,12 +183,13 @@ fn small_records_are_the_golden_bytes() {
     assert_eq!(Slot::decode(&slot.encode()).unwrap(), slot);
     assert_eq!(Orphan::decode(&orphan.encode()).unwrap(), orphan);
     assert_eq!(Staged::decode(&staged.encode()).unwrap(), staged);
+    assert_eq!(LocksRecord::decode(&locks.encode()).unwrap(), locks);
 }
 
 #[test]
 fn a_newer_shard_is_refused_by_its_format() {
     let error = Header::decode(b"\x02whatever").unwrap_err();
-    assert_eq!(error.reason(), Reason::Corrupt);
+    assert_eq!(error.reason(), Reason::Unsupported, "nothing is damaged");
     assert!(error.message().contains("format 2"), "{error}");
     let error = InodeRecord::decode(ino(77), &Bytes::from_static(b"\x09")).unwrap_err();
     assert!(error.message().contains("inode 77") && error.message().contains("format 9"), "{error}");
@@ -282,5 +296,6 @@ proptest! {
         let _ = Slot::decode(&bytes);
         let _ = Orphan::decode(&bytes);
         let _ = Staged::decode(&bytes);
+        let _ = LocksRecord::decode(&bytes);
     }
 }

@@ -103,3 +103,98 @@ async fn a_creation_and_a_deletion_that_were_cut_off_begin_anew() {
     }
     scenario.teardown();
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replacement_that_is_cut_off_leaves_one_content_or_the_other() {
+    use shardfs_proto::types::op::ShardState;
+    use shardfs_proto::types::{ClientId, Timestamp};
+    let scenario = FailScenario::setup();
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    let (one, two) = (dir(root.path(), 1), dir(root.path(), 2));
+    m.create(&one, &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shard = m.open(id(1), &one, room()).await.unwrap();
+    put_one(&shard, "then").await;
+    let copy = crate::shard::CopyInit {
+        id: id(2),
+        owner: ClientId::new("tests").unwrap(),
+        state: ShardState::ReadOnly,
+        limit_bytes: None,
+        created: Timestamp::new(1, 0).unwrap(),
+    };
+    m.copy(&shard, &two, &copy, "").await.unwrap();
+    drop(shard);
+    for (point, done) in [("shard::replace::built", false), ("shard::replace::exchanged", true)] {
+        let shard = m.open(id(1), &one, room()).await.unwrap();
+        put_one(&shard, "since").await;
+        drop(shard);
+        let snapshot = m.open(id(2), &two, room()).await.unwrap();
+        fail::cfg(point, "return").unwrap();
+        let error = m.replace(id(1), &one, &snapshot, point, room()).await.unwrap_err();
+        assert!(error.to_string().contains("failpoint"), "{point}: {error}");
+        fail::remove(point);
+        drop(snapshot);
+        // Whole before anybody has looked what became of it, and after.
+        for settled in [false, true] {
+            if settled {
+                m.close(id(1)).await.unwrap();
+                assert_eq!(m.settle_replacement(id(1), &one, point).await.unwrap(), done, "{point}");
+                assert!(!root.path().join("shard-1.creating").exists(), "{point}");
+            }
+            let shard = m.open(id(1), &one, room()).await.unwrap();
+            let view = shard.read_view(None).await.unwrap();
+            assert!(read::find_value(&view, &key("then")).is_ok(), "{point}");
+            assert_eq!(read::find_value(&view, &key("since")).is_ok(), !done, "{point}");
+            let (findings, _) = check::check_all(&view, true).unwrap();
+            assert!(findings.is_empty(), "{point}: {findings:?}");
+        }
+    }
+    m.close_all().await.unwrap();
+    scenario.teardown();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adoption_that_is_cut_off_begins_anew() {
+    use shardfs_proto::types::op::ShardState;
+    use shardfs_proto::types::{ClientId, Timestamp};
+    let scenario = FailScenario::setup();
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    let (one, two) = (dir(root.path(), 1), dir(root.path(), 2));
+    m.create(&one, &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shard = m.open(id(1), &one, room()).await.unwrap();
+    shard.open_session("a mount".into()).await.unwrap();
+    put_one(&shard, "then").await;
+    let copy = crate::shard::CopyInit {
+        id: id(2),
+        owner: ClientId::new("others").unwrap(),
+        state: ShardState::Active,
+        limit_bytes: None,
+        created: Timestamp::new(1, 0).unwrap(),
+    };
+    m.copy(&shard, &two, &copy, "").await.unwrap();
+    for _ in 0..2 {
+        fail::cfg("shard::copy::adopted", "return").unwrap();
+        let error = m.open(id(2), &two, room()).await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("failpoint"), "{error}");
+        fail::remove("shard::copy::adopted");
+        assert!(two.join("adopt").exists());
+    }
+    let adopted = m.open(id(2), &two, room()).await.unwrap();
+    assert!(!two.join("adopt").exists());
+    assert_eq!((adopted.header().id, &adopted.header().owner), (id(2), &copy.owner));
+    put_one(&adopted, "since").await;
+    let view = adopted.read_view(None).await.unwrap();
+    assert!(read::find_value(&view, &key("then")).is_ok() && read::find_value(&view, &key("since")).is_ok());
+    let (findings, _) = check::check_all(&view, true).unwrap();
+    assert!(findings.is_empty(), "{findings:?}");
+    drop(view);
+    // What was done since is not adopted away.
+    drop(adopted);
+    m.close(id(2)).await.unwrap();
+    let again = m.open(id(2), &two, room()).await.unwrap();
+    assert!(read::find_value(&again.read_view(None).await.unwrap(), &key("since")).is_ok());
+    drop((again, shard));
+    m.close_all().await.unwrap();
+    scenario.teardown();
+}

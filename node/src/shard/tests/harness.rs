@@ -5,7 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
-use shardfs_proto::types::op::{Durability, NewInode, OpResult, Operation, PutItem, PutOptions};
+use shardfs_proto::types::op::{
+    Durability, NewInode, OpResult, Operation, PutItem, PutOptions, SeekFor, Sought,
+};
 use shardfs_proto::types::{
     Attr, ClientId, FileKind, FileName, InodeNo, Key, Result, Sequence, SessionId, ShardId,
 };
@@ -15,7 +17,7 @@ use crate::shard::mem::MemStore;
 use crate::shard::records::Header;
 use crate::shard::rocks::{RocksShared, RocksStore};
 use crate::shard::store::{Batch, Change, Reader, Store};
-use crate::shard::{Mutation, ReadView, Room, Shard, ShardInit, check, initialize, read};
+use crate::shard::{Mutation, ReadView, Room, Shard, ShardInit, check, initialize, read, seek};
 
 /// A volume with as much room as a test says.
 pub struct TestRoom(pub AtomicU64);
@@ -190,7 +192,7 @@ impl World {
     }
 
     pub async fn mkdir(&self, parent: InodeNo, n: &str) -> Attr {
-        let inode = NewInode { mode: 0o755, uid: 1, gid: 2 };
+        let inode = NewInode { mode: 0o755, uid: 1, gid: 2, unmasked_mode: None };
         let operation = Operation::MakeDirectory { parent, name: name(n), inode };
         self.run(operation).await.unwrap().attr.unwrap()
     }
@@ -226,6 +228,28 @@ fn copy_of(db: &std::path::Path) -> tempfile::TempDir {
     panic!("the database never stood still");
 }
 
+/// Where a file has data: from, to.
+pub fn extents(view: &ReadView, inode: InodeNo) -> Vec<(u64, u64)> {
+    let find = |mut at: u64, what: SeekFor| loop {
+        match seek::seek(view, inode, at, what).unwrap() {
+            Sought::Found(found) => break Some(found),
+            Sought::Nothing => break None,
+            Sought::Continue(next) => {
+                assert!(next > at);
+                at = next;
+            }
+        }
+    };
+    let mut extents = Vec::new();
+    let mut at = 0;
+    while let Some(from) = find(at, SeekFor::Data) {
+        at = find(from, SeekFor::Hole).unwrap();
+        assert!(at > from);
+        extents.push((from, at));
+    }
+    extents
+}
+
 /// Keys of a family.
 pub fn count(view: &ReadView, cf: Cf) -> usize {
     let mut count = 0;
@@ -258,7 +282,7 @@ pub fn create(parent: InodeNo, n: &str) -> Operation {
         parent,
         name: name(n),
         kind: FileKind::Regular,
-        inode: NewInode { mode: 0o644, uid: 1, gid: 2 },
+        inode: NewInode { mode: 0o644, uid: 1, gid: 2, unmasked_mode: None },
         rdev: 0,
         existing_ok: false,
         open: false,

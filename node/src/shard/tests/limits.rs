@@ -37,6 +37,7 @@ async fn the_limit_is_exact() {
             offset: 0,
             length: 100_000,
             mode: AllocateMode::Allocate { keep_size: true },
+            kill_set_id: false,
         };
         assert_eq!(world.run(operation).await.unwrap_err().reason(), Reason::ShardFull);
         world.reopen();

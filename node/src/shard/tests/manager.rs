@@ -4,9 +4,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
+use bytes::Bytes;
 use shardfs_proto::types::{Reason, ShardId};
 
 use super::harness::*;
+use crate::shard::keys::{self, Cf};
+use crate::shard::records::HEADER_FORMAT;
+use crate::shard::rocks::{RocksShared, RocksStore};
+use crate::shard::store::{Batch, Change, Reader, Store};
 use crate::shard::{Room, Shard, ShardInit, ShardManager, ShardSettings};
 
 pub(super) fn manager(open_shards_max: usize) -> Arc<ShardManager> {
@@ -69,6 +74,33 @@ async fn shards_open_lazily_and_give_up_their_places() {
     m.open(id(3), &dir(root.path(), 3), room()).await.unwrap();
     m.close_all().await.unwrap();
     assert_eq!(m.status().open_shards, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_of_a_newer_format_is_refused_and_keeps_its_format() {
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(4);
+    m.create(&dir(root.path(), 1), &ShardInit { id: id(1), ..init(None) }).unwrap();
+    let shared = RocksShared::new(8 << 20, 8 << 20);
+    let header = |change: Option<Bytes>| {
+        let store = RocksStore::open(&shared, id(1), &dir(root.path(), 1)).unwrap();
+        if let Some(value) = change {
+            let change = (Cf::Sys, Bytes::from_static(keys::HEADER), Change::Put(value));
+            store.write(&Batch { chunk_ranges: Vec::new(), changes: vec![change] }, true).unwrap();
+        }
+        store.get(Cf::Sys, keys::HEADER).unwrap().unwrap()
+    };
+    let mut newer = header(None).to_vec();
+    newer[0] = HEADER_FORMAT + 1;
+    header(Some(Bytes::from(newer.clone())));
+    for _ in 0..2 {
+        let error = m.open(id(1), &dir(root.path(), 1), room()).await.err().expect("it is newer");
+        assert_eq!(error.reason(), Reason::Unsupported, "it is not damaged");
+        assert!(error.message().contains("format 2") && error.message().contains("newer"), "{error}");
+        assert_eq!(error.shard(), Some(id(1)));
+    }
+    assert_eq!(m.status().open_shards, 0);
+    assert_eq!(header(None), newer);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -210,4 +242,24 @@ async fn a_shard_of_another_creation_is_left_alone() {
     // What is not whole is nobody's.
     m.delete(id(1), &path).await.unwrap();
     m.create_by(&path, &init, "two").unwrap();
+}
+
+/// What idle shards took of the budget would be flushed from those that are written, again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn open_shards_that_hold_little_take_little_memory() {
+    const SHARDS: u64 = 48;
+    let root = tempfile::tempdir().unwrap();
+    let m = manager(SHARDS as usize);
+    let mut held = Vec::new();
+    for n in 1..=SHARDS {
+        m.create(&dir(root.path(), n), &ShardInit { id: id(n), ..init(None) }).unwrap();
+        held.push(m.open(id(n), &dir(root.path(), n), room()).await.unwrap());
+    }
+    let idle = m.status().write_buffer_used_bytes / SHARDS;
+    assert!(idle <= 64 << 10, "{idle} bytes each");
+    for shard in &held {
+        put_one(shard, "k").await;
+    }
+    let written = m.status().write_buffer_used_bytes / SHARDS;
+    assert!((1..=1 << 20).contains(&written), "{written} bytes each");
 }

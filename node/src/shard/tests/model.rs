@@ -215,6 +215,21 @@ impl Model {
         Ok(())
     }
 
+    /// How many bytes it copies.
+    pub fn copy(&mut self, from: (u64, usize), to: (u64, usize), length: usize) -> Outcome<usize> {
+        let source = self.regular(from.0)?.data.clone();
+        self.regular(to.0)?;
+        let length = length.min(source.len().saturating_sub(from.1));
+        if length == 0 {
+            return Ok(0);
+        }
+        if from.0 == to.0 && from.1.abs_diff(to.1) < length {
+            return Err(Reason::InvalidArgument);
+        }
+        self.write(to.0, to.1, &source[from.1..from.1 + length])?;
+        Ok(length)
+    }
+
     pub fn put(&mut self, path: &[&str], data: &[u8], mut made: impl Iterator<Item = u64>) -> Outcome<()> {
         let (name, directories) = path.split_last().unwrap();
         let mut at = 1;

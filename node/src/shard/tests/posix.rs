@@ -11,7 +11,7 @@ const ROOT: InodeNo = InodeNo::ROOT;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn set_group_id_is_passed_on() {
     let world = World::mem(None, 65536);
-    let inode = NewInode { mode: 0o2775, uid: 1, gid: 55 };
+    let inode = NewInode { mode: 0o2775, uid: 1, gid: 55, unmasked_mode: None };
     let top = world.run(Operation::MakeDirectory { parent: ROOT, name: name("top"), inode }).await.unwrap();
     let top = top.attr.unwrap().inode;
     let sub = world.mkdir(top, "sub").await;
@@ -90,7 +90,14 @@ async fn xattrs_have_flags_and_bounds() {
     let inode = world.create(ROOT, "f").await.inode;
     let set = |n: &'static str, size: usize, create_only: bool, replace_only: bool| {
         let value = vec![b'v'; size].into();
-        Operation::SetXattr { inode, name: n.into(), value, create_only, replace_only }
+        Operation::SetXattr {
+            inode,
+            name: n.into(),
+            value,
+            create_only,
+            replace_only,
+            kill_set_group_id: false,
+        }
     };
     let reason = async |operation| world.run(operation).await.unwrap_err().reason();
     assert_eq!(reason(set("user.a", 1, false, true)).await, Reason::NoAttribute);
@@ -114,7 +121,7 @@ async fn depth_and_size_are_bounded() {
     let mut at = ROOT;
     let mut depth = 0;
     let error = loop {
-        let inode = NewInode { mode: 0o755, uid: 1, gid: 2 };
+        let inode = NewInode { mode: 0o755, uid: 1, gid: 2, unmasked_mode: None };
         match world.run(Operation::MakeDirectory { parent: at, name: name("d"), inode }).await {
             Ok(made) => at = made.attr.unwrap().inode,
             Err(error) => break error,

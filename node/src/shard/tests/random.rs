@@ -68,11 +68,11 @@ impl Run {
     }
 
     async fn step(&mut self) {
-        let new = NewInode { mode: 0o640, uid: 1, gid: 2 };
+        let new = NewInode { mode: 0o640, uid: 1, gid: 2, unmasked_mode: None };
         let dir = self.pick(Some(FileKind::Directory));
         let name_str = self.name();
         let parent = ino(dir);
-        match self.rng.u8(..18) {
+        match self.rng.u8(..20) {
             0..=2 => {
                 let kind = *self.rng.choice(&[FileKind::Regular, FileKind::Regular, FileKind::Fifo]).unwrap();
                 let (existing_ok, open) = (self.rng.bool(), false);
@@ -217,6 +217,7 @@ impl Run {
                         offset: offset as u64,
                         length: length as u64,
                         mode,
+                        kill_set_id: false,
                     })
                     .await;
                 let want = self.model.regular(file).map(|n| {
@@ -241,6 +242,26 @@ impl Run {
                 let _ = next;
                 let got = self.run(put(&path, &data)).await;
                 let want = if reserved { Err(Reason::NotPermitted) } else { self.put(&parts, &data).await };
+                self.same(&got, want);
+            }
+            17 | 18 => {
+                let (from, to) = (self.pick(Some(FileKind::Regular)), self.pick(Some(FileKind::Regular)));
+                let (at, offset) = (self.rng.usize(..FILE_MAX / 2), self.rng.usize(..FILE_MAX / 2));
+                let length = self.rng.usize(..FILE_MAX / 2);
+                let got = self
+                    .run(Operation::CopyRange {
+                        source: ino(from),
+                        source_offset: at as u64,
+                        destination: ino(to),
+                        destination_offset: offset as u64,
+                        length: length as u64,
+                        kill_set_id: false,
+                    })
+                    .await;
+                let want = self.model.copy((from, at), (to, offset), length);
+                if let (Ok(got), Ok(copied)) = (&got, &want) {
+                    assert_eq!(got.length, *copied as u64, "{}", self.what);
+                }
                 self.same(&got, want);
             }
             _ => {
@@ -295,6 +316,16 @@ impl Run {
                     assert_eq!(attr.size, node.data.len() as u64, "{when}: {number}");
                     let data = read::read(&view, ino(*number), 0, attr.size as u32).unwrap();
                     assert!(data[..] == node.data[..], "{when}: content of {number} differs");
+                    let mut at = 0;
+                    for (from, to) in extents(&view, ino(*number)) {
+                        let hole = &node.data[at as usize..from as usize];
+                        assert!(hole.iter().all(|byte| *byte == 0), "{when}: no hole of {number} at {at}");
+                        let ends = [from, to].map(|end| end.is_multiple_of(4096) || end == attr.size);
+                        assert_eq!(ends, [true, true], "{when}: {number}: {from} to {to}");
+                        at = to;
+                    }
+                    let hole = &node.data[at as usize..];
+                    assert!(hole.iter().all(|byte| *byte == 0), "{when}: no hole of {number} at {at}");
                 }
                 FileKind::Directory => {
                     let page = read::read_directory(&view, ino(*number), Cookie::new(0), 100, false).unwrap();

@@ -15,7 +15,7 @@ fn create_open(n: &str) -> Operation {
         parent: ROOT,
         name: name(n),
         kind: FileKind::Regular,
-        inode: NewInode { mode: 0o600, uid: 1, gid: 2 },
+        inode: NewInode { mode: 0o600, uid: 1, gid: 2, unmasked_mode: None },
         rdev: 0,
         existing_ok: true,
         open: true,

@@ -7,7 +7,7 @@
 //! commands of the old holder that are under way. Targets are known on which the abort never ends. So each call
 //! is bounded in time; then a plain PREEMPT follows, from another descriptor. It leaves the old holder's commands
 //! in the device, as does taking a free device: they get [`Bounds::drain`] to end in. If the kernel cannot tell
-//! who holds the reservation (before Linux 6.19), the keys of known predecessors are tried, and then CLEAR, after
+//! who holds the reservation (SCSI before Linux 6.19), the keys of known predecessors are tried, and then CLEAR, after
 //! which the device is as free as it was before any reservation, and is reserved.
 //!
 //! What comes late does no harm. A command carries the key under which its sender is registered; the winner's key
@@ -31,6 +31,7 @@ use crate::volume::{VolumeSpec, io_error};
 
 pub mod conformance;
 mod device;
+mod nvme;
 
 /// Type Write Exclusive, of linux/pr.h and SPC-4 alike.
 const WRITE_EXCLUSIVE: u32 = 1;

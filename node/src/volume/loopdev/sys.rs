@@ -29,6 +29,7 @@ pub(in crate::volume) type Tag = [u8; LO_NAME_BYTES];
 // From linux/loop.h and linux/fs.h.
 const LOOP_CLR_FD: libc::c_ulong = 0x4C01;
 const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const BLKROSET: libc::c_ulong = 0x125D;
@@ -322,6 +323,17 @@ pub(in crate::volume) fn set_read_only(path: &Path, device: &File, read_only: bo
     }
     let doing = format!("making {} {}", path.display(), if read_only { "read-only" } else { "writable" });
     Err(io_error(&doing, &std::io::Error::last_os_error()))
+}
+
+/// Gives a device the size that its file has by now.
+pub(in crate::volume) fn take_capacity(path: &Path, device: &File) -> Result<()> {
+    // SAFETY: the call takes no argument that is used.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY as _, 0) };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = std::io::Error::last_os_error();
+    Err(io_error(&format!("giving {} its file's size", path.display()), &error))
 }
 
 /// Forgets what was read from a device: another node has written since. What is dirty is written first.

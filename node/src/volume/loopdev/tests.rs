@@ -8,6 +8,7 @@ use shardfs_proto::types::{Epoch, NodeId, Reason};
 
 use super::super::ext4::{PROBE_BYTES, classify, is_anothers, label};
 use super::super::fence::{FenceKey, Takeover};
+use super::super::leftovers;
 use super::sys::attach_device;
 use super::*;
 
@@ -37,6 +38,18 @@ impl Bench {
             allow_unfenced: false,
         }
     }
+}
+
+/// Whether this process may enlarge a filesystem that is mounted; says so if not.
+fn may_enlarge() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).unwrap();
+    let may = u64::from_str_radix(effective.trim(), 16).unwrap() & (1 << CAP_SYS_RESOURCE) != 0;
+    if !may {
+        eprintln!("skipped: enlarging needs CAP_SYS_RESOURCE (`make test-vm` has it)");
+    }
+    may
 }
 
 impl Drop for Bench {
@@ -271,4 +284,111 @@ fn content_is_classified() {
     bytes[1024 + 120..1024 + 125].copy_from_slice(b"sfs-x");
     assert_eq!(classify(&bytes), Content::Ext4 { label: b"sfs-x".to_vec() });
     assert_eq!(label(&VolumeId::new("a-rather-long-volume").unwrap()), "sfs-a-rather-lon");
+}
+
+#[test]
+fn a_volume_grows_while_it_is_used_and_what_was_cut_off_goes_on() {
+    let Some(bench) = Bench::new().filter(|_| may_enlarge()) else { return };
+    let mut spec = bench.spec();
+    LoopProvider.create(&spec).unwrap();
+    let attached = LoopProvider.attach(&spec).unwrap();
+    let place = Place { root: attached.root.clone(), device: PathBuf::from(&attached.device) };
+    let total = || rustix::fs::statvfs(&place.root).map(|stat| stat.f_blocks * stat.f_frsize).unwrap();
+    let file = File::create(place.root.join("open")).unwrap();
+    let before = total();
+    let grow = |spec: &VolumeSpec| while !LoopProvider.grow(spec, &place).unwrap() {};
+    grow(&spec);
+    assert_eq!(total(), before);
+    // Somebody was cut off after the first step.
+    spec.size_bytes = 512 << 20;
+    OpenOptions::new().write(true).open(&spec.source).unwrap().set_len(spec.size_bytes).unwrap();
+    grow(&spec);
+    assert!(total() > before + (350 << 20), "{} of {}", total(), spec.size_bytes);
+    // More than it had room for.
+    let mut file = std::io::BufWriter::new(file);
+    for _ in 0..200 {
+        std::io::Write::write_all(&mut file, &vec![7u8; 1 << 20]).unwrap();
+    }
+    drop(file);
+    spec.size_bytes = 256 << 20;
+    grow(&spec);
+    assert_eq!(fs::metadata(&spec.source).unwrap().len(), 512 << 20, "it never shrinks");
+    LoopProvider.detach(&spec, attached).unwrap();
+    let checked = Command::new("fsck.ext4").arg("-fn").arg(&spec.source).output().unwrap();
+    assert!(checked.status.success(), "{checked:?}");
+    spec.formatted = true;
+    let attached = LoopProvider.attach(&spec).unwrap();
+    assert_eq!(fs::metadata(attached.root.join("open")).unwrap().len(), 200 << 20);
+    LoopProvider.detach(&spec, attached).unwrap();
+}
+
+/// A backup's device is as large as the file was when it was made.
+#[test]
+fn a_backup_that_attached_before_the_volume_grew_serves_all_of_it() {
+    let Some(bench) = Bench::new().filter(|_| may_enlarge()) else { return };
+    let mut spec = bench.spec();
+    LoopProvider.create(&spec).unwrap();
+    let standby = LoopProvider.attach_backup(&spec).unwrap();
+    let other = VolumeSpec { mount_point: bench.dir.path().join("others/vol-test"), ..spec.clone() };
+    let attached = LoopProvider.attach(&other).unwrap();
+    let place = Place { root: attached.root.clone(), device: PathBuf::from(&attached.device) };
+    spec.size_bytes = 256 << 20;
+    let larger = VolumeSpec { size_bytes: spec.size_bytes, ..other.clone() };
+    while !LoopProvider.grow(&larger, &place).unwrap() {}
+    LoopProvider.detach(&other, attached).unwrap();
+    spec.formatted = true;
+    let me = FenceKey::new(&NodeId::new("node-a").unwrap(), Epoch::new(2).unwrap()).unwrap();
+    let takeover = Takeover::new(me, std::time::Duration::from_secs(5));
+    let fenced = LoopProvider.fence().acquire(&spec, &takeover).unwrap();
+    let attached = LoopProvider.promote(&spec, standby, fenced).unwrap();
+    let total = rustix::fs::statvfs(&attached.root).map(|stat| stat.f_blocks * stat.f_frsize).unwrap();
+    assert!(total > 200 << 20, "{total}");
+    LoopProvider.detach(&spec, attached).unwrap();
+}
+
+#[test]
+fn what_a_killed_process_has_left_is_taken_away_and_nothing_else() {
+    let Some(bench) = Bench::new() else { return };
+    let spec = bench.spec();
+    let (at, folder) = (spec.mount_point.clone(), spec.mount_point.parent().unwrap());
+    let take_away = || leftovers::take_away(&spec.cluster_id, &spec.id, &at);
+    LoopProvider.create(&spec).unwrap();
+    assert!(!take_away().unwrap(), "never attached");
+    let attached = LoopProvider.attach(&spec).unwrap();
+    fs::write(attached.root.join("k"), "v").unwrap();
+    let others = folder.join("others");
+    fs::create_dir(&others).unwrap();
+    fs::write(folder.join("file"), "no place").unwrap();
+    let found: Vec<String> = leftovers::places(folder).unwrap().iter().map(ToString::to_string).collect();
+    assert_eq!(found, ["others", "vol-test"]);
+    assert!(leftovers::places(&folder.join("none")).unwrap().is_empty());
+    take_away().expect_err("a process has it");
+    assert_eq!(mounts::at(&at).unwrap().len(), 1);
+
+    // The locks go with a process; its mount and its device do not.
+    drop(attached);
+    assert!(take_away().unwrap());
+    assert!(mounts::at(&at).unwrap().is_empty());
+    assert!(devices_with_tag(&tag(&at, &spec.id).unwrap()).unwrap().is_empty());
+    assert!(!take_away().unwrap(), "once");
+
+    // Views as well.
+    let spec = VolumeSpec { formatted: true, ..spec.clone() };
+    let views = bench.dir.path().join("views/vol-test");
+    drop(LoopProvider.open_view(&spec, &views.join("1")).unwrap());
+    assert!(leftovers::take_away_views(&spec.cluster_id, &spec.id, &views).unwrap());
+    assert!(!leftovers::take_away_views(&spec.cluster_id, &spec.id, &views).unwrap());
+
+    // What somebody else has mounted in such a place stays.
+    rustix::mount::mount("none", &others, "tmpfs", rustix::mount::MountFlags::empty(), None).unwrap();
+    let refused = leftovers::take_away(&spec.cluster_id, &VolumeId::new("others").unwrap(), &others);
+    let stays = mounts::at(&others).unwrap().len();
+    mounts::unmount_all(&others).unwrap();
+    assert_eq!(stays, 1);
+    refused.expect_err("not this node's");
+
+    // The content is what it was.
+    let again = LoopProvider.attach(&spec).unwrap();
+    assert_eq!(fs::read(again.root.join("k")).unwrap(), b"v");
+    LoopProvider.detach(&spec, again).unwrap();
 }

@@ -43,6 +43,8 @@ pub(super) enum What {
     Kv(KvArgs),
     /// Time without service when a volume moves: its node is killed, frozen, or hands it over
     Failover(FailoverArgs),
+    /// Snapshots and clones of a shard that is being written to
+    Snapshot(SnapshotArgs),
     /// The whole table: small files with 1 and 8 workers, files with fsync, large files, a tree
     All(AllArgs),
 }
@@ -140,6 +142,22 @@ pub(super) struct FailoverArgs {
     /// Shards on the volume; one is written to, each of the others holds one value and is idle
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(SHARDS_MAX)))]
     pub(super) shards: u32,
+    /// Also write every run as JSON; `-` writes only that, to standard output
+    #[arg(long, value_name = "FILE")]
+    pub(super) json: Option<PathBuf>,
+}
+
+#[derive(clap::Args, Debug)]
+pub(super) struct SnapshotArgs {
+    /// Bytes in the shard
+    #[arg(long, default_value = "1GiB", value_parser = size::parse)]
+    pub(super) size: u64,
+    /// Bytes of the values that are overwritten meanwhile, one after the other, each synced
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = value_size_of)]
+    pub(super) write_size: usize,
+    /// How often
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=i64::from(RUNS_MAX)))]
+    pub(super) runs: u32,
     /// Also write every run as JSON; `-` writes only that, to standard output
     #[arg(long, value_name = "FILE")]
     pub(super) json: Option<PathBuf>,

@@ -4,6 +4,8 @@
 //! over; the time without service is the longest that the writer went without an answer. The phases in between are read
 //! from the new primary's status, whose clock must be this machine's: the cluster is one of `dev up`.
 //!
+//! Every shard of the volume has a value, which is read at the end: none may be missing.
+//!
 //! What a run did to a node is undone before the next one, also if it fails. A fault after which the volume cannot move is refused
 //! before anything is done.
 
@@ -16,13 +18,15 @@ use bytes::Bytes;
 use futures::StreamExt;
 use serde::Serialize;
 use shardfs_proto::client::Client;
-use shardfs_proto::types::cluster::{NewShard, ShardInfo, VolumeInfo};
+use shardfs_proto::types::cluster::{ShardInfo, VolumeInfo};
 use shardfs_proto::types::op::{Durability, PutOptions};
-use shardfs_proto::types::{Key, NodeId, ShardId, ShardName, VolumeId, clock};
+use shardfs_proto::types::{Key, NodeId, ShardId, VolumeId, clock};
 
 use super::args::{FailoverArgs, Fault};
 use super::environment::Environment;
 use super::progress::Progress;
+use super::report;
+use super::stats::quantile;
 use super::workspace::{self, Stop};
 use crate::context::Context;
 use crate::devcluster::control::{KillSignal, Request};
@@ -38,16 +42,16 @@ const ORDER_WAIT_MAX: Duration = Duration::from_secs(60);
 const SETTLE: Duration = Duration::from_millis(1500);
 /// How often is looked.
 const LOOK_PAUSE: Duration = Duration::from_millis(20);
+/// The same while nothing is measured: every look asks every node for everything.
+const ORDER_LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// A frozen node stays so for that long after the volume is served again.
 const FROZEN_AFTER: Duration = Duration::from_millis(300);
 /// How often a run is made anew that something else came into.
 const ATTEMPTS_MAX: u32 = 5;
-/// Shards that are made at a time.
+/// Shards that are made, or read, at a time.
 const MAKING_MAX: usize = 8;
 /// Bytes of a value.
 const VALUE_BYTES: usize = 100;
-/// Permission bits of the shards that are made.
-const SHARD_MODE: u32 = 0o700;
 /// Width of a histogram's bars.
 const BAR_CHARS: usize = 40;
 
@@ -120,8 +124,9 @@ pub async fn run(args: &FailoverArgs, context: &Context, stop: &Stop, progress: 
     progress.phase("making shards");
     let mut made = Vec::new();
     let measured = async {
-        let (shard, volume) = make_shards(&client, args.shards, stop, &mut made).await?;
-        let bench = Bench { layout, client: client.clone(), shard, volume, stop };
+        let (volume, there) = make_shards(&client, args.shards, stop, &mut made).await?;
+        let (shard, idle) = there.split_first().context("no shard was made")?;
+        let bench = Bench { layout, client: client.clone(), shard: *shard, volume, stop };
         let mut series = Vec::new();
         for fault in &args.fault {
             let mut runs = Vec::new();
@@ -132,6 +137,8 @@ pub async fn run(args: &FailoverArgs, context: &Context, stop: &Stop, progress: 
             }
             series.push(Series { fault: word(*fault), shards_on_volume: args.shards, runs_ms: runs });
         }
+        progress.phase("reading what was written before");
+        read_back(&client, idle).await?;
         anyhow::Ok(series)
     }
     .await;
@@ -148,16 +155,7 @@ pub async fn run(args: &FailoverArgs, context: &Context, stop: &Stop, progress: 
     let document =
         Document { environment: Environment::look(clock::now()), metadata_store: status.meta, series };
     let json = || serde_json::to_string_pretty(&document).context("the report as JSON");
-    match &args.json {
-        Some(path) if path.as_os_str() == "-" => println!("{}", json()?),
-        Some(path) => {
-            std::fs::write(path, json()? + "\n")
-                .with_context(|| format!("cannot write {}", path.display()))?;
-            print!("{}", text(&document));
-        }
-        None => print!("{}", text(&document)),
-    }
-    Ok(())
+    report::write(args.json.as_deref(), json, || text(&document))
 }
 
 /// Why a fault cannot be measured, if that is so. A folder is fenced by a lock, which a process keeps as long as it lives: one that
@@ -174,33 +172,24 @@ fn refusal(faults: &[Fault], volumes: &[VolumeInfo]) -> Option<Failure> {
     })
 }
 
-/// Makes shards until one volume has as many as asked for; answers one of them. `made` has all, those on other volumes too.
+/// Makes shards until one volume has as many as asked for, and puts a value into each of those; answers them. `made` has all, those
+/// on other volumes too.
 async fn make_shards(
     client: &Client,
     count: u32,
     stop: &Stop,
     made: &mut Vec<ShardId>,
-) -> Result<(ShardId, VolumeId)> {
+) -> Result<(VolumeId, Vec<ShardId>)> {
     let name = workspace::unique_name();
     let new = |number: usize| {
         let name = format!("{name}-{number}");
-        async move {
-            let new = NewShard {
-                name: ShardName::new(name.clone())?,
-                limit_bytes: None,
-                mode: SHARD_MODE,
-                uid: rustix::process::geteuid().as_raw(),
-                gid: rustix::process::getegid().as_raw(),
-                request_id: name,
-            };
-            client.new_shard(&new).await
-        }
+        async move { workspace::new_shard(client, &name).await }
     };
-    let first: ShardInfo = new(0).await.context("cannot make a shard")?;
+    let first: ShardInfo = new(0).await?;
     made.push(first.id);
     let volume = first.location.volume.clone();
-    let mut there = 1;
-    while there < count {
+    let mut there = vec![first.id];
+    while there.len() < count as usize {
         stop.check()?;
         // All of them are waited for, so that all are known and go again.
         let numbers = made.len()..made.len() + MAKING_MAX;
@@ -211,11 +200,24 @@ async fn make_shards(
             bail!("not all shards could be made: see `shardfs status`");
         }
         for shard in shards.iter().filter(|shard| shard.location.volume == volume) {
-            there += 1;
             put(client, shard.id, 0).await?;
+            there.push(shard.id);
         }
     }
-    Ok((first.id, volume))
+    Ok((volume, there))
+}
+
+/// Fails unless each of these shards, which nobody has written to since they were made, has its value.
+async fn read_back(client: &Client, shards: &[ShardId]) -> Result<()> {
+    let reading = shards.iter().map(|shard| async move {
+        let (_, value) =
+            client.get(*shard, &Key::new("k0")?).await.with_context(|| format!("shard {shard}"))?;
+        anyhow::ensure!(value[..] == [0; VALUE_BYTES], "shard {shard}: its value is another one");
+        anyhow::Ok(())
+    });
+    let read: Vec<Result<()>> =
+        futures::stream::iter(reading.collect::<Vec<_>>()).buffer_unordered(MAKING_MAX).collect().await;
+    read.into_iter().collect::<Result<()>>().context("what was written before the runs is not there")
 }
 
 async fn put(client: &Client, shard: ShardId, number: u64) -> Result<()> {
@@ -271,7 +273,7 @@ impl Bench<'_> {
                     ORDER_WAIT_MAX.as_secs()
                 );
             }
-            tokio::time::sleep(LOOK_PAUSE).await;
+            tokio::time::sleep(ORDER_LOOK_PAUSE).await;
         }
         tokio::time::sleep(SETTLE).await;
         Ok(())
@@ -397,12 +399,6 @@ fn sorted(runs: &[Run], of: fn(&Run) -> f64) -> Vec<f64> {
     values
 }
 
-/// The value below which a share of the others lie.
-fn quantile(sorted: &[f64], share: f64) -> f64 {
-    let last = sorted.len().saturating_sub(1);
-    sorted.get((share * last as f64).round() as usize).copied().unwrap_or(0.0)
-}
-
 fn text(document: &Document) -> String {
     let mut text = format!("{}; metadata store: {}\n", document.environment.line(), document.metadata_store);
     for series in &document.series {
@@ -464,6 +460,8 @@ mod tests {
             epoch: Epoch::FIRST,
             shards: 0,
             target: None,
+            leaving: false,
+            iops: 0,
         };
         let (loops, folders) = ([volume("vol-1", "loop")], [volume("vol-1", "loop"), volume("vol-2", "dir")]);
         let all = [Fault::Kill, Fault::Freeze, Fault::Promote];

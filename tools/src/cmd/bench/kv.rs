@@ -12,9 +12,8 @@ use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
 use futures::StreamExt as _;
 use shardfs_proto::client::{Client, ListItem, ListOptions};
-use shardfs_proto::types::cluster::{NewShard, Selector};
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
-use shardfs_proto::types::{InodeNo, Key, Reason, ShardId, ShardName, clock};
+use shardfs_proto::types::{InodeNo, Key, Reason, ShardId, clock};
 use tokio::task::JoinSet;
 
 use super::content::{Content, mix};
@@ -23,18 +22,16 @@ use super::report::Sample;
 use super::stats::{Latencies, Unit, per_second};
 use super::workspace::{self, Stop};
 use crate::cmd::remote::find_shard;
-use crate::paths::shard_text;
+use crate::paths::ShardRef;
 
 /// Deletes at a time when a given shard is cleaned.
 const CLEANING_CALLERS: usize = 64;
-/// Permission bits of a shard that is made for a run.
-const SHARD_MODE: u32 = 0o755;
 
 /// What to do.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// A shard to use; else one is made.
-    pub shard: Option<Selector>,
+    pub shard: Option<ShardRef>,
     /// Bytes of a value.
     pub size: usize,
     /// Callers at a time of the single calls, one series each.
@@ -60,25 +57,16 @@ pub struct Place {
 
 impl Place {
     /// Makes the shard, or finds the given one.
-    pub async fn prepare(client: Client, given: Option<&Selector>) -> Result<Place> {
+    pub async fn prepare(client: Client, given: Option<&ShardRef>) -> Result<Place> {
         let name = workspace::unique_name();
         let (shard, prefix, made) = match given {
             Some(shard) => {
                 let found = find_shard(&client, shard).await;
-                let found =
-                    found.map_err(|failure| failure.context(format!("shard {}", shard_text(shard))))?;
+                let found = found.map_err(|failure| failure.context(format!("shard {shard}")))?;
                 (found.id, format!("{name}/"), false)
             }
             None => {
-                let new = NewShard {
-                    name: ShardName::new(name.clone())?,
-                    limit_bytes: None,
-                    mode: SHARD_MODE,
-                    uid: rustix::process::geteuid().as_raw(),
-                    gid: rustix::process::getegid().as_raw(),
-                    request_id: name,
-                };
-                let made = client.new_shard(&new).await.context("cannot make a shard for the benchmark")?;
+                let made = workspace::new_shard(&client, &name).await?;
                 (made.id, String::new(), true)
             }
         };

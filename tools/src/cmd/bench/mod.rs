@@ -5,7 +5,7 @@
 //! mismatch ends the run with an error. Everything a run makes lies in a directory, shard or prefix of its own and
 //! is removed when it ends, fails or is interrupted.
 //!
-//! `files.rs`, `io.rs`, `tree.rs`, `kv.rs`, `failover.rs` measure; `workers.rs`, `content.rs`, `workspace.rs`, `reference.rs` are what they
+//! `files.rs`, `io.rs`, `tree.rs`, `kv.rs`, `failover.rs`, `snapshot.rs` measure; `workers.rs`, `content.rs`, `workspace.rs`, `reference.rs` are what they
 //! stand on; `stats.rs`, `environment.rs`, `report.rs` say it.
 
 mod args;
@@ -18,6 +18,7 @@ mod kv;
 mod progress;
 mod reference;
 mod report;
+mod snapshot;
 mod stats;
 mod tree;
 mod workers;
@@ -32,7 +33,7 @@ use shardfs_proto::types::limits::BATCH_BYTES_MAX;
 
 use crate::context::Context;
 use crate::failure::{EXIT_INTERRUPTED, EXIT_TERMINATED, Failure};
-use crate::paths::shard_selector;
+use crate::paths::shard_ref;
 use crate::size;
 pub use args::Args;
 use args::{
@@ -90,6 +91,7 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
     let progress = Progress::on_terminal();
     let result = match args.what {
         What::Failover(args) => failover::run(&args, context, &stop, &progress).await,
+        What::Snapshot(args) => snapshot::run(&args, context, &stop, &progress).await,
         What::Kv(args) => key_value(args, context, &stop, &progress).await,
         What::Files(args) => {
             blocking(stop.clone(), move |stop, progress| small_files(args, stop, progress)).await
@@ -288,7 +290,7 @@ async fn key_value(args: KvArgs, context: &Context, stop: &Stop, progress: &Prog
         )));
     }
     let settings = kv::Settings {
-        shard: args.shard.as_deref().map(shard_selector).transpose()?,
+        shard: args.shard.as_deref().map(shard_ref).transpose()?,
         size: args.size,
         callers: args.callers,
         batch_callers: args.batch_callers,

@@ -13,6 +13,23 @@ use super::stats::{Latencies, LatencySummary, Unit, figure, median, microseconds
 /// Format of the JSON report; grows when a field changes its meaning or goes away.
 const JSON_FORMAT: u32 = 1;
 
+/// Prints the text of a report, and writes its JSON where that was asked for; `-` means standard output, instead of the text.
+pub fn write(
+    to: Option<&Path>,
+    json: impl FnOnce() -> Result<String>,
+    text: impl FnOnce() -> String,
+) -> Result<()> {
+    if to == Some(Path::new("-")) {
+        println!("{}", json()?);
+        return Ok(());
+    }
+    if let Some(path) = to {
+        std::fs::write(path, json()? + "\n").with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    print!("{}", text());
+    Ok(())
+}
+
 /// One figure of one run.
 pub struct Sample {
     /// What was measured, the same for every target: `create+write+close`.
@@ -200,18 +217,9 @@ impl Report {
         serde_json::to_string_pretty(&document).context("a report is always JSON")
     }
 
-    /// Prints the text, and the JSON where it was asked for; `-` means standard output, instead of the text.
+    /// See [`write()`].
     pub fn write(&self, json: Option<&Path>) -> Result<()> {
-        match json {
-            Some(path) if path == Path::new("-") => println!("{}", self.json()?),
-            Some(path) => {
-                std::fs::write(path, self.json()? + "\n")
-                    .with_context(|| format!("cannot write {}", path.display()))?;
-                print!("{}", self.text());
-            }
-            None => print!("{}", self.text()),
-        }
-        Ok(())
+        write(json, || self.json(), || self.text())
     }
 }
 

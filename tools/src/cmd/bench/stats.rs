@@ -114,6 +114,12 @@ pub fn median(figures: &[f64]) -> Option<f64> {
     }
 }
 
+/// The value below which a share of the others lie; 0 of none.
+pub fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    sorted.get((share * last as f64).round() as usize).copied().unwrap_or(0.0)
+}
+
 /// `count` per second; 0 if no time passed, which no clock that works shows.
 pub fn per_second(count: u64, took: Duration) -> f64 {
     if took.is_zero() { 0.0 } else { count as f64 / took.as_secs_f64() }

@@ -9,9 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use anyhow::{Context as _, Result, bail};
+use shardfs_proto::client::Client;
+use shardfs_proto::types::ShardName;
+use shardfs_proto::types::cluster::{NewShard, ShardInfo};
 
 /// Start of the name of every directory, shard and file that a benchmark makes outside of one.
 pub const NAME_PREFIX: &str = "shardfs-bench-";
+
+/// Permission bits of the shards that are made.
+const SHARD_MODE: u32 = 0o700;
 
 /// Says whether the run should end early. Clones share the answer.
 #[derive(Clone, Default)]
@@ -45,6 +51,19 @@ impl Stop {
 /// A name that no other run has.
 pub fn unique_name() -> String {
     format!("{NAME_PREFIX}{}-{:08x}", std::process::id(), fastrand::u32(..))
+}
+
+/// Makes a shard of this run's own, of that name, wherever there is most room.
+pub async fn new_shard(client: &Client, name: &str) -> Result<ShardInfo> {
+    let new = NewShard {
+        name: ShardName::new(name)?,
+        limit_bytes: None,
+        mode: SHARD_MODE,
+        uid: rustix::process::geteuid().as_raw(),
+        gid: rustix::process::getegid().as_raw(),
+        request_id: name.to_owned(),
+    };
+    client.new_shard(&new).await.context("cannot make a shard for the benchmark")
 }
 
 /// A directory of this run's own. [`Workspace::remove`] it to hear of errors; dropping it removes it as well and

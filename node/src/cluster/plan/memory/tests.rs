@@ -24,6 +24,7 @@ fn volume(name: &str, primary: &str, epoch: u64) -> Volume {
         target: None,
         formatted: true,
         handed_over: true,
+        retired: false,
         local: Local::Backup,
         attempts: 0,
         doubts: BTreeMap::new(),

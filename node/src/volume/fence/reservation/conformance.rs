@@ -50,7 +50,7 @@ pub struct Step {
 /// What a device says of its reservation.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Held {
-    /// The kernel cannot ask (before Linux 6.19).
+    /// The kernel cannot ask (SCSI before Linux 6.19).
     Unknown,
     /// By nobody.
     No,

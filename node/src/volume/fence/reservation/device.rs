@@ -2,13 +2,14 @@
 //!
 //! Each call opens the device anew, so that one that hangs holds up no other. What the device answers is told apart
 //! here and nowhere else: a return below 0 is the kernel's error, one above 0 the device's status, and means
-//! failure all the same.
+//! failure all the same. What these ioctls cannot say to an NVMe namespace, [`nvme`] does.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use super::{Commands, Holder, Outcome, Refusal, WRITE_EXCLUSIVE};
+use super::{Commands, Holder, Outcome, Refusal, WRITE_EXCLUSIVE, nvme};
+use crate::volume::nvme::{rescap, sys::Namespace};
 
 const IGNORE_EXISTING_KEY: u32 = 1;
 /// What disks of Linux's own SCSI target call themselves. PREEMPT AND ABORT ends in a deadlock there (seen on 6.1 with
@@ -29,6 +30,8 @@ const STATUS_CHECK: i32 = 0x2;
 const STATUS_RETRY_PATH: i32 = 0xE_0000;
 /// NVMe's Reservation Conflict, as kernels before 6.5 pass it on; below the bits More and Do Not Retry.
 const NVME_CONFLICT: i32 = 0x83;
+/// NVMe's Invalid Command Opcode, likewise: the device has no reservations. No status of SCSI is odd.
+const NVME_INVALID_OPCODE: i32 = 0x01;
 const NVME_STATUS_MASK: i32 = 0x7FF;
 
 #[repr(C)]
@@ -121,6 +124,23 @@ impl Device {
             .map_err(|e| Refusal::Failed(format!("opening {}: {e}", self.path.display())))
     }
 
+    /// `None`: the device is none of NVMe.
+    fn namespace(&self) -> Outcome<Option<Namespace>> {
+        Namespace::open(&self.path)
+            .map_err(|e| Refusal::Failed(format!("opening {} as NVMe: {e}", self.path.display())))
+    }
+
+    /// Reads by NVMe's own command where the kernel has none, if the device is of NVMe.
+    fn or_by_nvme<T>(&self, read: Outcome<T>, instead: impl FnOnce(&Namespace) -> Outcome<T>) -> Outcome<T> {
+        match read {
+            Err(Refusal::Unsupported(why)) => match self.namespace()? {
+                Some(namespace) => instead(&namespace),
+                None => Err(Refusal::Unsupported(why)),
+            },
+            read => read,
+        }
+    }
+
     fn command<T>(&self, code: libc::c_ulong, argument: &mut T) -> Outcome<()> {
         let file = self.open()?;
         // SAFETY: every code stands with the type of its argument above, whose size is in the code; the kernel
@@ -137,6 +157,9 @@ fn understand(answer: i32, errno: i32) -> Outcome<()> {
         0 => Ok(()),
         1.. if answer & SCSI_STATUS_MASK == STATUS_CONFLICT || answer & NVME_STATUS_MASK == NVME_CONFLICT => {
             Err(Refusal::Conflict)
+        }
+        1.. if answer & NVME_STATUS_MASK == NVME_INVALID_OPCODE => {
+            Err(Refusal::Unsupported("the device has no such command".into()))
         }
         STATUS_CHECK | STATUS_RETRY_PATH => {
             Err(Refusal::Passing(format!("the device answered with status {answer:#x}")))
@@ -158,6 +181,9 @@ fn understand(answer: i32, errno: i32) -> Outcome<()> {
 
 impl Commands for Device {
     fn register(&self, key: u64) -> Outcome<()> {
+        if let Some(namespace) = self.namespace()? {
+            return nvme::register(&namespace, key);
+        }
         let mut argument = Registration { old_key: 0, new_key: key, flags: IGNORE_EXISTING_KEY, pad: 0 };
         self.command(IOC_PR_REGISTER, &mut argument)
     }
@@ -176,7 +202,14 @@ impl Commands for Device {
 
     fn preempt(&self, own: u64, victim: u64, abort: bool) -> Outcome<()> {
         let mut argument = Preemption { old_key: own, new_key: victim, kind: WRITE_EXCLUSIVE, flags: 0 };
-        self.command(if abort { IOC_PR_PREEMPT_ABORT } else { IOC_PR_PREEMPT }, &mut argument)
+        let done = self.command(if abort { IOC_PR_PREEMPT_ABORT } else { IOC_PR_PREEMPT }, &mut argument);
+        match done {
+            // From Linux 6.5 a command that the device does not know fails as an invalid argument does.
+            Err(Refusal::Failed(why)) if matches!(rescap(&self.path), Ok(Some(0))) => {
+                Err(Refusal::Unsupported(format!("{why}; it says of itself that it has none")))
+            }
+            done => done,
+        }
     }
 
     fn clear(&self, own: u64) -> Outcome<()> {
@@ -185,18 +218,22 @@ impl Commands for Device {
 
     fn holder(&self) -> Outcome<Option<Holder>> {
         let mut argument = ReadReservation::default();
-        self.command(IOC_PR_READ_RESERVATION, &mut argument)?;
-        Ok((argument.key != 0).then_some(Holder { key: argument.key, kind: argument.kind }))
+        let read = self
+            .command(IOC_PR_READ_RESERVATION, &mut argument)
+            .map(|()| (argument.key != 0).then_some(Holder { key: argument.key, kind: argument.kind }));
+        self.or_by_nvme(read, nvme::holder)
     }
 
     fn keys(&self) -> Outcome<Vec<u64>> {
         let mut keys = vec![0u64; KEYS_MAX];
         let mut argument =
             ReadKeys { generation: 0, num_keys: KEYS_MAX as u32, keys_ptr: keys.as_mut_ptr() as u64 };
-        self.command(IOC_PR_READ_KEYS, &mut argument)?;
-        keys.truncate(argument.num_keys as usize);
-        keys.retain(|key| *key != 0);
-        Ok(keys)
+        let read = self.command(IOC_PR_READ_KEYS, &mut argument).map(|()| {
+            keys.truncate(argument.num_keys as usize);
+            keys.retain(|key| *key != 0);
+            keys
+        });
+        self.or_by_nvme(read, nvme::keys)
     }
 }
 
@@ -224,6 +261,7 @@ mod tests {
         assert_eq!(understand(0x11_0018, 0), Err(Refusal::Conflict));
         assert_eq!(understand(0x4083, 0), Err(Refusal::Conflict));
         assert_eq!(understand(-1, libc::EBADE), Err(Refusal::Conflict));
+        assert!(matches!(understand(0x4001, 0), Err(Refusal::Unsupported(_))));
         assert!(matches!(understand(0x2, 0), Err(Refusal::Passing(_))));
         assert!(matches!(understand(0xE_0000, 0), Err(Refusal::Passing(_))));
         assert!(matches!(understand(0x1_0000, 0), Err(Refusal::Failed(_))));

@@ -1,0 +1,188 @@
+//! Byte-range locks: what a change makes of a file's locks, and who waits for whom.
+//!
+//! The locks themselves are records, with a copy in [`Live`](super::session::Live); who waits is known in memory alone, for as
+//! long as a call waits.
+//!
+//! Invariants: an owner's locks of a file have no byte in common, and those of one kind do not touch; no two owners have locks that
+//! exclude each other. A waiter is told of every change that was made after it had been registered.
+//!
+//! Must not: read or write a store.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use shardfs_proto::types::limits::LOCK_WAITERS_MAX;
+use shardfs_proto::types::{Error, FileLock, InodeNo, LockKind, LockOwner, LockRange, Reason, Result};
+use tokio::sync::Notify;
+
+/// The first lock that keeps an owner from locking a range.
+pub fn conflict(locks: &[FileLock], owner: LockOwner, range: LockRange, kind: LockKind) -> Option<&FileLock> {
+    locks.iter().find(|lock| lock.excludes(owner, range, kind))
+}
+
+/// A file's locks after an owner has locked or (`None`) unlocked a range, by first bytes.
+pub fn changed(
+    locks: &[FileLock],
+    owner: LockOwner,
+    pid: u32,
+    range: LockRange,
+    kind: Option<LockKind>,
+) -> Vec<FileLock> {
+    let mut after = Vec::with_capacity(locks.len() + 2);
+    let mut whole = range;
+    for lock in locks {
+        if lock.owner != owner {
+            after.push(*lock);
+        } else if Some(lock.kind) == kind && lock.range.touches(range) {
+            whole = whole.hull(lock.range);
+        } else if lock.range.overlaps(range) {
+            let left = lock.range.without(range).into_iter().flatten();
+            after.extend(left.map(|range| FileLock { range, ..*lock }));
+        } else {
+            after.push(*lock);
+        }
+    }
+    if let Some(kind) = kind {
+        after.push(FileLock { owner, pid, range: whole, kind });
+    }
+    after.sort_by_key(|lock| (lock.range.start(), lock.owner));
+    after
+}
+
+/// Whether somebody may have a lock after that change who could not before.
+pub fn loosens(locks: &[FileLock], owner: LockOwner, range: LockRange, kind: Option<LockKind>) -> bool {
+    locks.iter().any(|lock| {
+        lock.owner == owner
+            && lock.range.overlaps(range)
+            && match kind {
+                None => true,
+                Some(LockKind::Read) => lock.kind == LockKind::Write,
+                Some(LockKind::Write) => false,
+            }
+    })
+}
+
+/// A lock that is waited for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Wanted {
+    /// Who wants it.
+    pub owner: LockOwner,
+    /// In which file.
+    pub inode: InodeNo,
+    /// Which bytes.
+    pub range: LockRange,
+    /// What it is to exclude.
+    pub kind: LockKind,
+}
+
+impl Wanted {
+    /// Whether somebody keeps it from its owner.
+    pub fn is_blocked(&self, locks: &[FileLock]) -> bool {
+        conflict(locks, self.owner, self.range, self.kind).is_some()
+    }
+}
+
+/// Who waits for a lock of a shard.
+#[derive(Default)]
+pub struct Waits {
+    table: Mutex<Table>,
+}
+
+#[derive(Default)]
+struct Table {
+    /// Threads of one owner may wait for several.
+    waiting: HashMap<LockOwner, Vec<Waiter>>,
+    count: usize,
+    last_id: u64,
+}
+
+struct Waiter {
+    id: u64,
+    wanted: Wanted,
+    changed: Arc<Notify>,
+}
+
+/// Somebody waits, for as long as this lives.
+pub struct Waiting<'a> {
+    waits: &'a Waits,
+    owner: LockOwner,
+    id: u64,
+    changed: Arc<Notify>,
+}
+
+impl Waits {
+    /// How many wait.
+    #[cfg(test)]
+    pub fn count(&self) -> usize {
+        self.table.lock().count
+    }
+
+    /// Registers a waiter.
+    pub fn begin(&self, wanted: Wanted) -> Result<Waiting<'_>> {
+        let mut table = self.table.lock();
+        if table.count >= LOCK_WAITERS_MAX {
+            let message = format!("{LOCK_WAITERS_MAX} calls wait for locks of the shard, the limit");
+            return Err(Error::new(Reason::Busy, message).with_retry_after_ms(200));
+        }
+        table.count += 1;
+        table.last_id += 1;
+        let (id, changed) = (table.last_id, Arc::new(Notify::new()));
+        let waiter = Waiter { id, wanted, changed: Arc::clone(&changed) };
+        table.waiting.entry(wanted.owner).or_default().push(waiter);
+        Ok(Waiting { waits: self, owner: wanted.owner, id, changed })
+    }
+
+    /// Whether the owner of a wanted lock would wait for somebody who waits, maybe by others, for it.
+    pub fn closes_a_circle<'l>(&self, wanted: &Wanted, locks: impl Fn(InodeNo) -> &'l [FileLock]) -> bool {
+        let table = self.table.lock();
+        let blockers = |wanted: &Wanted| {
+            let (owner, range, kind) = (wanted.owner, wanted.range, wanted.kind);
+            let excluding = locks(wanted.inode).iter().filter(move |lock| lock.excludes(owner, range, kind));
+            excluding.map(|lock| lock.owner)
+        };
+        let mut seen = HashSet::new();
+        let mut left: Vec<LockOwner> = blockers(wanted).collect();
+        while let Some(owner) = left.pop() {
+            if owner == wanted.owner {
+                return true;
+            }
+            if seen.insert(owner) {
+                let waiters = table.waiting.get(&owner);
+                left.extend(waiters.into_iter().flatten().flat_map(|waiter| blockers(&waiter.wanted)));
+            }
+        }
+        false
+    }
+
+    /// Tells those who wait for locks of these files that they may have them.
+    pub fn tell(&self, files: &HashSet<InodeNo>) {
+        if files.is_empty() {
+            return;
+        }
+        let table = self.table.lock();
+        let concerned =
+            table.waiting.values().flatten().filter(|waiter| files.contains(&waiter.wanted.inode));
+        concerned.for_each(|waiter| waiter.changed.notify_one());
+    }
+}
+
+impl Waiting<'_> {
+    /// Ends once the file's locks have changed. May be dropped at any time.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut table = self.waits.table.lock();
+        table.count -= 1;
+        if let Some(waiters) = table.waiting.get_mut(&self.owner) {
+            waiters.retain(|waiter| waiter.id != self.id);
+            if waiters.is_empty() {
+                table.waiting.remove(&self.owner);
+            }
+        }
+    }
+}
