@@ -32,8 +32,6 @@ build_previous() {
     rm -rf "$sources" "$previous" "$kept"
     mkdir -p "$sources" "$previous" "$kept"
     git archive "$commit" | tar -x -C "$sources"
-    # What that commit lacks to compile.
-    patch --quiet -p1 -d "$sources" <tests/skew/previous.patch
     # Programs of both versions have the same names in the folder of programs: the present ones are put back.
     for program in "${programs[@]}"; do
         [ ! -e "$bin/$program" ] || cp -p "$bin/$program" "$kept/"
