@@ -589,7 +589,8 @@ impl Executor {
         for (job, outcome) in group.into_iter().zip(outcomes) {
             self.answer(job, &outcome);
         }
-        self.waits.tell(&core.live.take_loosened());
+        let loosened = core.live.take_loosened();
+        self.waits.tell(&loosened, |ino| core.live.locks(ino));
     }
 
     fn write(&self, batch: &Batch, by: impl Iterator<Item = Option<SessionId>>, sync: bool) -> Result<()> {

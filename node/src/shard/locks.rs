@@ -4,7 +4,9 @@
 //! long as a call waits.
 //!
 //! Invariants: an owner's locks of a file have no byte in common, and those of one kind do not touch; no two owners have locks that
-//! exclude each other. A waiter is told of every change that was made after it had been registered.
+//! exclude each other. A waiter is told once nobody keeps the lock from its owner any more, whatever change that comes of, if
+//! the change was made after the waiter had been registered. Others sleep on: what still keeps them waiting is the next
+//! change's to free.
 //!
 //! Must not: read or write a store.
 
@@ -155,20 +157,22 @@ impl Waits {
         false
     }
 
-    /// Tells those who wait for locks of these files that they may have them.
-    pub fn tell(&self, files: &HashSet<InodeNo>) {
+    /// Tells those who wait for locks of these files, and may have them as the files' locks are now.
+    pub fn tell<'l>(&self, files: &HashSet<InodeNo>, locks: impl Fn(InodeNo) -> &'l [FileLock]) {
         if files.is_empty() {
             return;
         }
         let table = self.table.lock();
-        let concerned =
-            table.waiting.values().flatten().filter(|waiter| files.contains(&waiter.wanted.inode));
-        concerned.for_each(|waiter| waiter.changed.notify_one());
+        for Waiter { wanted, changed, .. } in table.waiting.values().flatten() {
+            if files.contains(&wanted.inode) && !wanted.is_blocked(locks(wanted.inode)) {
+                changed.notify_one();
+            }
+        }
     }
 }
 
 impl Waiting<'_> {
-    /// Ends once the file's locks have changed. May be dropped at any time.
+    /// Ends once nobody may keep the lock from its owner any more. May be dropped at any time.
     pub async fn changed(&self) {
         self.changed.notified().await;
     }
@@ -184,5 +188,86 @@ impl Drop for Waiting<'_> {
                 table.waiting.remove(&self.owner);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use shardfs_proto::types::SessionId;
+
+    use super::*;
+
+    const FILE: InodeNo = InodeNo::ROOT;
+
+    /// Four of each session.
+    fn owner(number: u64) -> LockOwner {
+        LockOwner { session: SessionId::new(1 + number / 4).unwrap(), number }
+    }
+
+    /// Whether a waiter was told since this was asked last.
+    fn is_told(waiting: &Waiting<'_>) -> bool {
+        waiting.changed().now_or_never().is_some()
+    }
+
+    #[test]
+    fn those_are_told_whom_nobody_blocks_any_more() {
+        const BYTES: u64 = 16;
+        let seed = fastrand::u64(..);
+        println!("seed {seed}");
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let waits = Waits::default();
+        let mut locks: Vec<FileLock> = Vec::new();
+        let mut waiting: Vec<(Wanted, Waiting<'_>)> = Vec::new();
+        let (mut told, mut left) = (0, 0);
+        for step in 0..20_000 {
+            let start = rng.u64(..BYTES);
+            let end = rng.u64(start..BYTES);
+            let end = if end == BYTES - 1 { LockRange::TO_THE_END } else { end };
+            let range = LockRange::new(start, end).unwrap();
+            let owner = owner(rng.u64(..8));
+            let kind = *rng.choice(&[None, Some(LockKind::Read), Some(LockKind::Write)]).unwrap();
+            let wanted = kind.map(|kind| Wanted { owner, inode: FILE, range, kind });
+            if let Some(wanted) = wanted.filter(|wanted| wanted.is_blocked(&locks)) {
+                if waiting.len() < 20 {
+                    waiting.push((wanted, waits.begin(wanted).unwrap()));
+                }
+                continue;
+            }
+            let loosened = if step % 50 == 0 {
+                locks.retain(|lock| lock.owner.session != owner.session);
+                true
+            } else {
+                let loosened = loosens(&locks, owner, range, kind);
+                locks = changed(&locks, owner, 1, range, kind);
+                loosened
+            };
+            if loosened {
+                waits.tell(&HashSet::from([FILE]), |_| &locks);
+            }
+            waiting.retain(|(wanted, waiting)| {
+                let is_blocked = wanted.is_blocked(&locks);
+                assert_eq!(
+                    is_told(waiting),
+                    !is_blocked,
+                    "seed {seed}, step {step}: {wanted:?} of {locks:?}"
+                );
+                told += usize::from(!is_blocked);
+                left += usize::from(is_blocked && loosened);
+                is_blocked
+            });
+        }
+        assert!(told > 100 && left > 100, "seed {seed}: {told} told, {left} left");
+    }
+
+    #[test]
+    fn only_waiters_of_the_files_in_question_are_told() {
+        let waits = Waits::default();
+        let wanted = Wanted { owner: owner(1), inode: FILE, range: LockRange::ALL, kind: LockKind::Write };
+        let waiting = waits.begin(wanted).unwrap();
+        waits.tell(&HashSet::from([InodeNo::new(FILE.get() + 1).unwrap()]), |_| &[]);
+        assert!(!is_told(&waiting));
+        waits.tell(&HashSet::from([FILE]), |_| &[]);
+        assert!(is_told(&waiting) && !is_told(&waiting));
     }
 }
