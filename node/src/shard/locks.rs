@@ -143,15 +143,20 @@ impl Waits {
             let excluding = locks(wanted.inode).iter().filter(move |lock| lock.excludes(owner, range, kind));
             excluding.map(|lock| lock.owner)
         };
-        let mut seen = HashSet::new();
+        // Whoever wants the same as another one is kept from it by the same owners, but for that one, who is seen already: one look at
+        // their locks is enough for all.
+        let (mut seen, mut wishes) = (HashSet::new(), HashSet::new());
         let mut left: Vec<LockOwner> = blockers(wanted).collect();
         while let Some(owner) = left.pop() {
             if owner == wanted.owner {
                 return true;
             }
             if seen.insert(owner) {
-                let waiters = table.waiting.get(&owner);
-                left.extend(waiters.into_iter().flatten().flat_map(|waiter| blockers(&waiter.wanted)));
+                for Waiter { wanted, .. } in table.waiting.get(&owner).into_iter().flatten() {
+                    if wishes.insert((wanted.inode, wanted.range, wanted.kind)) {
+                        left.extend(blockers(wanted));
+                    }
+                }
             }
         }
         false
@@ -269,5 +274,59 @@ mod tests {
         assert!(!is_told(&waiting));
         waits.tell(&HashSet::from([FILE]), |_| &[]);
         assert!(is_told(&waiting) && !is_told(&waiting));
+    }
+
+    #[test]
+    fn a_search_for_a_circle_looks_once_at_each_wish() {
+        // So many owners have each file locked, and all of them wait for the next file: a search has as many ways as owners to
+        // the power of files.
+        const FILES: u64 = 20;
+        const OWNERS: u64 = 50;
+        let files: Vec<InodeNo> = (0..FILES).map(|n| InodeNo::new(1 + n).unwrap()).collect();
+        let holders = |n: usize| (0..OWNERS).map(move |i| owner(n as u64 * OWNERS + i));
+        let (range, pid) = (LockRange::ALL, 1);
+        let mut locks: Vec<Vec<FileLock>> = (0..files.len())
+            .map(|n| holders(n).map(|owner| FileLock { owner, pid, range, kind: LockKind::Read }).collect())
+            .collect();
+        let wanted = |owner, n: usize| Wanted { owner, inode: files[n], range, kind: LockKind::Write };
+        let waits = Waits::default();
+        let waiting: Vec<_> = (1..files.len())
+            .flat_map(|n| holders(n - 1).map(move |owner| (owner, n)))
+            .map(|(owner, n)| waits.begin(wanted(owner, n)).unwrap())
+            .collect();
+        let newcomer = owner(FILES * OWNERS);
+        let search = |locks: &[Vec<FileLock>]| {
+            let looks = std::cell::Cell::new(0);
+            let look = |ino: InodeNo| {
+                looks.set(looks.get() + 1);
+                &locks[ino.get() as usize - 1][..]
+            };
+            let closes = waits.closes_a_circle(&wanted(newcomer, 0), look);
+            assert!(looks.get() <= FILES, "{} looks", looks.get());
+            closes
+        };
+        assert!(!search(&locks));
+        // It closes one that leads through all of them.
+        locks[files.len() - 1].push(FileLock { owner: newcomer, pid, range, kind: LockKind::Read });
+        assert!(search(&locks));
+        drop(waiting);
+        assert!(!search(&locks));
+    }
+
+    #[test]
+    fn a_circle_is_found_where_its_last_wish_is_another_owners_as_well() {
+        let (a, b, c) = (owner(0), owner(1), owner(2));
+        let file = |n| InodeNo::new(n).unwrap();
+        let (range, pid) = (LockRange::ALL, 1);
+        let held = |owner, kind| FileLock { owner, pid, range, kind };
+        let wanted = |owner, n, kind| Wanted { owner, inode: file(n), range, kind };
+        let first = [held(a, LockKind::Read), held(b, LockKind::Read)];
+        let locks = |ino: InodeNo| if ino == file(1) { &first[..] } else { &[] };
+        let waits = Waits::default();
+        // Both have it locked for reading, and both want it for writing.
+        let _waiting = waits.begin(wanted(a, 1, LockKind::Write)).unwrap();
+        assert!(waits.closes_a_circle(&wanted(b, 1, LockKind::Write), locks));
+        assert!(!waits.closes_a_circle(&wanted(c, 1, LockKind::Write), locks), "it is none of theirs");
+        assert!(!waits.closes_a_circle(&wanted(b, 2, LockKind::Write), locks));
     }
 }
