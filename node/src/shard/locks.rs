@@ -266,6 +266,26 @@ mod tests {
     }
 
     #[test]
+    fn ranges_reach_to_the_last_byte_that_there_is() {
+        const LAST: u64 = LockRange::TO_THE_END;
+        let (write, read) = (Some(LockKind::Write), Some(LockKind::Read));
+        let after = |steps: &[(u64, u64, Option<LockKind>)]| {
+            let mut locks = Vec::new();
+            for (start, end, kind) in steps {
+                locks = changed(&locks, owner(0), 1, LockRange::new(*start, *end).unwrap(), *kind);
+            }
+            locks.iter().map(|lock| (lock.range.start(), lock.range.end(), lock.kind)).collect::<Vec<_>>()
+        };
+        let (w, r) = (LockKind::Write, LockKind::Read);
+        assert_eq!(after(&[(LAST, LAST, write), (LAST - 1, LAST - 1, write)]), [(LAST - 1, LAST, w)]);
+        assert_eq!(after(&[(0, LAST, write), (LAST, LAST, None)]), [(0, LAST - 1, w)]);
+        assert_eq!(after(&[(0, LAST, write), (0, 0, None)]), [(1, LAST, w)]);
+        assert_eq!(after(&[(0, LAST, write), (LAST, LAST, read)]), [(0, LAST - 1, w), (LAST, LAST, r)]);
+        assert_eq!(after(&[(5, LAST, write), (0, LAST, None)]), []);
+        assert_eq!(after(&[(0, 0, write), (LAST, LAST, write)]), [(0, 0, w), (LAST, LAST, w)]);
+    }
+
+    #[test]
     fn only_waiters_of_the_files_in_question_are_told() {
         let waits = Waits::default();
         let wanted = Wanted { owner: owner(1), inode: FILE, range: LockRange::ALL, kind: LockKind::Write };
