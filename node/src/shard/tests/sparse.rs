@@ -177,6 +177,28 @@ async fn room_that_is_set_aside_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_allocation_kills_set_id_bits_on_request() {
+    let world = World::mem(None, 65536);
+    let file = world.create(ROOT, "f").await.inode;
+    world.write(file, 0, &[1; 5000]).await.unwrap();
+    let zero = |keep_size| AllocateMode::ZeroRange { keep_size };
+    for mode in [KEEP, EXTEND, AllocateMode::PunchHole, zero(true), zero(false)] {
+        for (before, killed) in [(0o6755, 0o755), (0o6745, 0o2745), (0o644, 0o644)] {
+            for (kill_set_id, after) in [(false, before), (true, killed)] {
+                let set = SetAttr { mode: Some(before), ..SetAttr::default() };
+                world.run(Operation::SetAttr { inode: file, set }).await.unwrap();
+                let operation =
+                    Operation::Allocate { inode: file, offset: 100, length: 100, mode, kill_set_id };
+                let attr = world.run(operation).await.unwrap().attr.unwrap();
+                assert_eq!(attr.mode, after, "{mode:?}, {before:o}, {kill_set_id}");
+                assert_eq!(read::get_attr(&world.view().await, file).unwrap().mode, after);
+            }
+        }
+    }
+    world.check("set-id bits").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_operation_sets_so_much_aside() {
     let world = World::mem(None, 4096);
     let file = world.create(ROOT, "f").await.inode;
