@@ -512,7 +512,7 @@ impl Executor {
             return;
         }
         self.flush_if_short(ROOM_SHORT_BYTES);
-        core.live.attend();
+        core.live.attend(clock::monotonic());
         let Core { counters, live, cache, gap_is_durable, .. } = core;
         let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
         let locking = (&self.waits, *self.lock_silence.lock());

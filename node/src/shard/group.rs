@@ -295,13 +295,16 @@ impl<'a> Group<'a> {
         range: LockRange,
         kind: LockKind,
     ) -> Result<()> {
+        let now = clock::monotonic();
         while let Some(silent) = self
             .live
             .locks(ino)
             .iter()
             .filter(|lock| lock.excludes(owner, range, kind))
             .map(|lock| lock.owner.session)
-            .find(|holder| *holder != owner.session && self.live.is_silent_for(*holder, self.lock_silence))
+            .find(|holder| {
+                *holder != owner.session && self.live.is_silent_for(*holder, self.lock_silence, now)
+            })
         {
             tracing::warn!(
                 shard = %self.header.id,
