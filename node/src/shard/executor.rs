@@ -20,8 +20,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use shardfs_proto::types::limits::LOCK_SILENCE_MAX;
-use shardfs_proto::types::op::{Durability, OpResult, Operation, Repetition};
+use shardfs_proto::types::limits::{COPY_BYTES_MAX, LOCK_SILENCE_MAX};
+use shardfs_proto::types::op::{AllocateMode, Durability, OpResult, Operation, Repetition};
 use shardfs_proto::types::{Attr, Error, FileLock, InodeNo, Reason, Result, Sequence, SessionId, clock};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
@@ -30,12 +30,12 @@ use super::fingerprint::Fingerprint;
 use super::group::Group;
 use super::keys::{self, Cf, ContentId};
 use super::locks::{Waits, Wanted};
-use super::ops::{Apply, StagedPut};
+use super::ops::{Apply, SET_ASIDE_CHUNKS_MAX, StagedPut};
 use super::records::{Counters, Header};
 use super::session::{Live, reused};
 use super::store::{Batch, Store};
 use super::sync_log::SyncLog;
-use super::txn::Txn;
+use super::txn::{POINT_DELETES_MAX, Txn};
 use super::{Room, Usage};
 
 /// Commands and bytes that may wait: some groups' worth; more makes callers wait, not go faster.
@@ -157,8 +157,11 @@ impl Command {
         }
     }
 
-    fn size_bytes(&self) -> usize {
+    /// Bytes that its group holds for it until it is written: what it brings, copies or makes, at most.
+    pub(super) fn size_bytes(&self, chunk_bytes: u32) -> usize {
         const BASE: usize = 512;
+        // A chunk that is set aside or removed: a key, without bytes.
+        const KEY: usize = 256;
         BASE + match self {
             Command::Mutate { work: Work::Operation(operation) | Work::Repeated(operation, _), .. } => {
                 match operation {
@@ -166,6 +169,21 @@ impl Command {
                     Operation::SetXattr { value, .. } => value.len(),
                     Operation::PutValue { item } => item.value.len(),
                     Operation::PutValues { items, .. } => items.iter().map(|i| i.value.len() + BASE).sum(),
+                    // A slice of a chunk keeps all of it: so do the first and the last one of the source.
+                    Operation::CopyRange { length, .. } => {
+                        (*length).min(COPY_BYTES_MAX) as usize + 2 * chunk_bytes as usize
+                    }
+                    Operation::Allocate { length, mode, .. } => {
+                        let keys_max: u64 = match mode {
+                            AllocateMode::PunchHole => POINT_DELETES_MAX.into(),
+                            AllocateMode::Allocate { .. } | AllocateMode::ZeroRange { .. } => {
+                                SET_ASIDE_CHUNKS_MAX
+                            }
+                        };
+                        // And two that lie in the range in part.
+                        let keys = (length / u64::from(chunk_bytes)).min(keys_max) + 2;
+                        keys as usize * KEY
+                    }
                     _ => 0,
                 }
             }
@@ -384,7 +402,7 @@ impl Executor {
         durability: Durability,
         schedule: impl FnOnce(),
     ) -> Result<Answer> {
-        let bytes = command.size_bytes();
+        let bytes = command.size_bytes(self.header().chunk_bytes);
         let kib = (bytes.div_ceil(1024)).min(QUEUE_KIB_MAX) as u32;
         let places = async {
             let place = Arc::clone(&self.places).acquire_owned().await;
@@ -418,7 +436,7 @@ impl Executor {
     pub fn submit_detached(&self, command: Command, schedule: impl FnOnce()) {
         // Takes no place: such commands are few, at most one for each streamed Put, and small.
         let (reply, _) = oneshot::channel();
-        let bytes = command.size_bytes();
+        let bytes = command.size_bytes(self.header().chunk_bytes);
         let job = Job { command, durability: Durability::Buffered, bytes, reply, _places: None };
         if self.enqueue(job) {
             schedule();
@@ -494,7 +512,7 @@ impl Executor {
             return;
         }
         self.flush_if_short(ROOM_SHORT_BYTES);
-        core.live.attend();
+        core.live.attend(clock::monotonic());
         let Core { counters, live, cache, gap_is_durable, .. } = core;
         let txn = Txn::new(&*self.store, cache, header.chunk_bytes, *counters);
         let locking = (&self.waits, *self.lock_silence.lock());
@@ -571,7 +589,8 @@ impl Executor {
         for (job, outcome) in group.into_iter().zip(outcomes) {
             self.answer(job, &outcome);
         }
-        self.waits.tell(&core.live.take_loosened());
+        let loosened = core.live.take_loosened();
+        self.waits.tell(&loosened, |ino| core.live.locks(ino));
     }
 
     fn write(&self, batch: &Batch, by: impl Iterator<Item = Option<SessionId>>, sync: bool) -> Result<()> {

@@ -3,6 +3,7 @@
 //! Invariant: what [`Group::apply`] returned `Ok` for is in the transaction and in [`Live`], with a way
 //! back; what it returned `Err` for is in neither.
 
+use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
@@ -34,6 +35,9 @@ pub struct Group<'a> {
     lock_silence: Duration,
     now: Timestamp,
     undo: Vec<Undo>,
+    /// Files whose locks as they were before the group are in `undo`. What they were in between, thousands of them maybe, after each
+    /// command, nobody needs.
+    relocked: HashSet<InodeNo>,
     /// The header, if the shard was closed by this group.
     closed: Option<Header>,
 }
@@ -48,8 +52,19 @@ impl<'a> Group<'a> {
         room_bytes: u64,
         (waits, lock_silence): (&'a Waits, Duration),
     ) -> Group<'a> {
-        let (now, undo) = (clock::now(), Vec::new());
-        Group { txn, live, store, header, room_bytes, waits, lock_silence, now, undo, closed: None }
+        Group {
+            txn,
+            live,
+            store,
+            header,
+            room_bytes,
+            waits,
+            lock_silence,
+            now: clock::now(),
+            undo: Vec::new(),
+            relocked: HashSet::new(),
+            closed: None,
+        }
     }
 
     /// What is to be written, how to take the effects back, and the header if the shard was closed.
@@ -154,7 +169,14 @@ impl<'a> Group<'a> {
             Ok(value) => {
                 self.txn.keep();
                 for effect in effects {
-                    self.undo.push(self.live.apply(effect));
+                    let is_covered = match &effect {
+                        Effect::Locks { inode, .. } => !self.relocked.insert(*inode),
+                        _ => false,
+                    };
+                    let undo = self.live.apply(effect);
+                    if !is_covered {
+                        self.undo.push(undo);
+                    }
                 }
                 Ok(value)
             }
@@ -273,13 +295,16 @@ impl<'a> Group<'a> {
         range: LockRange,
         kind: LockKind,
     ) -> Result<()> {
+        let now = clock::monotonic();
         while let Some(silent) = self
             .live
             .locks(ino)
             .iter()
             .filter(|lock| lock.excludes(owner, range, kind))
             .map(|lock| lock.owner.session)
-            .find(|holder| *holder != owner.session && self.live.is_silent_for(*holder, self.lock_silence))
+            .find(|holder| {
+                *holder != owner.session && self.live.is_silent_for(*holder, self.lock_silence, now)
+            })
         {
             tracing::warn!(
                 shard = %self.header.id,

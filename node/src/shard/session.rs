@@ -241,8 +241,7 @@ impl Live {
 
     /// Commands are looked at now. After a pause (the process was stopped, or its device hung) signs of life may wait behind what is
     /// looked at first.
-    pub fn attend(&mut self) {
-        let now = clock::monotonic();
+    pub fn attend(&mut self, now: Instant) {
         self.attended = match self.attended {
             Some((last, since)) if now.saturating_duration_since(last) < ATTENDED_PAUSE_MAX => {
                 Some((now, since))
@@ -252,10 +251,10 @@ impl Live {
     }
 
     /// Whether a session was silent for longer, and would have been heard; one that is unknown was.
-    pub fn is_silent_for(&self, session: SessionId, limit: Duration) -> bool {
+    pub fn is_silent_for(&self, session: SessionId, limit: Duration, now: Instant) -> bool {
         let Some(session) = self.sessions.get(&session) else { return true };
         let since = self.attended.map_or(session.last_seen, |(_, since)| since.max(session.last_seen));
-        clock::monotonic().saturating_duration_since(since) > limit
+        now.saturating_duration_since(since) > limit
     }
 
     /// An inode's locks, by first bytes.
@@ -503,4 +502,104 @@ pub fn unknown(session: SessionId) -> Error {
             "the shard does not know session {session}: it was closed or silent too long; open a new one"
         ),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(60);
+
+    /// Sessions and a clock of their own.
+    struct Heard {
+        live: Live,
+        start: Instant,
+    }
+
+    impl Heard {
+        /// Sessions that were heard at the start.
+        fn at_the_start(sessions: &[SessionId]) -> Heard {
+            let mut heard = Heard { live: Live::default(), start: clock::monotonic() };
+            for session in sessions {
+                heard.live.apply(Effect::Begin(*session));
+                heard.hear(*session, 0);
+            }
+            heard
+        }
+
+        fn at(&self, second: u64) -> Instant {
+            self.start + Duration::from_secs(second)
+        }
+
+        fn hear(&mut self, session: SessionId, second: u64) {
+            let when = self.at(second);
+            self.live.sessions.get_mut(&session).unwrap().last_seen = when;
+        }
+
+        /// Commands are looked at, of whomever.
+        fn attend(&mut self, seconds: impl IntoIterator<Item = u64>) {
+            for second in seconds {
+                self.live.attend(self.at(second));
+            }
+        }
+
+        fn is_silent(&self, session: SessionId, second: u64) -> bool {
+            self.live.is_silent_for(session, LIMIT, self.at(second))
+        }
+    }
+
+    fn id(number: u64) -> SessionId {
+        SessionId::new(number).unwrap()
+    }
+
+    #[test]
+    fn who_is_not_heard_while_others_are_is_silent() {
+        let mut heard = Heard::at_the_start(&[id(1), id(2)]);
+        heard.attend((0..=60).step_by(10));
+        heard.hear(id(2), 50);
+        assert!(!heard.is_silent(id(1), 60));
+        heard.attend([61]);
+        assert!(heard.is_silent(id(1), 61));
+        assert!(!heard.is_silent(id(2), 61) && !heard.is_silent(id(2), 110));
+        heard.attend((80..=111).step_by(10));
+        assert!(heard.is_silent(id(2), 111));
+        // A sign of life at the last moment counts as any other.
+        heard.hear(id(1), 111);
+        assert!(!heard.is_silent(id(1), 111));
+        assert!(heard.is_silent(id(3), 0), "one that is unknown says nothing");
+    }
+
+    #[test]
+    fn nobody_is_silent_while_commands_are_not_looked_at() {
+        let mut heard = Heard::at_the_start(&[id(1), id(2)]);
+        heard.attend([0, 10]);
+        // A pause: signs of life may have come in it, and wait behind the first command after it.
+        heard.attend([300]);
+        assert!(!heard.is_silent(id(1), 300));
+        heard.attend((300..=360).step_by(10));
+        heard.hear(id(2), 310);
+        assert!(!heard.is_silent(id(1), 360));
+        assert!(heard.is_silent(id(1), 361) && !heard.is_silent(id(2), 361), "it had its time since");
+        // Another pause, another time.
+        heard.attend([360 + ATTENDED_PAUSE_MAX.as_secs()]);
+        assert!(!heard.is_silent(id(1), 361 + ATTENDED_PAUSE_MAX.as_secs()));
+    }
+
+    #[test]
+    fn short_pauses_excuse_nobody() {
+        let mut heard = Heard::at_the_start(&[id(1)]);
+        let longest = ATTENDED_PAUSE_MAX.as_secs() - 1;
+        heard.attend((0..=3).map(|n| n * longest));
+        assert!(heard.is_silent(id(1), 3 * longest));
+    }
+
+    #[test]
+    fn silence_is_not_looked_for_before_the_first_command() {
+        let mut heard = Heard::at_the_start(&[id(1)]);
+        // The shard was opened, and nobody came for long.
+        heard.attend([500]);
+        assert!(!heard.is_silent(id(1), 560));
+        heard.attend((510..=560).step_by(10));
+        assert!(heard.is_silent(id(1), 561));
+    }
 }

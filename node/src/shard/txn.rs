@@ -20,6 +20,8 @@ use bytes::Bytes;
 use shardfs_proto::types::op::Indexes;
 use shardfs_proto::types::{Cookie, Error, InodeNo, Reason, Result, SessionId, Version};
 
+pub use chunks::POINT_DELETES_MAX;
+
 use super::cache::InodeCache;
 use super::keys::{self, Cf, ContentId};
 use super::records::{Counters, InodeRecord};

@@ -1,4 +1,4 @@
-//! Invariants 3 (its second half), 5, 6 (its first half) and 7: orphans, counters, sessions, indexes, locks.
+//! Invariants 3 (its second half), 5, 6 (its first half) and 8: orphans, counters, sessions, indexes, locks.
 
 use std::collections::BTreeSet;
 

@@ -14,7 +14,7 @@ use crate::shard::keys::ContentId;
 use crate::shard::records::{Content, INLINE_BYTES_MAX, INODE_FLAG_GAPS, INODE_FLAG_SET_ASIDE, InodeRecord};
 
 /// Chunks for which one operation sets room aside: 1 GiB of 64 KiB. Each is a key to write, and everybody waits for them.
-const SET_ASIDE_CHUNKS_MAX: u64 = 16_384;
+pub(in crate::shard) const SET_ASIDE_CHUNKS_MAX: u64 = 16_384;
 
 /// Whether there is nothing but zeros.
 pub(in crate::shard) fn is_zero(bytes: &[u8]) -> bool {

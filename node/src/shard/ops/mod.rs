@@ -35,7 +35,7 @@ use super::records::{Content, CookieEntry, Dirent, Header, INODE_COST_BYTES, Ino
 use super::session::{Effect, Live};
 use super::txn::Txn;
 
-pub(in crate::shard) use allocate::is_zero;
+pub(in crate::shard) use allocate::{SET_ASIDE_CHUNKS_MAX, is_zero};
 pub use values::StagedPut;
 
 /// Set-user-id, set-group-id, execution by the group.

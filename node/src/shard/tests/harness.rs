@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::Bytes;
 use shardfs_proto::types::op::{
@@ -12,11 +13,18 @@ use shardfs_proto::types::{
     Attr, ClientId, FileKind, FileName, InodeNo, Key, Result, Sequence, SessionId, ShardId,
 };
 
+use crate::shard::cache::InodeCache;
+use crate::shard::executor::{Answer, Command};
+use crate::shard::group::Group;
+use crate::shard::handle::read_head;
 use crate::shard::keys::{self, Cf};
+use crate::shard::locks::Waits;
 use crate::shard::mem::MemStore;
 use crate::shard::records::Header;
 use crate::shard::rocks::{RocksShared, RocksStore};
+use crate::shard::session::{Live, Undo};
 use crate::shard::store::{Batch, Change, Reader, Store};
+use crate::shard::txn::Txn;
 use crate::shard::{Mutation, ReadView, Room, Shard, ShardInit, check, initialize, read, seek};
 
 /// A volume with as much room as a test says.
@@ -226,6 +234,22 @@ fn copy_of(db: &std::path::Path) -> tempfile::TempDir {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     panic!("the database never stood still");
+}
+
+/// Runs commands as one group over a store that nobody else uses: their answers, what would be written, and how `live` is taken
+/// back.
+pub fn run_group(
+    store: &dyn Store,
+    live: &mut Live,
+    commands: &[Command],
+) -> (Vec<Result<Answer>>, Batch, Vec<Undo>) {
+    let (header, counters) = read_head(store, shard_id()).unwrap();
+    let (mut cache, waits) = (InodeCache::default(), Waits::default());
+    let txn = Txn::new(store, &mut cache, header.chunk_bytes, counters);
+    let mut group = Group::new(txn, live, store, &header, u64::MAX, (&waits, Duration::MAX));
+    let answers = commands.iter().map(|command| group.apply(command)).collect();
+    let (txn, undo, _) = group.finish();
+    (answers, txn.finish().map(|done| done.batch).unwrap_or_default(), undo)
 }
 
 /// Where a file has data: from, to.

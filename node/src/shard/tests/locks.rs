@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use shardfs_proto::types::limits::LOCKS_PER_FILE_MAX;
+use shardfs_proto::types::limits::{LOCKS_PER_FILE_MAX, LOCKS_PER_SHARD_MAX};
 use shardfs_proto::types::op::{OpResult, Operation};
-use shardfs_proto::types::{InodeNo, LockKind, LockOwner, LockRange, Reason, Result, SessionId};
+use shardfs_proto::types::{FileLock, InodeNo, LockKind, LockOwner, LockRange, Reason, Result, SessionId};
 
 use super::harness::*;
+use crate::shard::executor::{Command, Work};
 use crate::shard::keys::Cf;
+use crate::shard::session::{Effect, Live};
 use crate::shard::{Shard, Wanted};
 
 const ROOT: InodeNo = InodeNo::ROOT;
@@ -214,6 +216,64 @@ async fn locks_have_a_limit() {
     run(&world, a, f, 1, range(past, past), WRITE).await.unwrap();
     run(&world, a, f, 1, LockRange::ALL, None).await.unwrap();
     world.check("limits").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_locks_of_a_shard_have_a_limit() {
+    let mut world = World::mem(None, 4096);
+    let a = session(&world).await;
+    let f = world.create(ROOT, "f").await.inode;
+    world.close();
+    let store = world.store();
+    let mut live = Live::load(&*store).unwrap();
+    let owner = LockOwner { session: a, number: 1 };
+    let lock = |n: u64| FileLock { owner, pid: 1, range: range(2 * n, 2 * n), kind: LockKind::Write };
+    let locks: Vec<FileLock> = (0..LOCKS_PER_FILE_MAX as u64).map(lock).collect();
+    let others = (LOCKS_PER_SHARD_MAX / LOCKS_PER_FILE_MAX) as u64;
+    for inode in (0..others).map(|n| InodeNo::new(f.get() + 1 + n).unwrap()) {
+        live.apply(Effect::Locks { inode, locks: locks.clone(), loosened: false });
+    }
+    assert_eq!(live.lock_count(), LOCKS_PER_SHARD_MAX);
+    let ask = |live: &mut Live, kind| {
+        let work = Work::Operation(set(f, 1, range(0, 0), kind));
+        let command = Command::Mutate { session: Some(a), numbered: None, work };
+        let (answers, ..) = run_group(&*store, live, &[command]);
+        answers.into_iter().find_map(|answer| answer.err().map(|error| error.reason()))
+    };
+    assert_eq!(ask(&mut live, WRITE), Some(Reason::LocksExhausted));
+    assert_eq!(ask(&mut live, None), None);
+    // One fewer makes room for one.
+    let inode = InodeNo::new(f.get() + 1).unwrap();
+    live.apply(Effect::Locks { inode, locks: locks[1..].to_vec(), loosened: true });
+    assert_eq!(ask(&mut live, WRITE), None);
+    assert_eq!(live.lock_count(), LOCKS_PER_SHARD_MAX);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_group_keeps_one_way_back_for_the_locks_of_a_file() {
+    let mut world = World::mem(None, 4096);
+    let (a, b) = (session(&world).await, session(&world).await);
+    let (f, g) = (world.create(ROOT, "f").await.inode, world.create(ROOT, "g").await.inode);
+    run(&world, a, f, 1, range(1, 1), WRITE).await.unwrap();
+    world.close();
+    let store = world.store();
+    let mut live = Live::load(&*store).unwrap();
+    let before = live.locks(f).to_vec();
+    let lock = |session, inode, at: u64, kind| Command::Mutate {
+        session: Some(session),
+        numbered: None,
+        work: Work::Operation(set(inode, 2, range(2 * at, 2 * at), kind)),
+    };
+    let mut commands: Vec<Command> = (1..100).map(|at| lock(b, f, at, WRITE)).collect();
+    commands.extend([lock(b, f, 1, None), lock(b, g, 1, READ), lock(a, g, 1, READ)]);
+    commands.push(Command::EndSession { session: a });
+    let (answers, _, undo) = run_group(&*store, &mut live, &commands);
+    assert!(answers.iter().all(Result::is_ok));
+    assert_eq!((live.locks(f).len(), live.locks(g).len(), live.lock_count()), (98, 1, 99));
+    assert_eq!(undo.len(), 3, "two files and a session");
+    undo.into_iter().rev().for_each(|undo| live.undo(undo));
+    assert_eq!((live.locks(f), live.locks(g), live.lock_count()), (&before[..], &[][..], 1));
+    assert!(live.is_known(a));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -5,7 +5,9 @@ use shardfs_proto::types::op::{AllocateMode, OpResult, Operation, SeekFor, SetAt
 use shardfs_proto::types::{Attr, InodeNo, Reason, Result};
 
 use super::harness::*;
+use crate::shard::executor::{Command, Work};
 use crate::shard::records::INODE_COST_BYTES;
+use crate::shard::session::Live;
 use crate::shard::{read, seek};
 
 const ROOT: InodeNo = InodeNo::ROOT;
@@ -175,6 +177,28 @@ async fn room_that_is_set_aside_is_there() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_allocation_kills_set_id_bits_on_request() {
+    let world = World::mem(None, 65536);
+    let file = world.create(ROOT, "f").await.inode;
+    world.write(file, 0, &[1; 5000]).await.unwrap();
+    let zero = |keep_size| AllocateMode::ZeroRange { keep_size };
+    for mode in [KEEP, EXTEND, AllocateMode::PunchHole, zero(true), zero(false)] {
+        for (before, killed) in [(0o6755, 0o755), (0o6745, 0o2745), (0o644, 0o644)] {
+            for (kill_set_id, after) in [(false, before), (true, killed)] {
+                let set = SetAttr { mode: Some(before), ..SetAttr::default() };
+                world.run(Operation::SetAttr { inode: file, set }).await.unwrap();
+                let operation =
+                    Operation::Allocate { inode: file, offset: 100, length: 100, mode, kill_set_id };
+                let attr = world.run(operation).await.unwrap().attr.unwrap();
+                assert_eq!(attr.mode, after, "{mode:?}, {before:o}, {kill_set_id}");
+                assert_eq!(read::get_attr(&world.view().await, file).unwrap().mode, after);
+            }
+        }
+    }
+    world.check("set-id bits").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_operation_sets_so_much_aside() {
     let world = World::mem(None, 4096);
     let file = world.create(ROOT, "f").await.inode;
@@ -291,6 +315,45 @@ async fn a_copy_is_bounded_charged_and_made_once() {
         assert!(copied.iter().all(|byte| *byte == 0));
         world.check("bounded copies").await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_command_counts_for_what_its_group_holds() {
+    let mut world = World::mem(None, 65536);
+    let (from, to) = (world.create(ROOT, "f").await.inode, world.create(ROOT, "g").await.inode);
+    for number in 0..9 {
+        world.write(from, number * MIB, &vec![5; MIB as usize]).await.unwrap();
+    }
+    world.close();
+    let store = world.store();
+    let allocate = |inode, (offset, length), mode| Operation::Allocate {
+        inode,
+        offset,
+        length,
+        mode,
+        kill_set_id: false,
+    };
+    let far = (1, 2 << 30);
+    for operation in [
+        copy((from, 0), (to, 0), u64::MAX),
+        copy((from, 100), (to, 70_000), COPY_BYTES_MAX),
+        allocate(to, far, EXTEND),
+        allocate(from, far, AllocateMode::ZeroRange { keep_size: false }),
+        allocate(from, (1, 9 * MIB), AllocateMode::PunchHole),
+    ] {
+        let what = format!("{operation:?}");
+        let command = Command::Mutate { session: None, numbered: None, work: Work::Operation(operation) };
+        let counted = command.size_bytes(65536);
+        let mut live = Live::load(&*store).unwrap();
+        let (answers, batch, _) = run_group(&*store, &mut live, &[command]);
+        assert!(answers.iter().all(Result::is_ok), "{what}");
+        let held = batch.size_bytes() as usize + size_of_val(&batch.changes[..]);
+        assert!(held <= counted, "{what}: {held} bytes, counted as {counted}");
+    }
+    // What is small by itself leaves room for others.
+    let punch = allocate(from, (0, 16 << 40), AllocateMode::PunchHole);
+    let command = Command::Mutate { session: None, numbered: None, work: Work::Operation(punch) };
+    assert!(command.size_bytes(65536) < 128 << 10);
 }
 
 /// The directory so many levels below one, by the only name in each.

@@ -14,7 +14,7 @@ use crate::shard::records::{Content, InodeRecord};
 use crate::shard::store::Change;
 
 /// Chunks that are deleted one by one; more become one range deletion, which costs every later scan.
-const POINT_DELETES_MAX: u32 = 256;
+pub const POINT_DELETES_MAX: u32 = 256;
 
 /// What one layer knows of a chunk.
 enum Known {
