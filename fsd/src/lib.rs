@@ -204,9 +204,9 @@ async fn serve_on(
     let outcome = loop {
         tokio::select! {
             ended = mounted.ended() => {
-                tracing::info!("unmounted from outside");
                 notify::stopping();
                 if ended.is_ok() {
+                    tracing::info!("unmounted from outside");
                     mounted.clear_up().await;
                 }
                 break ended;
