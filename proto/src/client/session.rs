@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 use super::Client;
-use super::DEADLINE_DEFAULT;
 use super::locks::Locks;
 use super::retry::Target;
 use super::unsynced::Unsynced;
@@ -58,6 +58,9 @@ struct Slot {
     suspect: AtomicBool,
     /// The shard is closed for good and takes no sessions; reading needs none.
     closed: AtomicBool,
+    /// Held by who keeps the session alive, and by who syncs for it: one of each at a time.
+    keeping: Arc<tokio::sync::Mutex<()>>,
+    syncing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// One session.
@@ -158,6 +161,8 @@ impl Sessions {
                 known: Mutex::new(None),
                 suspect: AtomicBool::new(false),
                 closed: AtomicBool::new(false),
+                keeping: Arc::default(),
+                syncing: Arc::default(),
             })
         };
         self.table.lock().entry(shard).or_insert_with(new).clone()
@@ -286,45 +291,72 @@ impl Client {
     }
 
     fn start_keeper(&self) {
-        let mut keeper = self.inner.keeper.lock();
-        if keeper.is_some() {
+        let Some(keeper) = &self.keeper else { return };
+        let mut task = keeper.task.lock();
+        if task.is_some() {
             return;
         }
         let weak = Arc::downgrade(&self.inner);
-        *keeper = Some(tokio::spawn(async move {
+        let upgraded =
+            move || weak.upgrade().map(|inner| Client { inner, reads: ReadFrom::Primary, keeper: None });
+        let nodes = {
+            let upgraded = upgraded.clone();
+            async move {
+                loop {
+                    tokio::time::sleep(KEEPER_PERIOD).await;
+                    let Some(client) = upgraded() else { return };
+                    client.keep_nodes().await;
+                }
+            }
+        };
+        let sessions = async move {
+            // What is in it ends with the keeper.
+            let mut tasks = JoinSet::new();
             loop {
                 tokio::time::sleep(KEEPER_PERIOD).await;
-                let Some(inner) = weak.upgrade() else { return };
-                let client = Client { inner, reads: ReadFrom::Primary };
-                // Sessions with a shard that moves may take as long as a call may: addresses are wanted just then.
-                futures::future::join(client.keep_sessions(), client.keep_nodes()).await;
+                while tasks.try_join_next().is_some() {}
+                let Some(client) = upgraded() else { return };
+                client.keep_sessions(&mut tasks);
             }
+        };
+        *task = Some(tokio::spawn(async move {
+            futures::future::join(nodes, sessions).await;
         }));
     }
 
-    async fn keep_sessions(&self) {
+    /// Starts what sessions need now, each in a task of its own. Its calls may wait for ever: those for a shard that is away hold up
+    /// no other one, whose session would end with its locks, and a sync that waits does not hold up its own session.
+    fn keep_sessions(&self, tasks: &mut JoinSet<()>) {
         let slots: Vec<(ShardId, Arc<Slot>)> =
             self.inner.sessions.table.lock().iter().map(|(shard, slot)| (*shard, slot.clone())).collect();
-        let due = slots.into_iter().map(|(shard, slot)| async move {
+        for (shard, slot) in slots {
             let Some(session) = slot.current.try_lock().ok().and_then(|current| current.clone()) else {
-                return;
+                continue;
             };
+            if session.unsynced.mark().is_some()
+                && let Ok(alone) = slot.syncing.clone().try_lock_owned()
+            {
+                let client = self.clone();
+                tasks.spawn(async move {
+                    // A node syncs by itself within some seconds, but only an answer frees what is kept here.
+                    if let Err(error) = client.make_durable(shard).await {
+                        tracing::debug!(%shard, %error, "cannot sync: later");
+                    }
+                    drop(alone);
+                });
+            }
             let suspect = slot.suspect.load(Ordering::Relaxed);
             let due = *session.due.lock() <= clock::monotonic();
-            if session.unsynced.mark().is_some() {
-                // A node syncs by itself within some seconds, but only an answer frees what is kept here. A client that waits
-                // for ever must not have its other sessions wait for that one.
-                match tokio::time::timeout(DEADLINE_DEFAULT, self.make_durable(shard)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => tracing::debug!(%shard, %error, "cannot sync: later"),
-                    Err(_) => tracing::debug!(%shard, "no sync within {DEADLINE_DEFAULT:?}: later"),
-                }
+            if (suspect || due)
+                && let Ok(alone) = slot.keeping.clone().try_lock_owned()
+            {
+                let client = self.clone();
+                tasks.spawn(async move {
+                    client.keep_session(shard, &slot, &session, suspect).await;
+                    drop(alone);
+                });
             }
-            if suspect || due {
-                self.keep_session(shard, &slot, &session, suspect).await;
-            }
-        });
-        futures::future::join_all(due).await;
+        }
     }
 
     async fn keep_session(&self, shard: ShardId, slot: &Slot, session: &Arc<Session>, mut resume: bool) {
@@ -440,7 +472,10 @@ pub(super) fn header(shard: ShardId, epoch: u64, session: Option<SessionId>) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::ClientConfig;
+    use super::super::unsynced::Answered;
     use super::*;
+    use crate::types::{ClientId, Version};
 
     #[tokio::test]
     async fn the_window_is_not_overrun() {
@@ -469,6 +504,68 @@ mod tests {
         assert_eq!(sessions.current(shard).map(|session| session.id), SessionId::new(1));
         sessions.set(shard, &slot, &mut current, None);
         assert!(sessions.current(shard).is_none());
+    }
+
+    /// A client of a node that is away, which has a session that is due with each shard.
+    fn with_sessions(shards: &[ShardId]) -> Client {
+        let endpoints = vec!["unix:/nonexistent/shardfs.sock".to_owned()];
+        let client = Client::new(ClientConfig::new(endpoints, ClientId::new("test").unwrap())).unwrap();
+        for shard in shards {
+            let slot = client.inner.sessions.slot(*shard);
+            let session = Arc::new(Session::new(SessionId::new(shard.get()).unwrap()));
+            *session.due.lock() = clock::monotonic();
+            let mut current = slot.current.try_lock().unwrap();
+            client.inner.sessions.set(*shard, &slot, &mut current, Some(session));
+        }
+        client
+    }
+
+    #[tokio::test]
+    async fn a_session_is_kept_alive_while_the_call_for_another_waits() {
+        let shards = [ShardId::new(1).unwrap(), ShardId::new(2).unwrap()];
+        let client = with_sessions(&shards);
+        let second = client.inner.sessions.current(shards[1]).unwrap();
+        *second.due.lock() = next_keeping();
+        let mut tasks = JoinSet::new();
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 1);
+        tokio::task::yield_now().await;
+        // The first one's node has not answered.
+        *second.due.lock() = clock::monotonic();
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 2);
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 2, "a call a session");
+        // Nor does a sync that waits hold up its own session.
+        second.unsynced.keep(Answered {
+            epoch: 1,
+            sequence: 1,
+            inode: 7,
+            version: Version::new(1),
+            operation: wire::Operation::default(),
+            data_bytes: 1,
+        });
+        client.keep_sessions(&mut tasks);
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn the_keeper_ends_with_the_client_whatever_it_waits_for() {
+        let client = with_sessions(&[ShardId::new(1).unwrap()]);
+        client.start_keeper();
+        let inner = Arc::downgrade(&client.inner);
+        // Until a call is under way, which goes on for as long as a session is tried to be kept.
+        while inner.strong_count() == 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(client);
+        let gone = async {
+            while inner.strong_count() > 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(KEEP_ALIVE_PERIOD / 2, gone).await.expect("the keeper keeps its client");
     }
 
     #[derive(Default)]
