@@ -21,7 +21,7 @@ use super::locks::Locks;
 use super::retry::Target;
 use super::unsynced::Unsynced;
 use crate::types::limits::{SESSION_TTL, SESSION_WINDOW};
-use crate::types::{InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
+use crate::types::{Error, InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
 use crate::wire;
 
 /// How often sessions are looked after.
@@ -46,6 +46,8 @@ pub trait SessionWatcher: Send + Sync {
 pub(super) struct Sessions {
     table: Mutex<HashMap<ShardId, Arc<Slot>>>,
     watcher: OnceLock<Arc<dyn SessionWatcher>>,
+    /// The client was closed: who gets a slot's lock from then on begins no session, so that none outlives the close.
+    closed: AtomicBool,
 }
 
 /// A shard's session, or the place where it will be.
@@ -168,6 +170,14 @@ impl Sessions {
         self.table.lock().entry(shard).or_insert_with(new).clone()
     }
 
+    /// Fails if no session may begin any more. The caller holds the lock of the session's slot.
+    fn check_open(&self) -> Result<()> {
+        match self.closed.load(Ordering::SeqCst) {
+            true => Err(Error::unavailable("the client was closed")),
+            false => Ok(()),
+        }
+    }
+
     /// Notes that the shard's node may have restarted.
     pub(super) fn suspect(&self, shard: ShardId) {
         if let Some(slot) = self.table.lock().get(&shard) {
@@ -224,6 +234,7 @@ impl Client {
         if let Some(session) = &*current {
             return Ok(session.clone());
         }
+        self.inner.sessions.check_open()?;
         let session = Arc::new(Session::new(self.open_session(shard).await?));
         self.inner.sessions.set(shard, &slot, &mut current, Some(session.clone()));
         drop(current);
@@ -263,7 +274,7 @@ impl Client {
             })
             .await?;
         let id = reply.into_inner().session_id;
-        SessionId::new(id).ok_or_else(|| crate::types::Error::internal("the node answered session 0"))
+        SessionId::new(id).ok_or_else(|| Error::internal("the node answered session 0"))
     }
 
     /// Puts a new session in the place of one that the shard does not know any more. What was open under
@@ -276,6 +287,7 @@ impl Client {
         {
             return Ok(session.clone());
         }
+        self.inner.sessions.check_open()?;
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
         // Before anything is asked: it would be made again first, in vain.
         lost.unsynced.give_up();
@@ -403,9 +415,10 @@ impl Client {
         }
     }
 
-    /// Ends the sessions, so that what they held is freed at once. Bounded in time; errors are left to
+    /// Ends the sessions, so that what they held is freed at once, and begins no others. Bounded in time; errors are left to
     /// expiry.
     pub async fn close(&self) {
+        self.inner.sessions.closed.store(true, Ordering::SeqCst);
         let slots: Vec<(ShardId, Arc<Slot>)> = self.inner.sessions.table.lock().drain().collect();
         let all = slots.into_iter().map(|(shard, slot)| async move {
             let mut current = slot.current.lock().await;
@@ -566,6 +579,19 @@ mod tests {
             }
         };
         tokio::time::timeout(KEEP_ALIVE_PERIOD / 2, gone).await.expect("the keeper keeps its client");
+    }
+
+    #[tokio::test]
+    async fn no_session_begins_once_the_client_is_closed() {
+        let client = with_sessions(&[]);
+        let shard = ShardId::new(1).unwrap();
+        let lost = Arc::new(Session::new(SessionId::new(1).unwrap()));
+        client.close().await;
+        // Without asking the node, for which a call would wait.
+        for begun in [client.session(shard).await, client.replace_session(shard, &lost).await] {
+            let error = begun.err().expect("a session has begun");
+            assert_eq!((error.reason(), error.message()), (Reason::Unavailable, "the client was closed"));
+        }
     }
 
     #[derive(Default)]
