@@ -716,7 +716,7 @@ impl Filesystem for Fuse {
         &self,
         request: &Request,
         ino_in: INodeNo,
-        _fh_in: FileHandle,
+        fh_in: FileHandle,
         offset_in: u64,
         ino_out: INodeNo,
         fh_out: FileHandle,
@@ -726,7 +726,7 @@ impl Filesystem for Fuse {
         reply: ReplyWrite,
     ) {
         let caller = self.caller(request);
-        let (from, to) = ((ino_in.0, offset_in), (ino_out.0, fh_out.0, offset_out));
+        let (from, to) = ((ino_in.0, fh_in.0, offset_in), (ino_out.0, fh_out.0, offset_out));
         let work = move |fs: Arc<Fs>| async move { fs.copy_range(caller, from, to, len).await };
         self.run(asked(Op::CopyRange, ino_out, caller), 0, reply, work, |reply, copied: u32| {
             reply.written(copied);
