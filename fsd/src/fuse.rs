@@ -32,6 +32,7 @@ use fuser::{
     ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
+use futures::future::{join, join_all};
 use shardfs_proto::types::clock;
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
 use shardfs_proto::types::op::{SeekFor, SetAttr};
@@ -516,13 +517,14 @@ impl Filesystem for Fuse {
             None if locked.is_empty() => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
             held => {
                 let work = move |fs: Arc<Fs>| async move {
-                    for locked in locked {
-                        // The caller has closed it long since: it is logged, and tried again.
-                        drop(fs.drop_locks(locked).await);
-                    }
-                    if let Some(held) = held {
-                        fs.release_waiting(held).await;
-                    }
+                    // The caller has closed it long since: what fails is logged, and tried again.
+                    let dropped = join_all(locked.into_iter().map(|locked| fs.drop_locks(locked)));
+                    let released = async {
+                        if let Some(held) = held {
+                            fs.release_waiting(held).await;
+                        }
+                    };
+                    join(dropped, released).await;
                     Ok(())
                 };
                 self.run(asked, 0, reply, work, |reply, ()| reply.ok());
