@@ -170,7 +170,7 @@ impl Fs {
             let client = client.clone();
             async move { client.drop_locks(held.shard, held.inode, held.owner).await }
         };
-        keep_trying(held, give_back).await.map_err(refused)
+        told_at_close(keep_trying(held, give_back).await)
     }
 
     /// Fails if locks were lost on which the users of an open file may rely.
@@ -212,6 +212,15 @@ where
         }
     });
     told.await.unwrap_or_else(|_| Err(Error::internal("giving locks back has ended without a word")))
+}
+
+/// A node that knows no locks gives none back either. It has none of its own; those that a newer one gave are tried again in the background,
+/// and closing the file has not failed.
+fn told_at_close(dropped: Result<(), Error>) -> Outcome<()> {
+    match dropped {
+        Err(error) if error.reason() == Reason::Unsupported => Ok(()),
+        dropped => dropped.map_err(refused),
+    }
 }
 
 /// A node that knows no locks is no reason to lock within this mount only: others would not know.
@@ -303,6 +312,13 @@ mod tests {
         let call = LockCall { kind: Some(LockKind::Write), ..call };
         fs.set_lock(call, false, Arc::default()).await.unwrap_err();
         assert_eq!(file.lockers(), [owner]);
+    }
+
+    #[test]
+    fn a_file_can_be_closed_at_a_node_that_knows_no_locks() {
+        let told = |reason| told_at_close(Err(Error::new(reason, "x")));
+        assert!(told(Reason::Unsupported).is_ok() && told_at_close(Ok(())).is_ok());
+        assert_eq!(told(Reason::Io).unwrap_err().reason(), Some(Reason::Io));
     }
 
     #[test]
