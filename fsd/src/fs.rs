@@ -144,8 +144,8 @@ impl Fs {
         self.memo.discard(thread);
     }
 
-    /// Makes durable what this mount changed, gives back what it holds open, and ends its sessions; gives
-    /// up after `within`.
+    /// Makes durable what this mount changed and gives back what it holds open, or gives that up after `within`. Ends the sessions in
+    /// any case, which has a bound of its own: what is locked or held open with other shards does not stay because of one that is away.
     pub async fn shut_down(&self, within: Duration) {
         let work = async {
             let shards: Vec<ShardId> = self.unsynced.lock().drain().collect();
@@ -156,11 +156,11 @@ impl Fs {
             });
             futures::future::join_all(syncs).await;
             self.releaser.drained().await;
-            self.client.close().await;
         };
         if tokio::time::timeout(within, work).await.is_err() {
-            tracing::warn!("left without an answer of every node; sessions end by themselves");
+            tracing::warn!("left without an answer of every node");
         }
+        self.client.close().await;
     }
 
     fn node(&self, ino: u64) -> Outcome<Node> {
@@ -247,4 +247,39 @@ impl Fs {
 
 fn attr_of(result: OpResult) -> Outcome<Attr> {
     Ok(result.attr.ok_or_else(|| Error::internal("the node's answer lacks attributes"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use shardfs_proto::client::ClientConfig;
+
+    /// A mount whose node is away.
+    pub(super) fn cut_off(deadline: Duration) -> Fs {
+        let client_id = ClientId::new("test").unwrap();
+        let endpoints = vec!["unix:/nonexistent/shardfs.sock".to_owned()];
+        let config = ClientConfig { deadline, ..ClientConfig::new(endpoints.clone(), client_id.clone()) };
+        let settings = FsSettings {
+            mount_point: PathBuf::from("/mnt"),
+            client_id,
+            endpoints,
+            attr_ttl: Duration::ZERO,
+            entry_ttl: Duration::ZERO,
+            root_mode: 0o755,
+            uid: 0,
+            gid: 0,
+            sync_changes: false,
+        };
+        Fs::new(Client::new(config).unwrap(), settings)
+    }
+
+    #[tokio::test]
+    async fn sessions_are_ended_although_a_shard_does_not_answer_before() {
+        let fs = cut_off(shardfs_proto::client::DEADLINE_NEVER);
+        let shard = ShardId::new(1).unwrap();
+        fs.unsynced.lock().insert(shard);
+        fs.shut_down(Duration::from_millis(50)).await;
+        let error = fs.client.open(shard, InodeNo::ROOT).await.unwrap_err();
+        assert_eq!(error.message(), "the client was closed");
+    }
 }

@@ -2,9 +2,7 @@
 //!
 //! - The threads that read /dev/fuse never wait for a node: what needs one runs on the runtime. What needs
 //!   none is answered at once.
-//! - Requests in flight are bounded by their size (`IN_FLIGHT_BYTES_MAX`). At the bound the reading threads
-//!   wait, and the kernel queues; a request ends by the client's deadline, if there is one, or some time after its caller,
-//!   so that they go on. What the kernel has queued, a caller that is killed leaves without this program.
+//! - Requests in flight are bounded (`in_flight`).
 //! - A reply that is dropped is answered with EIO by fuser: a task that panics fails its request only.
 //!
 //! Facts of fuser 0.18 that are dealt with here: it refuses a whole set of capabilities for one that the
@@ -14,6 +12,7 @@
 
 mod answer;
 mod convert;
+mod in_flight;
 mod locking;
 mod patience;
 
@@ -21,24 +20,23 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
-    BsdFileFlags, CopyFileRangeFlags, Errno, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
-    ReplyXattr, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
+    ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
+    TimeOrNow, WriteFlags,
 };
-use shardfs_proto::types::clock;
+use futures::future::{join, join_all};
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
 use shardfs_proto::types::op::{SeekFor, SetAttr};
 use tokio::runtime::Handle as Runtime;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
-use answer::{Asked, GENERATION, Refuse, Unwanted, asked, conclude, note_walk, reply_bytes, reply_entry};
+use answer::{GENERATION, asked, reply_bytes, reply_entry};
 use convert::{
     attr_of_name, attr_out, bytes_of, kind_in, kind_out, new_mode, open_flags, open_mode, set_time,
 };
@@ -51,10 +49,6 @@ use crate::fs::names::NewNode;
 use crate::fs::types::{BLOCK_BYTES, Caller, DirItem, Entry, FileStat, Opened, RenameMode, Space, WriteMode};
 use crate::metrics::{Metrics, Op};
 
-/// Bytes of requests and of the replies they ask for, in flight.
-const IN_FLIGHT_BYTES_MAX: usize = 256 << 20;
-/// What a request without content counts for; also the unit in which bytes are counted.
-const REQUEST_BYTES: usize = 16 << 10;
 /// The kernel's own bound of a request's content, without `fs.fuse.max_pages_limit` raised.
 const MAX_WRITE_BYTES: u32 = 1 << 20;
 /// Requests that the kernel has in flight for read-ahead and the like.
@@ -82,101 +76,9 @@ pub struct Fuse {
 impl Fuse {
     /// Answers the kernel's requests with `fs` on `runtime`.
     pub fn new(fs: Arc<Fs>, runtime: Runtime, metrics: Arc<Metrics>, negotiation: Negotiation) -> Fuse {
-        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT_BYTES_MAX / REQUEST_BYTES));
+        let in_flight = in_flight::places();
         let lock_places = locking::places();
         Fuse { fs, runtime, metrics, in_flight, lock_places, negotiation }
-    }
-
-    /// Takes a request's place among those in flight, waiting at the bound.
-    fn place(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        let units = (1 + bytes / REQUEST_BYTES) as u32;
-        if let Ok(permit) = self.in_flight.clone().try_acquire_many_owned(units) {
-            return Some(permit);
-        }
-        // None only if the semaphore were closed, which nobody does.
-        self.runtime.block_on(self.in_flight.clone().acquire_many_owned(units)).ok()
-    }
-
-    /// Runs a request on the runtime and replies. `bytes`: of content, either way.
-    ///
-    /// A caller with a fatal signal pending gets its reply early: the kernel would not let it go otherwise.
-    /// What was asked is done all the same, if it can be within [`patience::AFTER_DEATH_MAX`].
-    fn run<R, T, W>(
-        &self,
-        asked: Asked,
-        bytes: usize,
-        reply: R,
-        work: impl FnOnce(Arc<Fs>) -> W,
-        ok: impl FnOnce(R, T) + Send + 'static,
-    ) where
-        R: Refuse,
-        T: Unwanted,
-        W: Future<Output = Outcome<T>> + Send + 'static,
-    {
-        let permit = self.place(bytes);
-        let metrics = self.metrics.clone();
-        metrics.in_flight.inc();
-        let fs = self.fs.clone();
-        let work = work(fs.clone());
-        self.runtime.spawn(async move {
-            let started = clock::monotonic();
-            let mut work = pin!(work);
-            let failed = match patience::until_dying(asked.thread, work.as_mut()).await {
-                Some(outcome) => {
-                    note_walk(&fs, asked, &outcome);
-                    conclude(asked, reply, outcome, ok)
-                }
-                None => {
-                    reply.refuse(Errno::EINTR);
-                    if let Ok(Ok(value)) = tokio::time::timeout(patience::AFTER_DEATH_MAX, work).await {
-                        value.give_back(&fs);
-                    }
-                    Some(libc::EINTR)
-                }
-            };
-            metrics.in_flight.dec();
-            metrics.answered(asked.op, started.elapsed(), failed);
-            drop(permit);
-        });
-    }
-
-    /// The same for a reply that the work fills. The work changes nothing, and ends with its caller.
-    fn run_filling<R, W>(
-        &self,
-        asked: Asked,
-        reply: R,
-        work: impl FnOnce(Arc<Fs>, R) -> W,
-        ok: impl FnOnce(R) + Send + 'static,
-    ) where
-        R: Refuse,
-        W: Future<Output = (R, Outcome<()>)> + Send + 'static,
-    {
-        let permit = self.place(0);
-        let metrics = self.metrics.clone();
-        metrics.in_flight.inc();
-        let work = work(self.fs.clone(), reply);
-        self.runtime.spawn(async move {
-            let started = clock::monotonic();
-            let mut work = Box::pin(work);
-            let failed = match patience::until_dying(asked.thread, work.as_mut()).await {
-                Some((reply, outcome)) => conclude(asked, reply, outcome, |reply, ()| ok(reply)),
-                None => {
-                    // With the work goes its reply, which fuser answers.
-                    drop(work);
-                    Some(libc::EINTR)
-                }
-            };
-            metrics.in_flight.dec();
-            metrics.answered(asked.op, started.elapsed(), failed);
-            drop(permit);
-        });
-    }
-
-    /// Replies to a request that needs no node.
-    fn at_once<R: Refuse, T>(&self, asked: Asked, reply: R, outcome: Outcome<T>, ok: impl FnOnce(R, T)) {
-        let started = clock::monotonic();
-        let failed = conclude(asked, reply, outcome, ok);
-        self.metrics.answered(asked.op, started.elapsed(), failed);
     }
 
     /// Notes that a thread asks for something other than what it looked up last.
@@ -516,13 +418,14 @@ impl Filesystem for Fuse {
             None if locked.is_empty() => self.at_once(asked, reply, Ok(()), |reply, ()| reply.ok()),
             held => {
                 let work = move |fs: Arc<Fs>| async move {
-                    for locked in locked {
-                        // The caller has closed it long since: it is logged, and tried again.
-                        drop(fs.drop_locks(locked).await);
-                    }
-                    if let Some(held) = held {
-                        fs.release_waiting(held).await;
-                    }
+                    // The caller has closed it long since: what fails is logged, and tried again.
+                    let dropped = join_all(locked.into_iter().map(|locked| fs.drop_locks(locked)));
+                    let released = async {
+                        if let Some(held) = held {
+                            fs.release_waiting(held).await;
+                        }
+                    };
+                    join(dropped, released).await;
                     Ok(())
                 };
                 self.run(asked, 0, reply, work, |reply, ()| reply.ok());
@@ -716,7 +619,7 @@ impl Filesystem for Fuse {
         &self,
         request: &Request,
         ino_in: INodeNo,
-        _fh_in: FileHandle,
+        fh_in: FileHandle,
         offset_in: u64,
         ino_out: INodeNo,
         fh_out: FileHandle,
@@ -726,7 +629,7 @@ impl Filesystem for Fuse {
         reply: ReplyWrite,
     ) {
         let caller = self.caller(request);
-        let (from, to) = ((ino_in.0, offset_in), (ino_out.0, fh_out.0, offset_out));
+        let (from, to) = ((ino_in.0, fh_in.0, offset_in), (ino_out.0, fh_out.0, offset_out));
         let work = move |fs: Arc<Fs>| async move { fs.copy_range(caller, from, to, len).await };
         self.run(asked(Op::CopyRange, ino_out, caller), 0, reply, work, |reply, copied: u32| {
             reply.written(copied);

@@ -47,8 +47,9 @@ use records::{Place, Records};
 use reload::Reload;
 use rustix::mount::MountFlags;
 
-/// How long leaving may take once the mount is gone: syncing, giving back what is open, ending sessions.
-const LEAVE_MAX: Duration = Duration::from_secs(10);
+/// How long syncing and giving back what is open may take once the mount is gone. Then the sessions are ended, which takes some
+/// seconds at most.
+const LEAVE_MAX: Duration = Duration::from_secs(7);
 /// Sessions of a dead daemon that are ended at a time: a shard that does not answer holds up few others.
 const ENDINGS_MAX: usize = 16;
 
@@ -183,6 +184,7 @@ async fn serve_on(
     let mut mounted = session::mount(&settings.mount_point, settings, records.as_deref(), fuse)?;
     if let Err(error) = mounted.answers().await {
         mounted.unmount(std::future::ready(())).await;
+        fs.shut_down(LEAVE_MAX).await;
         return Err(error);
     }
     tracing::info!(
@@ -204,9 +206,9 @@ async fn serve_on(
     let outcome = loop {
         tokio::select! {
             ended = mounted.ended() => {
-                tracing::info!("unmounted from outside");
                 notify::stopping();
                 if ended.is_ok() {
+                    tracing::info!("unmounted from outside");
                     mounted.clear_up().await;
                 }
                 break ended;

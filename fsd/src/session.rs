@@ -155,8 +155,7 @@ impl Mounted {
     /// Returns when the mount is gone, whoever unmounted it.
     pub async fn ended(&mut self) -> Result<()> {
         match (&mut self.ended).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(error).context("taking requests from the kernel"),
+            Ok(outcome) => ending(outcome),
             Err(_) => bail!("the threads that take requests have ended without a word"),
         }
     }
@@ -240,6 +239,16 @@ impl Mounted {
             (Some(_) | None, Some(_)) => Ok(()),
             (_, None) => detach(&self.path, self.by_helper, lazily),
         }
+    }
+}
+
+/// What the end of the threads that take requests says of the mount.
+fn ending(outcome: std::io::Result<()>) -> Result<()> {
+    match outcome {
+        // What fuser takes for an end is ENODEV. Who reads /dev/fuse when the connection is aborted (fusectl, `umount -f`, the last
+        // users of a lazily unmounted mount that leave) may get this one instead: it is gone just the same, and nothing has failed.
+        Err(error) if error.raw_os_error() == Some(libc::ECONNABORTED) => Ok(()),
+        outcome => outcome.context("taking requests from the kernel"),
     }
 }
 
@@ -335,5 +344,22 @@ fn raise_read_ahead((major, minor): (u32, u32), kib: u32) {
     let path = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&path, kib.to_string()) {
         tracing::debug!(%error, path, "read-ahead stays as it is");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_that_was_aborted_is_a_mount_that_was_taken_away() {
+        let ended_by = |number| ending(Err(std::io::Error::from_raw_os_error(number)));
+        assert!(ending(Ok(())).is_ok());
+        assert!(ended_by(libc::ECONNABORTED).is_ok());
+        for number in [libc::EIO, libc::EINVAL, libc::ECONNRESET] {
+            let error = ended_by(number).unwrap_err();
+            let cause = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
+            assert_eq!(cause, Some(number), "{error:#}");
+        }
     }
 }

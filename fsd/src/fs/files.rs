@@ -230,7 +230,7 @@ impl Fs {
     pub async fn copy_range(
         &self,
         caller: Caller,
-        (from, source_offset): (u64, u64),
+        (from, source_handle, source_offset): (u64, u64, u64),
         (to, handle, destination_offset): (u64, u64, u64),
         length: u64,
     ) -> Outcome<u32> {
@@ -242,6 +242,8 @@ impl Fs {
         if shard != other {
             return Err(Posix::CrossDevice.into());
         }
+        // It is read; the other one is looked at as every file that is changed.
+        self.check_locks(source_handle)?;
         let operation = Operation::CopyRange {
             source,
             source_offset,

@@ -13,7 +13,7 @@ use std::time::Duration;
 use shardfs_proto::client::LockRequest;
 use shardfs_proto::types::limits::SESSION_TTL;
 use shardfs_proto::types::{Error, FileLock, InodeNo, LockKind, LockRange, Reason, ShardId};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 
 use super::Fs;
 use super::types::Node;
@@ -106,13 +106,12 @@ impl Fs {
         let Some(at) = self.lockable(&call)? else { return self.lock_closed(&call) };
         loop {
             let wanted = || !caring.is_gone();
+            // Before the node is asked: it may give the lock, and its answer be lost.
+            if let (Some(_), Some(file)) = (call.kind, &at.file) {
+                file.note_locker(call.owner);
+            }
             match self.client.set_lock(at.shard, at.request, call.kind, wanted).await {
-                Ok(()) => {
-                    if let (Some(_), Some(file)) = (call.kind, &at.file) {
-                        file.note_locker(call.owner);
-                    }
-                    return Ok(());
-                }
+                Ok(()) => return Ok(()),
                 Err(error) if error.reason() == Reason::ShardReadOnly => return self.lock_closed(&call),
                 Err(error) if error.reason() == Reason::LockConflict && wait => {}
                 Err(error) => return Err(refused(error)),
@@ -166,21 +165,12 @@ impl Fs {
 
     /// Gives back all that an owner has locked in a file. What cannot be given back now is tried again in the background.
     pub async fn drop_locks(&self, held: Held) -> Outcome<()> {
-        let Held { shard, inode, owner } = held;
-        let dropped = self.client.drop_locks(shard, inode, owner).await;
-        if let Err(error) = &dropped {
-            tracing::warn!(%shard, %inode, %error, "locks of a file that was closed cannot be given back yet");
-            let client = self.client.clone();
-            tokio::spawn(async move {
-                for _ in 0..DROP_TRIES {
-                    tokio::time::sleep(DROP_PAUSE).await;
-                    if client.drop_locks(shard, inode, owner).await.is_ok() {
-                        return;
-                    }
-                }
-            });
-        }
-        dropped.map_err(refused)
+        let client = self.client.clone();
+        let give_back = move || {
+            let client = client.clone();
+            async move { client.drop_locks(held.shard, held.inode, held.owner).await }
+        };
+        told_at_close(keep_trying(held, give_back).await)
     }
 
     /// Fails if locks were lost on which the users of an open file may rely.
@@ -194,6 +184,42 @@ impl Fs {
     /// Losses of locks that the users of an open file know of.
     pub(super) fn seen_lock_losses(&self, handle: u64) -> Option<u64> {
         self.handles.file(handle).map(|file| file.seen_lock_losses)
+    }
+}
+
+/// Gives locks back in a task of its own until that is done; returns what the first attempt has brought. A request that waits for it is given
+/// up some time after its caller was killed (`fuse::patience`): this mount, and with it its session and the lock, lives on.
+async fn keep_trying<F>(held: Held, give_back: impl Fn() -> F + Send + 'static) -> Result<(), Error>
+where
+    F: Future<Output = Result<(), Error>> + Send + 'static,
+{
+    let (tell, told) = oneshot::channel();
+    tokio::spawn(async move {
+        let first = give_back().await;
+        let mut is_done = first.is_ok();
+        if let Err(error) = &first {
+            let Held { shard, inode, .. } = held;
+            tracing::warn!(%shard, %inode, %error, "locks of a file that was closed cannot be given back yet");
+        }
+        // Nobody may wait any more.
+        tell.send(first).ok();
+        for _ in 0..DROP_TRIES {
+            if is_done {
+                return;
+            }
+            tokio::time::sleep(DROP_PAUSE).await;
+            is_done = give_back().await.is_ok();
+        }
+    });
+    told.await.unwrap_or_else(|_| Err(Error::internal("giving locks back has ended without a word")))
+}
+
+/// A node that knows no locks gives none back either. It has none of its own; those that a newer one gave are tried again in the background,
+/// and closing the file has not failed.
+fn told_at_close(dropped: Result<(), Error>) -> Outcome<()> {
+    match dropped {
+        Err(error) if error.reason() == Reason::Unsupported => Ok(()),
+        dropped => dropped.map_err(refused),
     }
 }
 
@@ -212,7 +238,11 @@ fn refused(error: Error) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::cut_off;
     use super::*;
+    use crate::handles::Handle;
+    use parking_lot::Mutex;
+    use shardfs_proto::types::GlobalInode;
 
     #[tokio::test]
     async fn an_interruption_that_came_first_is_not_missed() {
@@ -223,6 +253,72 @@ mod tests {
         assert!(!caring.is_gone());
         caring.leave();
         assert!(caring.is_gone());
+    }
+
+    fn held() -> Held {
+        Held { shard: ShardId::new(1).unwrap(), inode: InodeNo::new(2).unwrap(), owner: 3 }
+    }
+
+    #[tokio::test]
+    async fn locks_are_given_back_although_the_request_was_given_up() {
+        let (node, given_back) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let give_back = {
+            let (node, given_back) = (node.clone(), given_back.clone());
+            move || {
+                let (node, given_back) = (node.clone(), given_back.clone());
+                async move {
+                    node.notified().await;
+                    given_back.notify_one();
+                    Ok(())
+                }
+            }
+        };
+        let mut request = Box::pin(keep_trying(held(), give_back));
+        assert!(futures::poll!(request.as_mut()).is_pending());
+        drop(request);
+        node.notify_one();
+        tokio::time::timeout(SESSION_TTL, given_back.notified()).await.expect("it is not given back");
+    }
+
+    #[tokio::test]
+    async fn the_first_failure_is_told_and_the_rest_is_done_in_the_background() {
+        let attempts = Arc::new(Mutex::new(0));
+        let done = Arc::new(Notify::new());
+        let give_back = {
+            let (attempts, done) = (attempts.clone(), done.clone());
+            move || {
+                *attempts.lock() += 1;
+                if *attempts.lock() < 3 {
+                    return std::future::ready(Err(Error::unavailable("away")));
+                }
+                done.notify_one();
+                std::future::ready(Ok(()))
+            }
+        };
+        assert_eq!(keep_trying(held(), give_back).await.unwrap_err().reason(), Reason::Unavailable);
+        tokio::time::timeout(SESSION_TTL, done.notified()).await.expect("it is not tried again");
+    }
+
+    #[tokio::test]
+    async fn who_may_have_locked_something_is_noted_whatever_the_node_answers() {
+        let fs = cut_off(Duration::from_millis(50));
+        let Held { shard, inode, owner } = held();
+        let file = Arc::new(FileHandle::new(shard, inode, 0, 0));
+        let handle = fs.handles.insert(Handle::File(file.clone())).unwrap();
+        let ino = GlobalInode::new(shard, inode).get();
+        let call = LockCall { ino, handle, owner, pid: 1, range: LockRange::ALL, kind: None };
+        fs.set_lock(call, false, Arc::default()).await.unwrap_err();
+        assert!(file.lockers().is_empty(), "it was unlocking");
+        let call = LockCall { kind: Some(LockKind::Write), ..call };
+        fs.set_lock(call, false, Arc::default()).await.unwrap_err();
+        assert_eq!(file.lockers(), [owner]);
+    }
+
+    #[test]
+    fn a_file_can_be_closed_at_a_node_that_knows_no_locks() {
+        let told = |reason| told_at_close(Err(Error::new(reason, "x")));
+        assert!(told(Reason::Unsupported).is_ok() && told_at_close(Ok(())).is_ok());
+        assert_eq!(told(Reason::Io).unwrap_err().reason(), Some(Reason::Io));
     }
 
     #[test]

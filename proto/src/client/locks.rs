@@ -210,6 +210,7 @@ impl Client {
         let operation = convert::operation_to_wire(&Operation::SetLock { inode, owner, pid, range, kind });
         let operation = &operation;
         let is_news = &AtomicBool::new(false);
+        let is_repeated = &AtomicBool::new(false);
         let noted: &Mutex<Option<Arc<Session>>> = &Mutex::new(None);
         let check = |session: &Session| match kind {
             Some(_) => session.locks.check(inode, seen_losses),
@@ -219,6 +220,9 @@ impl Client {
             .numbered_if(shard, false, check, async |attempt, session, sequence| {
                 if kind.is_some() && session.locks.note(inode, owner) {
                     is_news.store(true, Ordering::Relaxed);
+                }
+                if attempt.number > 0 {
+                    is_repeated.store(true, Ordering::Relaxed);
                 }
                 let request = wire::MutateRequest {
                     header: Some(header(shard, attempt.epoch, Some(session.id))),
@@ -232,9 +236,10 @@ impl Client {
             })
             .await;
         let noted = noted.lock().take();
+        let (is_news, is_repeated) = (is_news.load(Ordering::Relaxed), is_repeated.load(Ordering::Relaxed));
         let nothing_is_held = match &outcome {
             Ok(()) => kind.is_none() && range == LockRange::ALL,
-            Err(error) => error.reason() == Reason::LockConflict && is_news.load(Ordering::Relaxed),
+            Err(error) => is_news && locks_nothing(error, is_repeated),
         };
         if nothing_is_held && let Some(session) = noted {
             session.locks.forget(inode, owner);
@@ -318,6 +323,16 @@ impl Client {
     }
 }
 
+/// Whether a request for a lock that failed so has certainly locked nothing.
+fn locks_nothing(error: &Error, is_repeated: bool) -> bool {
+    match error.reason() {
+        Reason::LockConflict => true,
+        // The node knows no locks. One that was asked before it may have given this one, and its answer be lost.
+        Reason::InvalidArgument | Reason::Unsupported => !is_repeated,
+        _ => false,
+    }
+}
+
 fn too_old(error: &Error) -> Error {
     Error::new(Reason::Unsupported, format!("the node knows no locks: update it ({})", error.message()))
 }
@@ -348,6 +363,19 @@ mod tests {
         let fourth = Locks::after(&third, |inode| inode != ino(2));
         assert!(fourth.check(ino(4), 1).is_err() && fourth.check(ino(4), 2).is_ok());
         assert!(fourth.check(ino(2), 0).is_ok(), "nobody had it open any more");
+    }
+
+    #[test]
+    fn what_an_older_node_has_refused_is_not_held() {
+        let locks_nothing = |reason, is_repeated| locks_nothing(&Error::new(reason, "x"), is_repeated);
+        for reason in [Reason::InvalidArgument, Reason::Unsupported] {
+            assert!(locks_nothing(reason, false));
+            assert!(!locks_nothing(reason, true), "a newer node may have given it before");
+        }
+        assert!(locks_nothing(Reason::LockConflict, false) && locks_nothing(Reason::LockConflict, true));
+        for reason in [Reason::Deadline, Reason::SessionUnknown, Reason::Unavailable] {
+            assert!(!locks_nothing(reason, false), "{reason:?}: its outcome is not known");
+        }
     }
 
     #[tokio::test]

@@ -79,6 +79,14 @@ pub struct Client {
     inner: Arc<Inner>,
     /// Who may answer this handle's reads.
     reads: ReadFrom,
+    /// Shared by all handles but those of the keeper itself, so that it ends with the last of them whatever its calls wait for.
+    keeper: Option<Arc<Keeper>>,
+}
+
+/// The keep-alive task, once there is a session.
+#[derive(Default)]
+struct Keeper {
+    task: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
 struct Inner {
@@ -90,8 +98,6 @@ struct Inner {
     /// Places for calls that wait for locks.
     lock_waits: tokio::sync::Semaphore,
     read_counters: reads::Counters,
-    /// The keep-alive task, once there is a session.
-    keeper: Mutex<Option<tokio::task::JoinHandle<()>>>,
 }
 
 impl Client {
@@ -117,9 +123,9 @@ impl Client {
                 turns: locks::Turns::default(),
                 lock_waits: tokio::sync::Semaphore::new(locks::WAITS_MAX),
                 read_counters: reads::Counters::default(),
-                keeper: Mutex::new(None),
             }),
             reads: ReadFrom::Primary,
+            keeper: Some(Arc::default()),
         })
     }
 
@@ -129,10 +135,10 @@ impl Client {
     }
 }
 
-impl Drop for Inner {
+impl Drop for Keeper {
     fn drop(&mut self) {
-        if let Some(keeper) = self.keeper.lock().take() {
-            keeper.abort();
+        if let Some(task) = self.task.lock().take() {
+            task.abort();
         }
     }
 }

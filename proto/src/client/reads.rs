@@ -82,7 +82,7 @@ impl Avoided {
 impl Client {
     /// A handle whose reads may be answered so; it shares everything else with this one.
     pub fn with_reads(&self, from: ReadFrom) -> Client {
-        Client { inner: self.inner.clone(), reads: from }
+        Client { reads: from, ..self.clone() }
     }
 
     /// Who answered the reads so far, of all handles of this client that prefer backups.

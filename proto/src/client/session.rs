@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use tokio::sync::Notify;
+use tokio::task::JoinSet;
 
 use super::Client;
-use super::DEADLINE_DEFAULT;
 use super::locks::Locks;
 use super::retry::Target;
 use super::unsynced::Unsynced;
 use crate::types::limits::{SESSION_TTL, SESSION_WINDOW};
-use crate::types::{InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
+use crate::types::{Error, InodeNo, ReadFrom, Reason, Result, SessionId, ShardId, clock};
 use crate::wire;
 
 /// How often sessions are looked after.
@@ -46,6 +46,8 @@ pub trait SessionWatcher: Send + Sync {
 pub(super) struct Sessions {
     table: Mutex<HashMap<ShardId, Arc<Slot>>>,
     watcher: OnceLock<Arc<dyn SessionWatcher>>,
+    /// The client was closed: who gets a slot's lock from then on begins no session, so that none outlives the close.
+    closed: AtomicBool,
 }
 
 /// A shard's session, or the place where it will be.
@@ -58,6 +60,9 @@ struct Slot {
     suspect: AtomicBool,
     /// The shard is closed for good and takes no sessions; reading needs none.
     closed: AtomicBool,
+    /// Held by who keeps the session alive, and by who syncs for it: one of each at a time.
+    keeping: Arc<tokio::sync::Mutex<()>>,
+    syncing: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// One session.
@@ -158,9 +163,19 @@ impl Sessions {
                 known: Mutex::new(None),
                 suspect: AtomicBool::new(false),
                 closed: AtomicBool::new(false),
+                keeping: Arc::default(),
+                syncing: Arc::default(),
             })
         };
         self.table.lock().entry(shard).or_insert_with(new).clone()
+    }
+
+    /// Fails if no session may begin any more. The caller holds the lock of the session's slot.
+    fn check_open(&self) -> Result<()> {
+        match self.closed.load(Ordering::SeqCst) {
+            true => Err(Error::unavailable("the client was closed")),
+            false => Ok(()),
+        }
     }
 
     /// Notes that the shard's node may have restarted.
@@ -219,6 +234,7 @@ impl Client {
         if let Some(session) = &*current {
             return Ok(session.clone());
         }
+        self.inner.sessions.check_open()?;
         let session = Arc::new(Session::new(self.open_session(shard).await?));
         self.inner.sessions.set(shard, &slot, &mut current, Some(session.clone()));
         drop(current);
@@ -258,7 +274,7 @@ impl Client {
             })
             .await?;
         let id = reply.into_inner().session_id;
-        SessionId::new(id).ok_or_else(|| crate::types::Error::internal("the node answered session 0"))
+        SessionId::new(id).ok_or_else(|| Error::internal("the node answered session 0"))
     }
 
     /// Puts a new session in the place of one that the shard does not know any more. What was open under
@@ -271,6 +287,7 @@ impl Client {
         {
             return Ok(session.clone());
         }
+        self.inner.sessions.check_open()?;
         tracing::warn!(%shard, session = %lost.id, "the shard does not know the session any more: opening another");
         // Before anything is asked: it would be made again first, in vain.
         lost.unsynced.give_up();
@@ -286,45 +303,72 @@ impl Client {
     }
 
     fn start_keeper(&self) {
-        let mut keeper = self.inner.keeper.lock();
-        if keeper.is_some() {
+        let Some(keeper) = &self.keeper else { return };
+        let mut task = keeper.task.lock();
+        if task.is_some() {
             return;
         }
         let weak = Arc::downgrade(&self.inner);
-        *keeper = Some(tokio::spawn(async move {
+        let upgraded =
+            move || weak.upgrade().map(|inner| Client { inner, reads: ReadFrom::Primary, keeper: None });
+        let nodes = {
+            let upgraded = upgraded.clone();
+            async move {
+                loop {
+                    tokio::time::sleep(KEEPER_PERIOD).await;
+                    let Some(client) = upgraded() else { return };
+                    client.keep_nodes().await;
+                }
+            }
+        };
+        let sessions = async move {
+            // What is in it ends with the keeper.
+            let mut tasks = JoinSet::new();
             loop {
                 tokio::time::sleep(KEEPER_PERIOD).await;
-                let Some(inner) = weak.upgrade() else { return };
-                let client = Client { inner, reads: ReadFrom::Primary };
-                // Sessions with a shard that moves may take as long as a call may: addresses are wanted just then.
-                futures::future::join(client.keep_sessions(), client.keep_nodes()).await;
+                while tasks.try_join_next().is_some() {}
+                let Some(client) = upgraded() else { return };
+                client.keep_sessions(&mut tasks);
             }
+        };
+        *task = Some(tokio::spawn(async move {
+            futures::future::join(nodes, sessions).await;
         }));
     }
 
-    async fn keep_sessions(&self) {
+    /// Starts what sessions need now, each in a task of its own. Its calls may wait for ever: those for a shard that is away hold up
+    /// no other one, whose session would end with its locks, and a sync that waits does not hold up its own session.
+    fn keep_sessions(&self, tasks: &mut JoinSet<()>) {
         let slots: Vec<(ShardId, Arc<Slot>)> =
             self.inner.sessions.table.lock().iter().map(|(shard, slot)| (*shard, slot.clone())).collect();
-        let due = slots.into_iter().map(|(shard, slot)| async move {
+        for (shard, slot) in slots {
             let Some(session) = slot.current.try_lock().ok().and_then(|current| current.clone()) else {
-                return;
+                continue;
             };
+            if session.unsynced.mark().is_some()
+                && let Ok(alone) = slot.syncing.clone().try_lock_owned()
+            {
+                let client = self.clone();
+                tasks.spawn(async move {
+                    // A node syncs by itself within some seconds, but only an answer frees what is kept here.
+                    if let Err(error) = client.make_durable(shard).await {
+                        tracing::debug!(%shard, %error, "cannot sync: later");
+                    }
+                    drop(alone);
+                });
+            }
             let suspect = slot.suspect.load(Ordering::Relaxed);
             let due = *session.due.lock() <= clock::monotonic();
-            if session.unsynced.mark().is_some() {
-                // A node syncs by itself within some seconds, but only an answer frees what is kept here. A client that waits
-                // for ever must not have its other sessions wait for that one.
-                match tokio::time::timeout(DEADLINE_DEFAULT, self.make_durable(shard)).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => tracing::debug!(%shard, %error, "cannot sync: later"),
-                    Err(_) => tracing::debug!(%shard, "no sync within {DEADLINE_DEFAULT:?}: later"),
-                }
+            if (suspect || due)
+                && let Ok(alone) = slot.keeping.clone().try_lock_owned()
+            {
+                let client = self.clone();
+                tasks.spawn(async move {
+                    client.keep_session(shard, &slot, &session, suspect).await;
+                    drop(alone);
+                });
             }
-            if suspect || due {
-                self.keep_session(shard, &slot, &session, suspect).await;
-            }
-        });
-        futures::future::join_all(due).await;
+        }
     }
 
     async fn keep_session(&self, shard: ShardId, slot: &Slot, session: &Arc<Session>, mut resume: bool) {
@@ -371,9 +415,10 @@ impl Client {
         }
     }
 
-    /// Ends the sessions, so that what they held is freed at once. Bounded in time; errors are left to
+    /// Ends the sessions, so that what they held is freed at once, and begins no others. Bounded in time; errors are left to
     /// expiry.
     pub async fn close(&self) {
+        self.inner.sessions.closed.store(true, Ordering::SeqCst);
         let slots: Vec<(ShardId, Arc<Slot>)> = self.inner.sessions.table.lock().drain().collect();
         let all = slots.into_iter().map(|(shard, slot)| async move {
             let mut current = slot.current.lock().await;
@@ -440,7 +485,10 @@ pub(super) fn header(shard: ShardId, epoch: u64, session: Option<SessionId>) -> 
 
 #[cfg(test)]
 mod tests {
+    use super::super::ClientConfig;
+    use super::super::unsynced::Answered;
     use super::*;
+    use crate::types::{ClientId, Version};
 
     #[tokio::test]
     async fn the_window_is_not_overrun() {
@@ -469,6 +517,81 @@ mod tests {
         assert_eq!(sessions.current(shard).map(|session| session.id), SessionId::new(1));
         sessions.set(shard, &slot, &mut current, None);
         assert!(sessions.current(shard).is_none());
+    }
+
+    /// A client of a node that is away, which has a session that is due with each shard.
+    fn with_sessions(shards: &[ShardId]) -> Client {
+        let endpoints = vec!["unix:/nonexistent/shardfs.sock".to_owned()];
+        let client = Client::new(ClientConfig::new(endpoints, ClientId::new("test").unwrap())).unwrap();
+        for shard in shards {
+            let slot = client.inner.sessions.slot(*shard);
+            let session = Arc::new(Session::new(SessionId::new(shard.get()).unwrap()));
+            *session.due.lock() = clock::monotonic();
+            let mut current = slot.current.try_lock().unwrap();
+            client.inner.sessions.set(*shard, &slot, &mut current, Some(session));
+        }
+        client
+    }
+
+    #[tokio::test]
+    async fn a_session_is_kept_alive_while_the_call_for_another_waits() {
+        let shards = [ShardId::new(1).unwrap(), ShardId::new(2).unwrap()];
+        let client = with_sessions(&shards);
+        let second = client.inner.sessions.current(shards[1]).unwrap();
+        *second.due.lock() = next_keeping();
+        let mut tasks = JoinSet::new();
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 1);
+        tokio::task::yield_now().await;
+        // The first one's node has not answered.
+        *second.due.lock() = clock::monotonic();
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 2);
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 2, "a call a session");
+        // Nor does a sync that waits hold up its own session.
+        second.unsynced.keep(Answered {
+            epoch: 1,
+            sequence: 1,
+            inode: 7,
+            version: Version::new(1),
+            operation: wire::Operation::default(),
+            data_bytes: 1,
+        });
+        client.keep_sessions(&mut tasks);
+        client.keep_sessions(&mut tasks);
+        assert_eq!(tasks.len(), 3);
+    }
+
+    #[tokio::test]
+    async fn the_keeper_ends_with_the_client_whatever_it_waits_for() {
+        let client = with_sessions(&[ShardId::new(1).unwrap()]);
+        client.start_keeper();
+        let inner = Arc::downgrade(&client.inner);
+        // Until a call is under way, which goes on for as long as a session is tried to be kept.
+        while inner.strong_count() == 1 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        drop(client);
+        let gone = async {
+            while inner.strong_count() > 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(KEEP_ALIVE_PERIOD / 2, gone).await.expect("the keeper keeps its client");
+    }
+
+    #[tokio::test]
+    async fn no_session_begins_once_the_client_is_closed() {
+        let client = with_sessions(&[]);
+        let shard = ShardId::new(1).unwrap();
+        let lost = Arc::new(Session::new(SessionId::new(1).unwrap()));
+        client.close().await;
+        // Without asking the node, for which a call would wait.
+        for begun in [client.session(shard).await, client.replace_session(shard, &lost).await] {
+            let error = begun.err().expect("a session has begun");
+            assert_eq!((error.reason(), error.message()), (Reason::Unavailable, "the client was closed"));
+        }
     }
 
     #[derive(Default)]

@@ -126,6 +126,19 @@ fn operations_survive_the_wire() {
 }
 
 #[test]
+fn the_inode_that_an_operation_changes_is_known() {
+    for operation in every_operation() {
+        let changed = operation.changed_inode();
+        match &operation {
+            Operation::CopyRange { destination, .. } => assert_eq!(changed, Some(*destination)),
+            operation if operation.is_replayable() => assert_eq!(changed, Some(ino(3)), "{operation:?}"),
+            Operation::Unlink { .. } | Operation::PutValue { .. } => assert_eq!(changed, None),
+            _ => {}
+        }
+    }
+}
+
+#[test]
 fn bad_operations_are_refused() {
     let bad = |kind| operation_from_wire(Some(wire::Operation { kind: Some(kind) })).unwrap_err().reason();
     use wire::operation::Kind as W;

@@ -263,14 +263,27 @@ pub struct Repetition {
 }
 
 impl Operation {
-    /// The inode that a replayable operation changes.
+    /// The inode that an operation changes which names it by its number and nothing else; of every replayable one.
     pub fn changed_inode(&self) -> Option<InodeNo> {
         match self {
             Operation::Write { inode, .. }
             | Operation::SetAttr { inode, .. }
             | Operation::Allocate { inode, .. }
-            | Operation::SetXattr { inode, .. } => Some(*inode),
-            _ => None,
+            | Operation::SetXattr { inode, .. }
+            | Operation::RemoveXattr { inode, .. }
+            | Operation::CopyRange { destination: inode, .. } => Some(*inode),
+            Operation::Create { .. }
+            | Operation::MakeDirectory { .. }
+            | Operation::MakeSymlink { .. }
+            | Operation::Link { .. }
+            | Operation::Unlink { .. }
+            | Operation::RemoveDirectory { .. }
+            | Operation::Rename { .. }
+            | Operation::PutValue { .. }
+            | Operation::PutValues { .. }
+            | Operation::DeleteValue { .. }
+            // Not the inode, but who may use it.
+            | Operation::SetLock { .. } => None,
         }
     }
 }
