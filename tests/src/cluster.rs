@@ -14,19 +14,20 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use shardfs_proto::client::{Client, ClientConfig};
-use shardfs_proto::types::{ClientId, Location, ShardName};
+use shardfs_proto::types::{ClientId, Location, NodeId, ShardName, VolumeId};
 
 use crate::etcd::Etcd;
 use crate::guard::Guard;
+use crate::mounted;
 use crate::network::Network;
 use crate::process::{self, Process};
 use crate::programs::{MOUNT, Programs};
 use crate::run::described;
 
-/// How long a member that is stopped in order may take to end.
-const END_MAX: Duration = Duration::from_secs(60);
+/// How long a member that is stopped may take to end, and whatever else is on its way to be so.
+const END_MAX: Duration = Duration::from_secs(120);
 /// How long `dev up` may take.
-const UP_MAX: Duration = Duration::from_secs(120);
+const UP_MAX: Duration = Duration::from_secs(240);
 
 /// What `dev up` is asked for.
 #[derive(Clone, Debug)]
@@ -306,49 +307,64 @@ impl Cluster {
 
     /// The node processes, not their parents, in order of their ids: those that are alive.
     pub fn nodes(&self) -> Vec<Process> {
-        let mut nodes: Vec<Process> = process::naming(&self.dir())
-            .into_iter()
-            .filter(|p| p.program() == "shardfs-node" && !p.has_children())
-            .collect();
+        let mut nodes = process::naming(&self.dir());
+        nodes.retain(|p| p.program() == "shardfs-node" && !p.has_children());
+        let mut nodes = process::without_doubles(nodes);
         nodes.sort_by_key(|p| p.arguments.iter().find(|a| a.starts_with("node-")).cloned());
         nodes
     }
 
     /// The process of one node.
     pub fn node(&self, id: &str) -> Process {
-        let mut nodes = self.nodes();
-        nodes.retain(|p| p.arguments.iter().any(|a| a == id));
-        assert_eq!(nodes.len(), 1, "processes of {id}: {nodes:?}");
-        nodes.remove(0)
+        // One that was killed may not be gone when the next one is there.
+        eventually(END_MAX, || {
+            let mut nodes = self.nodes();
+            nodes.retain(|p| p.arguments.iter().any(|a| a == id));
+            match &nodes[..] {
+                [node] => Ok(node.clone()),
+                _ => Err(format!("processes of {id}: {nodes:?}")),
+            }
+        })
+    }
+
+    /// Stops a node's processes, as a machine that hangs; answers once they stand still, so that nothing is answered any more.
+    pub fn freeze(&self, node: &str) {
+        let process = self.node(node);
+        self.cli_run(&["dev", "kill", node, "--signal", "STOP"]);
+        eventually(END_MAX, || if process.is_stopped() { Ok(()) } else { Err(format!("{node} runs on")) });
     }
 
     /// The daemon that serves the mount.
     pub fn daemon(&self) -> Process {
         // A test may have mounts of its own besides.
-        let mount = self.mount().display().to_string();
-        let daemons: Vec<Process> = process::naming(&self.root)
-            .into_iter()
-            .filter(|p| p.program() == "shardfsd" && p.arguments.contains(&mount))
-            .collect();
-        assert_eq!(daemons.len(), 1, "daemons: {daemons:?}");
-        daemons[0].clone()
+        eventually(END_MAX, || match &process::without_doubles(mounted::processes(&self.mount()))[..] {
+            [daemon] => Ok(daemon.clone()),
+            daemons => Err(format!("daemons: {daemons:?}")),
+        })
     }
 
     /// The node that serves a shard.
     pub fn primary_of(&self, shard: &str) -> String {
-        self.location_of(shard).node.expect("the shard's volume has a primary").as_str().to_owned()
+        self.served_at(shard).0.as_str().to_owned()
     }
 
     /// Where its primary has a shard's volume mounted.
     pub fn volume_mount(&self, shard: &str) -> PathBuf {
-        let location = self.location_of(shard);
-        let node = location.node.expect("the shard's volume has a primary");
-        self.dir().join("nodes").join(node.as_str()).join("volumes").join(location.volume.as_str())
+        let (node, volume) = self.served_at(shard);
+        self.dir().join("nodes").join(node.as_str()).join("volumes").join(volume.as_str())
     }
 
     /// The backing file of a shard's loop volume.
     pub fn volume_source(&self, shard: &str) -> PathBuf {
         self.dir().join("volumes").join(format!("{}.img", self.location_of(shard).volume.as_str()))
+    }
+
+    /// The node that serves a shard, once there is one, and the volume.
+    fn served_at(&self, shard: &str) -> (NodeId, VolumeId) {
+        eventually(END_MAX, || {
+            let Location { node, volume, .. } = self.location_of(shard);
+            node.map(|node| (node, volume)).ok_or_else(|| format!("nobody serves {shard}"))
+        })
     }
 
     fn location_of(&self, shard: &str) -> Location {

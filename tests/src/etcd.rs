@@ -10,11 +10,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use crate::cluster::eventually;
+use crate::ports;
 
 /// How long it may take to listen.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Below the ports that the kernel gives to connections: a port must be free again after a restart.
-const PORTS: std::ops::Range<u16> = 10_240..32_000;
+const PATIENCE: Duration = Duration::from_secs(120);
 const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
 /// An etcd.
@@ -43,7 +42,7 @@ impl Etcd {
     pub fn start_members(members: usize, more_hosts: &[IpAddr]) -> Etcd {
         let dir = tempfile::Builder::new().prefix("shardfs-test-etcd.").tempdir().unwrap();
         let hosts: Vec<IpAddr> = [LOCALHOST].into_iter().chain(more_hosts.iter().copied()).collect();
-        let member = |_| Member { client_port: free_port(), peer_port: free_port(), child: None };
+        let member = |_| Member { client_port: ports::free(), peer_port: ports::free(), child: None };
         let mut etcd = Etcd { dir, hosts, members: (0..members).map(member).collect() };
         etcd.restart();
         etcd
@@ -183,15 +182,6 @@ fn etcdctl(port: u16, arguments: &[&str]) -> std::process::Output {
         .args(arguments)
         .output()
         .unwrap()
-}
-
-fn free_port() -> u16 {
-    loop {
-        let port = fastrand::u16(PORTS);
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 fn program(name: &str) -> PathBuf {

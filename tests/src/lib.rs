@@ -11,6 +11,7 @@
 //! - [`guard`]: takes a cluster down again, whatever becomes of the test;
 //! - [`linear`]: whether a history of operations is linearisable;
 //! - [`network`]: nodes in network namespaces, whose links can be cut;
+//! - [`ports`]: where programs may listen;
 //! - [`postgres`]: a PostgreSQL whose data is on a mount;
 //! - [`programs`]: which version's programs a cluster runs;
 //! - [`run`]: other programs, with deadlines and readable failures;
@@ -35,6 +36,7 @@ pub mod linear;
 pub mod load;
 pub mod mounted;
 pub mod network;
+pub mod ports;
 pub mod postgres;
 pub mod process;
 pub mod programs;

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 
 use crate::cluster::{Cluster, bin_dir, eventually};
-use crate::process::Process;
+use crate::ports;
+use crate::process::{self, Process};
 
 /// How long a mount may take to be there, to come back, or to be gone: 30 s of an orderly end that programs hold up, and more.
 pub const MOUNT_MAX: Duration = Duration::from_secs(90);
@@ -29,7 +30,7 @@ impl Mounted {
     pub fn start(cluster: &Cluster, name: &str, arguments: &[&str]) -> Mounted {
         let point = cluster.scratch(name);
         let log = cluster.root().join(format!("{name}.log"));
-        let http = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        let http = format!("127.0.0.1:{}", ports::free());
         let output = fs::File::options().create(true).append(true).open(&log).unwrap();
         let child = Command::new(bin_dir().join("shardfsd"))
             .arg(&point)
@@ -118,6 +119,51 @@ impl Drop for Mounted {
     }
 }
 
+/// The processes that keep up the mount at a path: a parent and its daemon, or a daemon alone.
+pub fn processes(point: &Path) -> Vec<Process> {
+    let mut found = process::naming(point.parent().expect("a folder of the test"));
+    found.retain(|p| p.program() == "shardfsd" && p.arguments.iter().any(|a| Path::new(a) == point));
+    found
+}
+
+/// The one of them that serves the mount.
+pub fn daemon(point: &Path) -> Process {
+    eventually(MOUNT_MAX, || {
+        let all = processes(point);
+        let Some(first) = process::without_doubles(all.clone()).pop() else {
+            return Err(format!("nothing keeps up {}", point.display()));
+        };
+        if first.arguments.iter().any(|a| a == "--no-restart") {
+            return Ok(first);
+        }
+        let started = first.children();
+        let daemon = all.into_iter().find(|p| started.iter().any(|child| child.pid == p.pid));
+        daemon.ok_or_else(|| format!("no daemon at {}", point.display()))
+    })
+}
+
+/// Kills all that keeps up the mount at a path, so that the mount stays and is dead. A daemon whose parent dies unmounts, and a
+/// parent whose daemon dies starts another one: so both stand still before one of them is killed. Nothing may use the mount meanwhile.
+pub fn kill(point: &Path) {
+    assert_ne!(processes(point).len(), 0, "nothing keeps up {}", point.display());
+    eventually(MOUNT_MAX, || {
+        let mut running = processes(point);
+        running.retain(|p| !p.is_stopped());
+        running.iter().for_each(|p| p.signal_if_there(Signal::STOP));
+        if running.is_empty() { Ok(()) } else { Err(format!("not stopped: {running:?}")) }
+    });
+    processes(point).iter().for_each(Process::kill);
+    is_dead(point);
+}
+
+/// Waits until the mount at a path has nobody who serves it.
+pub fn is_dead(point: &Path) {
+    eventually(MOUNT_MAX, || match fs::metadata(point).map_err(|e| e.raw_os_error()) {
+        Err(Some(libc::ENOTCONN)) => Ok(()),
+        other => Err(format!("{} is not dead: {other:?}", point.display())),
+    });
+}
+
 /// The lines of the mount table for a path: type, and device number.
 pub fn table(path: &Path) -> Vec<(String, String)> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap();
@@ -204,9 +250,22 @@ impl Waiter {
         &self.what
     }
 
-    /// Whether it waits in its call, or has not begun.
+    /// Whether it has not ended.
     pub fn waits(&mut self) -> bool {
         self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Waits until it is in its call, and no longer in the one that reads what it is told.
+    pub fn calls(&mut self) {
+        eventually(MOUNT_MAX, || {
+            assert!(self.waits(), "{} has not waited", self.what);
+            let call = fs::read_to_string(format!("/proc/{}/syscall", self.child.id()));
+            let call = call.map_err(|e| e.to_string())?;
+            match call.split(' ').next().and_then(|number| number.parse::<i64>().ok()) {
+                Some(number) if number >= 0 && number != libc::SYS_read => Ok(()),
+                _ => Err(format!("{} has not called: {call}", self.what)),
+            }
+        });
     }
 
     /// Kills it; the time until it is gone.

@@ -21,7 +21,7 @@ const NOBODY: &str = "02:00:00:00:00:01";
 /// Where a node listens, in its namespace.
 const PORT: u16 = 7400;
 /// How long a namespace may take to be there.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One of a node's links.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

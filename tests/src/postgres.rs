@@ -11,9 +11,9 @@ use crate::process::{self, Process};
 use crate::run::Shell;
 
 /// It answers within this, after its recovery.
-const READY_MAX: Duration = Duration::from_secs(60);
+const READY_MAX: Duration = Duration::from_secs(120);
 /// All of its processes have ended within this.
-const ENDED_MAX: Duration = Duration::from_secs(30);
+const ENDED_MAX: Duration = Duration::from_secs(60);
 
 /// A server, which is killed when this is dropped. It does not run as root: its package made a user.
 #[derive(Debug)]

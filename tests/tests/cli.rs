@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use shardfs_tests::cluster::{bin_dir, eventually};
-use shardfs_tests::{Cluster, Options, sh, tree};
+use shardfs_tests::{Cluster, Options, mounted, sh, tree};
 
 /// A field of a JSON value that must be there, by path.
 fn field<'a>(value: &'a Value, path: &str) -> &'a Value {
@@ -285,7 +285,7 @@ fn a_lost_supervisor_is_called_so() {
     let pid = field(&status, "/supervisor/pid").as_i64().unwrap();
     // SAFETY: a signal to this cluster's supervisor, by number.
     unsafe { libc::kill(pid as i32, libc::SIGKILL) };
-    eventually(Duration::from_secs(10), || {
+    eventually(Duration::from_secs(60), || {
         let said = cluster.cli_fails(&["dev", "kill", "node-1"]);
         if said.contains("gone, with processes left running") { Ok(()) } else { Err(said) }
     });
@@ -376,7 +376,7 @@ fn failures_name_the_shard_and_say_what_is_meant() {
     let output =
         shardfs(&["--endpoints", "127.0.0.1:1", "ls"]).env("SHARDFS_DEADLINE", "1").output().unwrap();
     let said = fails_with(1, &output);
-    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < Duration::from_secs(50), "not by the default of 60 s: {:?}", begun.elapsed());
     assert!(said.contains("within 1 s") && !said.contains("change may"), "{said}");
     let mut create = shardfs(&["--endpoints", "127.0.0.1:1", "--deadline", "0.5", "shard", "create", "x"]);
     let said = fails_with(1, &create.env("SHARDFS_DEADLINE", "50").output().unwrap());
@@ -431,18 +431,7 @@ fn who_may_not_unmount_is_told_so() {
     by_other();
     assert!(shard.is_dir() && point.join("cli-umount").is_dir());
     // A dead one is not taken away by anybody either.
-    let daemons = shardfs_tests::process::naming(cluster.root());
-    // Its parent, which would start another, and the daemon, which would unmount without its parent.
-    for signal in [libc::SIGSTOP, libc::SIGKILL] {
-        for daemon in daemons.iter().filter(|p| p.arguments.iter().any(|a| a == text(&point))) {
-            // SAFETY: a signal to a process of this mount, by number.
-            unsafe { libc::kill(daemon.pid as i32, signal) };
-        }
-    }
-    eventually(Duration::from_secs(10), || match fs::metadata(&point).map_err(|e| e.raw_os_error()) {
-        Err(Some(libc::ENOTCONN)) => Ok(()),
-        other => Err(format!("{other:?}")),
-    });
+    mounted::kill(&point);
     by_other();
     cluster.cli_run(&["umount", text(&point)]);
     assert!(!is_mounted());

@@ -13,7 +13,9 @@ use std::time::{Duration, Instant};
 use shardfs_tests::cluster::eventually;
 use shardfs_tests::ec2::{Ec2, Fault, Instance, Kind, Options, Outcome, ROLE};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
+/// A state that is looked at while it lasts.
+const LASTS: Duration = Duration::from_secs(4);
 const ZONE: &str = "us-east-1a";
 const IO2: &str =
     "CreateVolume&AvailabilityZone=us-east-1a&VolumeType=io2&Size=4&Iops=1000&MultiAttachEnabled=true";
@@ -121,7 +123,7 @@ fn a_volume_lives_and_dies() {
     let ec2 = emulator();
     let instance = ec2.instance(ZONE, "r7i.xlarge");
     let tags = "TagSpecification.1.ResourceType=volume&TagSpecification.1.Tag.1.Key=shard&TagSpecification.1.Tag.1.Value=7";
-    ec2.delays(|delays| delays.create = Duration::from_millis(500));
+    ec2.delays(|delays| delays.create = LASTS);
     let created = call(&ec2, &format!("{IO2}&{tags}"));
     let id = element(&created, "volumeId");
     assert_eq!(element(&created, "status"), "creating");
@@ -130,8 +132,8 @@ fn a_volume_lives_and_dies() {
     assert_eq!(fs::metadata(ec2.backing_file(&id)).unwrap().len(), 4 * (16 << 20));
 
     ec2.delays(|delays| {
-        delays.attach = Duration::from_millis(500);
-        delays.link = Duration::from_secs(1);
+        delays.attach = LASTS;
+        delays.link = LASTS;
     });
     begin_attaching(&ec2, &id, &instance, "sdf");
     let described = call(&ec2, "DescribeVolumes&Filter.1.Name=tag%3Ashard&Filter.1.Value.1=7");
@@ -259,7 +261,7 @@ fn a_snapshot_is_a_point_in_time() {
     let id = volume(&ec2, IO2);
     attached(&ec2, &id, &instance);
     write_block(&instance.link(&id), 1);
-    ec2.delays(|delays| delays.snapshot = Duration::from_millis(300));
+    ec2.delays(|delays| delays.snapshot = LASTS);
     let taken = call(&ec2, &format!("CreateSnapshot&VolumeId={id}&Description=one"));
     let snapshot = element(&taken, "snapshotId");
     assert_eq!(element(&taken, "status"), "pending");
@@ -293,7 +295,7 @@ fn a_volume_grows_where_it_is() {
     instances.iter().for_each(|instance| attached(&ec2, &id, instance));
     assert_eq!(refused(&ec2, &format!("ModifyVolume&VolumeId={id}&Size=3")), "InvalidParameterValue");
     assert_eq!(refused(&ec2, &format!("ModifyVolume&VolumeId={id}&Iops=4001")), "InvalidParameterValue");
-    ec2.delays(|delays| delays.optimize = Duration::from_millis(500));
+    ec2.delays(|delays| delays.optimize = LASTS);
     let modified = call(&ec2, &format!("ModifyVolume&VolumeId={id}&Size=6&Iops=6000"));
     assert_eq!(element(&modified, "modificationState"), "modifying");
     for instance in &instances {
@@ -369,8 +371,8 @@ fn faults_happen_as_asked() {
 fn reads_can_be_stale() {
     let ec2 = emulator();
     let old = volume(&ec2, IO2);
-    std::thread::sleep(Duration::from_millis(2200));
-    ec2.fault(Fault::of(Kind::StaleReads(Duration::from_secs(2))));
+    std::thread::sleep(LASTS + Duration::from_millis(200));
+    ec2.fault(Fault::of(Kind::StaleReads(LASTS)));
     let new = element(&call(&ec2, IO2), "volumeId");
     assert_eq!(refused(&ec2, &format!("DescribeVolumes&VolumeId.1={new}")), "InvalidVolume.NotFound");
     let listed = call(&ec2, "DescribeVolumes");
@@ -390,7 +392,7 @@ fn instances_reboot_and_end() {
     let instance = ec2.instance(ZONE, "r7i.xlarge");
     let id = volume(&ec2, IO2);
     attached(&ec2, &id, &instance);
-    ec2.delays(|delays| delays.link = Duration::from_millis(700));
+    ec2.delays(|delays| delays.link = LASTS);
     ec2.reboot(&instance);
     assert!(!instance.link(&id).exists());
     eventually(PATIENCE, || fs::read_link(instance.link(&id)).map_err(|e| e.to_string()));
@@ -421,9 +423,9 @@ fn metadata_needs_a_token() {
     };
     assert_eq!(get("/latest/meta-data/instance-id", "").0, 401);
     assert_eq!(put("0").0, 400);
-    let token = put("1").1;
+    let token = put("4").1;
     assert_eq!(get("/latest/meta-data/instance-id", &token), (200, instance.id.clone()));
-    std::thread::sleep(Duration::from_millis(1100));
+    std::thread::sleep(LASTS + Duration::from_millis(100));
     assert_eq!(get("/latest/meta-data/instance-id", &token).0, 401, "it is too old");
     let token = put("21600").1;
     let text = |path: &str| get(path, &token).1;

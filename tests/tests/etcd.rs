@@ -16,7 +16,7 @@ use shardfs_tests::etcd::Etcd;
 use shardfs_tests::{Cluster, Options, sh};
 
 /// How long the nodes may take to find an etcd that is back.
-const BACK_MAX: Duration = Duration::from_secs(30);
+const BACK_MAX: Duration = Duration::from_secs(120);
 
 fn in_order(cluster: &Cluster) {
     eventually(BACK_MAX, || {
@@ -222,7 +222,7 @@ fn why_an_etcd_cannot_be_used_is_said_by_nodes_and_by_dev_up() {
     let log = folder.path().join("log");
     // A node waits for its store, and says what for.
     let status = Command::new("timeout")
-        .args(["--kill-after=5", "6"])
+        .args(["--kill-after=5", "20"])
         .arg(bin_dir().join("shardfs-node"))
         .args(["--id", "node-1", "--listen", "127.0.0.1:0", "--data-dir"])
         .arg(folder.path().join("data"))

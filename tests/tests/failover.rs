@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use rustix::process::Signal;
 use shardfs_proto::client::{Client, ClientConfig};
 use shardfs_proto::types::op::{Durability, PutItem, PutOptions};
 use shardfs_proto::types::{ClientId, Key, ShardId, ShardName};
@@ -19,6 +20,8 @@ use shardfs_tests::cluster::{Options, block_on, eventually};
 
 /// A volume is served elsewhere within this, on a busy machine.
 const MOVED_MAX: Duration = Duration::from_secs(30);
+/// A node that is back has its share of the volumes again within this.
+const SHARED_MAX: Duration = Duration::from_secs(120);
 
 /// Writes and fsyncs files of its own until it is told to stop; answers what was fsynced, and the longest pause.
 fn write_files(folder: &Path, stop: &AtomicBool) -> (Vec<(PathBuf, Vec<u8>)>, Duration) {
@@ -109,7 +112,7 @@ fn a_killed_primary_is_replaced_and_comes_back_as_a_backup() {
     assert!(cluster.cli_run(&["node", "list"]).contains("dead"));
     cluster.cli_run(&["dev", "start", &old]);
     // It stands by, and gets its share back.
-    eventually(MOVED_MAX, || {
+    eventually(SHARED_MAX, || {
         let volumes = cluster.cli_json(&["volume", "list"]);
         let primaries: Vec<&str> =
             volumes.as_array().unwrap().iter().filter_map(|v| v["primary"].as_str()).collect();
@@ -122,7 +125,7 @@ fn a_killed_primary_is_replaced_and_comes_back_as_a_backup() {
 fn a_frozen_primary_is_fenced_and_changes_nothing_when_it_goes_on() {
     let cluster = Cluster::start(&Options::default());
     let old = under_load(&cluster, "frozen", |primary| {
-        cluster.cli_run(&["dev", "kill", primary, "--signal", "STOP"]);
+        cluster.freeze(primary);
     });
     cluster.cli_run(&["dev", "start", &old]);
     let folder = cluster.mount().join("frozen");
@@ -168,7 +171,9 @@ fn an_operator_moves_volumes_and_drains_nodes() {
         let figure = |name: &str| run[name].as_f64().unwrap();
         let phases = ["detection", "election", "fence", "mount", "open", "first_write"];
         let sum: f64 = phases.map(figure).iter().sum();
-        assert!((figure("total") - sum).abs() < 50.0, "the phases make up the whole: {series}");
+        // What has begun before the last answer of the old primary is counted from its beginning.
+        let beyond = sum - figure("total");
+        assert!((-50.0..1000.0).contains(&beyond), "the phases make up the whole: {series}");
     }
     let left = cluster.cli_run(&["shard", "list"]);
     assert!(!left.contains("bench"), "{left}");
@@ -263,28 +268,27 @@ fn buffered_values_are_there_after_a_failover() {
 /// its programs must be told.
 #[test]
 fn what_is_made_again_overwrites_nothing_that_others_did_since() {
-    const ROUNDS: u32 = 6;
+    const ROUNDS: u32 = 12;
     let cluster = Cluster::start(&Options::default());
     // No program is started meanwhile: its exec would close inherited files of the mount, and wait for the daemon.
     let asleep = |shard: &str, lost: &dyn Fn(), during: &dyn Fn(&Client, ShardId)| {
-        let (daemon, primary) = (cluster.daemon().pid as i32, cluster.primary_of(shard));
+        let (daemon, primary) = (cluster.daemon(), cluster.primary_of(shard));
         let node = cluster.node(&primary);
         block_on(async {
             let client = cluster.client();
             let shard = client.shard_by_name(&ShardName::new(shard).unwrap()).await.unwrap().id;
             // The daemon syncs what it keeps every second: mostly not now.
             lost();
-            // SAFETY: signals to the daemon and to a node of this cluster, by number.
-            unsafe {
-                libc::kill(daemon, libc::SIGSTOP);
-                libc::kill(node.pid as i32, libc::SIGKILL);
-            }
-            // For some moments it might answer still, and make durable what is to be lost.
-            eventually(MOVED_MAX, || if node.is_alive() { Err("alive".into()) } else { Ok(()) });
+            daemon.signal(Signal::STOP);
+            node.kill();
+            // For some moments they might go on still, and make durable what is to be lost.
+            eventually(MOVED_MAX, || match (daemon.is_stopped(), node.is_alive()) {
+                (true, false) => Ok(()),
+                state => Err(format!("stopped, alive: {state:?}")),
+            });
             during(&client, shard);
         });
-        // SAFETY: as above.
-        unsafe { libc::kill(daemon, libc::SIGCONT) };
+        daemon.signal(Signal::CONT);
     };
     // A sync covers the whole shard, so all of it comes before what is to be lost.
     let made = |folder: &Path, name: &str| {

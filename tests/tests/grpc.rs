@@ -406,7 +406,7 @@ fn a_gibibyte_streams_through_in_bounded_memory() {
 
     // Its space comes back.
     fs::remove_file(mount.join("big")).unwrap();
-    shardfs_tests::cluster::eventually(Duration::from_secs(30), || {
+    shardfs_tests::cluster::eventually(Duration::from_secs(120), || {
         let used = block_on(async {
             let client = cluster.client();
             client.shard(shard_id(&client, "gibibyte").await).await.unwrap().used_bytes.unwrap()

@@ -111,7 +111,7 @@ fn a_full_volume_refuses_writes_reads_on_and_recovers() {
             .unwrap_err();
         assert_eq!(error.reason(), Reason::VolumeFull, "{error}");
     });
-    eventually(Duration::from_secs(20), || {
+    eventually(Duration::from_secs(60), || {
         let status = cluster.cli_json(&["status"]);
         let told = status["troubles"].to_string().contains("full: writes are refused");
         if told && status["healthy"] == false { Ok(()) } else { Err(status.to_string()) }
@@ -155,7 +155,7 @@ fn new_shards_come_to_volumes_that_have_room() {
         let bytes = free(id) + (32 << 20);
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, bytes).unwrap();
         file.sync_all().unwrap();
-        eventually(Duration::from_secs(20), || match free(id) {
+        eventually(Duration::from_secs(60), || match free(id) {
             0 => Ok(()),
             left => Err(format!("{left} bytes are free")),
         });
@@ -180,7 +180,7 @@ fn new_shards_come_to_volumes_that_have_room() {
     let refused = cluster.cli_fails(&["shard", "create", "none"]);
     assert!(refused.contains("have no room"), "{refused}");
     fs::remove_file(&fillers[1]).unwrap();
-    eventually(Duration::from_secs(20), || match free(&others[1]) {
+    eventually(Duration::from_secs(60), || match free(&others[1]) {
         0 => Err("no room yet".to_owned()),
         _ => Ok(()),
     });

@@ -13,8 +13,7 @@ use std::time::Duration;
 
 use shardfs_proto::types::limits::LOCK_SILENCE_MAX;
 use shardfs_tests::cluster::{bin_dir, eventually};
-use shardfs_tests::process::{self, Process};
-use shardfs_tests::{Cluster, Options, Shell};
+use shardfs_tests::{Cluster, Options, Shell, mounted};
 
 /// More than anything here takes that happens.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -133,12 +132,6 @@ fn mount_again(cluster: &Cluster, name: &str) -> PathBuf {
     let point = cluster.scratch(name);
     cluster.cli_run(&["mount", point.to_str().unwrap()]);
     point
-}
-
-fn daemon_of(cluster: &Cluster, mount: &Path) -> Process {
-    let names = |p: &Process| p.arguments.iter().any(|a| a == mount.to_str().unwrap());
-    let daemons = process::naming(cluster.root()).into_iter();
-    daemons.filter(|p| p.program() == "shardfsd").find(names).unwrap()
 }
 
 /// The cluster that most tests share, with a second mount.
@@ -292,7 +285,10 @@ fn locks_of_flock_and_of_a_mount_with_local_locks_hold_for_a_mount() {
     assert_eq!(c.ask("try f r 0 0"), "EAGAIN");
     drop((b, c));
     Shell::new(cluster.root()).with("HERE", &here).with("THERE", &there).with("POINT", &point).run(
-        r#"exec 9>>"$HERE" && flock 9 && ! flock -n "$HERE" true && flock -n "$THERE" true
+        r#"exec 9>>"$HERE"
+           flock 9
+           if flock -n "$HERE" true; then exit 1; fi
+           flock -n "$THERE" true
            umount "$POINT""#,
     );
 }
@@ -339,9 +335,9 @@ fn a_lock_of_a_mount_that_is_gone_is_free_after_a_while_and_its_holder_is_told()
     assert_eq!(of_dead.ask("try f w 0 1"), "ok");
     let mut of_stopped = Locker::start(&stopped.join("silent/f"));
     assert_eq!(of_stopped.ask("try f w 1 1"), "ok");
-    let daemon = daemon_of(&cluster, &stopped);
-    daemon_of(&cluster, &dead).kill();
-    daemon.signal(rustix::process::Signal::STOP);
+    mounted::kill(&dead);
+    let daemon = mounted::daemon(&stopped);
+    daemon.stop();
     other.send("wait f w 0 2");
     assert_eq!(other.answer(A_WHILE), None, "they may come back");
     assert_eq!(other.answer(LOCK_SILENCE_MAX + PATIENCE).unwrap(), "ok");
@@ -382,7 +378,7 @@ fn sqlite_from_two_mounts(shard: &str, transactions: u32) {
         for folder in "$HERE" "$THERE"; do
             sqlite3 "$folder/db" 'pragma integrity_check; select n from sum; select who, count(*) from done group by who;'
         done
-        ! test -e "$HERE/db-journal""#;
+        if test -e "$HERE/db-journal"; then exit 1; fi"#;
     let said = Shell::new(&folder)
         .with("HERE", &folder)
         .with("THERE", second.join(shard))

@@ -13,7 +13,7 @@ use shardfs_tests::load::{self, ShardLoad};
 use shardfs_tests::{Cluster, Options};
 
 /// A volume is served again, and every writer goes on, within this.
-const SERVED_MAX: Duration = Duration::from_secs(40);
+const SERVED_MAX: Duration = Duration::from_secs(120);
 /// Writers work so long, at random, before it happens.
 const BEFORE_MS: std::ops::Range<u64> = 200..1_500;
 const PAGE: usize = 4096;

@@ -113,13 +113,21 @@ fn extended_attributes() {
     fs::write(root.join("f"), "").unwrap();
     sh(
         &root,
-        r#"setfattr -n user.colour -v red f && test "$(getfattr --only-values -n user.colour f)" = red
-           setfattr -n user.empty f && getfattr -n user.empty f >/dev/null
-           setfattr -n trusted.t -v x f && setfattr -n user.colour -v blue f
-           test "$(getfattr -d f | grep -c ^user)" = 2 && getfattr -d f | grep -qx 'user.colour="blue"'
-           mkdir d && setfattr -n user.on-directory -v yes d && getfattr -n user.on-directory d >/dev/null
-           cp -a f g && test "$(getfattr --only-values -n user.colour g)" = blue
-           setfattr -x user.colour f && ! getfattr -n user.colour f 2>/dev/null"#,
+        r#"setfattr -n user.colour -v red f
+           test "$(getfattr --only-values -n user.colour f)" = red
+           setfattr -n user.empty f
+           getfattr -n user.empty f >/dev/null
+           setfattr -n trusted.t -v x f
+           setfattr -n user.colour -v blue f
+           test "$(getfattr -d f | grep -c ^user)" = 2
+           getfattr -d f | grep -x 'user.colour="blue"'
+           mkdir d
+           setfattr -n user.on-directory -v yes d
+           getfattr -n user.on-directory d >/dev/null
+           cp -a f g
+           test "$(getfattr --only-values -n user.colour g)" = blue
+           setfattr -x user.colour f
+           if getfattr -n user.colour f 2>/dev/null; then exit 1; fi"#,
     );
     sh_fails(&root, "setfattr -x user.absent f");
     sh_fails(&root, "getfattr -n user.absent f");
@@ -262,14 +270,33 @@ fn permissions_are_the_kernels() {
     sh(
         &root,
         r#"as() { setpriv --reuid=1 --regid=1 --clear-groups "$@"; }
-           ! as cat secret 2>/dev/null && ! as touch mine 2>/dev/null && as touch open/mine
-           test "$(stat -c '%u %g' open/mine)" = '1 1' && touch open/roots && ! as rm -f open/roots 2>/dev/null
-           as chmod 700 open/mine && ! as chown 0 open/mine 2>/dev/null && ! as chmod 777 secret 2>/dev/null
-           chown 1:1 secret && as cat secret >/dev/null
-           mkdir setgid && chgrp 1 setgid && chmod 2775 setgid && mkdir setgid/d && touch setgid/f
-           test "$(stat -c %g setgid/f)" = 1 && test "$(stat -c '%g %a' setgid/d)" = '1 2755'
-           cp /bin/true suid && chmod 4755 suid && echo >>suid && test "$(stat -c %a suid)" = 4755
-           chown 1 suid && chmod 4755 suid && as bash -c 'echo >>suid' && test "$(stat -c %a suid)" = 755"#,
+           may_not() { if as "$@" 2>/dev/null; then echo "allowed: $*"; exit 1; fi; }
+           may_not cat secret
+           may_not touch mine
+           as touch open/mine
+           test "$(stat -c '%u %g' open/mine)" = '1 1'
+           touch open/roots
+           may_not rm -f open/roots
+           as chmod 700 open/mine
+           may_not chown 0 open/mine
+           may_not chmod 777 secret
+           chown 1:1 secret
+           as cat secret >/dev/null
+           mkdir setgid
+           chgrp 1 setgid
+           chmod 2775 setgid
+           mkdir setgid/d
+           touch setgid/f
+           test "$(stat -c %g setgid/f)" = 1
+           test "$(stat -c '%g %a' setgid/d)" = '1 2755'
+           cp /bin/true suid
+           chmod 4755 suid
+           echo >>suid
+           test "$(stat -c %a suid)" = 4755
+           chown 1 suid
+           chmod 4755 suid
+           as bash -c 'echo >>suid'
+           test "$(stat -c %a suid)" = 755"#,
     );
 }
 
@@ -278,10 +305,17 @@ fn renames() {
     let root = shard("renames");
     sh(
         &root,
-        r#"mkdir -p a/b/c && echo 1 >a/b/c/f && mv a/b moved && test "$(cat moved/c/f)" = 1
-           ! mv moved moved/c 2>/dev/null
-           mkdir empty full && touch full/x && mv -T moved empty && test "$(cat empty/c/f)" = 1
-           ! mv -T empty full 2>/dev/null && test -e full/x"#,
+        r#"mkdir -p a/b/c
+           echo 1 >a/b/c/f
+           mv a/b moved
+           test "$(cat moved/c/f)" = 1
+           if mv moved moved/c 2>/dev/null; then exit 1; fi
+           mkdir empty full
+           touch full/x
+           mv -T moved empty
+           test "$(cat empty/c/f)" = 1
+           if mv -T empty full 2>/dev/null; then exit 1; fi
+           test -e full/x"#,
     );
     let (a, b) = (c_path(&root.join("empty")), c_path(&root.join("full")));
     let rename = |flags: u32| {
@@ -300,7 +334,12 @@ fn locks_work_on_one_mount() {
     let root = shard("locks");
     sh(
         &root,
-        r#"touch l && exec 9>l && flock 9 && ! flock -n l true && flock -u 9 && flock -n l true
+        r#"touch l
+           exec 9>l
+           flock 9
+           if flock -n l true; then exit 1; fi
+           flock -u 9
+           flock -n l true
            python3 - <<'P'
 import fcntl, os
 a = open("l", "w")

@@ -19,7 +19,7 @@ const VOLUME_BYTES: u64 = 4 << 30;
 const WRITE_BUFFER: &str = "8MiB";
 /// Between two copies.
 const PAUSE_MS: std::ops::Range<u64> = 300..2_500;
-const WRITING_MAX: Duration = Duration::from_secs(60);
+const WRITING_MAX: Duration = Duration::from_secs(120);
 
 /// A copy, and when it was taken, by the counter of every shard's history.
 struct Copy {

@@ -27,7 +27,8 @@ fn every_storage_call_from_python() {
         .deadline_seconds(600);
     shell.run(
         r#"if ! cmp -s requirements.txt "$VENV/made-from"; then
-               rm -rf "$VENV" && python3 -m venv "$VENV"
+               rm -rf "$VENV"
+               python3 -m venv "$VENV"
                "$VENV/bin/pip" install --quiet --disable-pip-version-check -r requirements.txt
                cp requirements.txt "$VENV/made-from"
            fi"#,

@@ -35,14 +35,14 @@ fn cp_a_of_a_big_tree() {
     let (mount, local, shell) = places("cp");
     let made = tree::generate(&local.join("tree"), TREE_FILES, seed());
     println!("{} files, {} bytes", made.files, made.bytes);
-    shell.run("cp -a tree $M/ && diff -r --no-dereference tree $M/tree");
+    shell.run("cp -a tree $M/\n diff -r --no-dereference tree $M/tree");
     tree::assert_same(&local.join("tree"), &mount.join("tree"));
     // And back.
     shell.run("cp -a $M/tree back");
     tree::assert_same(&local.join("tree"), &local.join("back"));
     let count = |shell: &Shell, place: &str| shell.run(&format!("find {place} -type f -printf x | wc -c"));
     assert_eq!(count(&shell, "tree"), count(&shell, "$M/tree"));
-    shell.run("rm -rf $M/tree/d-* && ! ls -d $M/tree/d-* 2>/dev/null");
+    shell.run("rm -rf $M/tree/d-*\n if ls -d $M/tree/d-* 2>/dev/null; then exit 1; fi");
     Cluster::shared().assert_clean("cp");
 }
 
@@ -82,20 +82,39 @@ fn git_clone_status_fsck() {
     tree::generate(&local.join("source"), 300, seed());
     let shell = shell.with("HOME", &local).with("GIT_CONFIG_NOSYSTEM", "1");
     shell.run(
-        r#"git config --global user.name Test && git config --global user.email test@example.org
-           git config --global init.defaultBranch main && git config --global --add safe.directory '*'
-           cd source && git init -q && git add -A && git commit -q -m first
-           for i in $(seq 20); do echo "$i" >>log && git add -A && git commit -q -m "commit $i"; done"#,
+        r#"git config --global user.name Test
+           git config --global user.email test@example.org
+           git config --global init.defaultBranch main
+           git config --global --add safe.directory '*'
+           cd source
+           git init -q
+           git add -A
+           git commit -q -m first
+           for i in $(seq 20); do
+               echo "$i" >>log
+               git add -A
+               git commit -q -m "commit $i"
+           done"#,
     );
     shell.run("git clone -q --no-local source $M/clone && git clone -q $M/clone $M/second");
     shell.run(
-        r#"cd $M/clone && test -z "$(git status --porcelain)" && git fsck --full --strict
-           test "$(git rev-parse HEAD)" = "$(git -C $L/source rev-parse HEAD)"
-           git checkout -q -b topic HEAD~5 && echo change >>log && git commit -q -a -m topic
-           git checkout -q main && git merge -q -X ours -m merge topic && git gc -q && git fsck --full
+        r#"cd $M/clone
            test -z "$(git status --porcelain)"
-           git worktree add -q ../worktree topic && test -z "$(git -C ../worktree status --porcelain)"
-           cd ../second && git pull -q && git fsck --full"#,
+           git fsck --full --strict
+           test "$(git rev-parse HEAD)" = "$(git -C $L/source rev-parse HEAD)"
+           git checkout -q -b topic HEAD~5
+           echo change >>log
+           git commit -q -a -m topic
+           git checkout -q main
+           git merge -q -X ours -m merge topic
+           git gc -q
+           git fsck --full
+           test -z "$(git status --porcelain)"
+           git worktree add -q ../worktree topic
+           test -z "$(git -C ../worktree status --porcelain)"
+           cd ../second
+           git pull -q
+           git fsck --full"#,
     );
 }
 
@@ -115,7 +134,8 @@ fn sqlite_in_rollback_and_wal_mode() {
                sqlite3 $db "BEGIN; DELETE FROM t; ROLLBACK;"
                test "$(sqlite3 $db 'PRAGMA integrity_check')" = ok
                sqlite3 $db 'SELECT count(*) FROM t'
-               sqlite3 $db 'VACUUM' && test "$(sqlite3 $db 'PRAGMA integrity_check')" = ok"#,
+               sqlite3 $db 'VACUUM'
+               test "$(sqlite3 $db 'PRAGMA integrity_check')" = ok"#,
         );
         assert_eq!(rows.trim(), "5040", "{mode}");
     }
@@ -126,22 +146,34 @@ fn editors_save_by_rename() {
     let (mount, _, shell) = places("editor");
     fs::write(mount.join("text"), "first\n").unwrap();
     shell.run(
-        r#"cd $M && chmod 640 text
+        r#"cd $M
+           chmod 640 text
            # As vim does with 'backupcopy=no': the old file away, a new one in its place.
            for i in $(seq 50); do
-               cp -p text text~ && printf 'line %s\n' "$i" >.text.new && chmod --reference=text .text.new
-               mv .text.new text && rm text~ && test "$(cat text)" = "line $i"
+               cp -p text text~
+               printf 'line %s\n' "$i" >.text.new
+               chmod --reference=text .text.new
+               mv .text.new text
+               rm text~
+               test "$(cat text)" = "line $i"
            done
-           test "$(stat -c %a text)" = 640 && test "$(ls -A)" = text"#,
+           test "$(stat -c %a text)" = 640
+           test "$(ls -A)" = text"#,
     );
     for backup_copy in ["no", "yes"] {
         shell.clone().with("BC", backup_copy).run(
-            r#"cd $M && vim.tiny -Nu NONE -es -c "set backupcopy=$BC backup" -c 'normal ovim was here' -c wq text </dev/null || true
-               test "$(tail -n1 text)" = 'vim was here' && rm -f text~ && printf 'again\n' >text"#,
+            r#"cd $M
+               vim.tiny -Nu NONE -es -c "set backupcopy=$BC backup" -c 'normal ovim was here' -c wq text </dev/null || true
+               test "$(tail -n1 text)" = 'vim was here'
+               rm -f text~
+               printf 'again\n' >text"#,
         );
     }
     shell.run(
-        "cd $M && sed -i 's/again/edited/' text && test \"$(cat text)\" = edited && test \"$(ls -A)\" = text",
+        "cd $M
+         sed -i 's/again/edited/' text
+         test \"$(cat text)\" = edited
+         test \"$(ls -A)\" = text",
     );
 }
 
@@ -184,10 +216,16 @@ fn find_du_sed_sort() {
     assert_ne!(shell.run("du -s $M/tree | cut -f1").trim(), "0", "blocks are counted");
     shell.run(
         r#"awk 'BEGIN { srand(1); for (i = 1; i <= 400000; i++) print int(rand() * 32768), "line", i }' >$M/big
-           sort $M/big >$L/want && sort -S 2M -T $M -o $M/sorted $M/big && cmp $L/want $M/sorted
-           sort -o $M/big $M/big && cmp $L/want $M/big
-           sed -i 's/line/LINE/' $M/big && sed 's/line/LINE/' $L/want | cmp - $M/big
-           test "$(wc -l <$M/big)" = 400000 && split -n 7 $M/big $M/part. && cat $M/part.* | cmp - $M/big"#,
+           sort $M/big >$L/want
+           sort -S 2M -T $M -o $M/sorted $M/big
+           cmp $L/want $M/sorted
+           sort -o $M/big $M/big
+           cmp $L/want $M/big
+           sed -i 's/line/LINE/' $M/big
+           sed 's/line/LINE/' $L/want | cmp - $M/big
+           test "$(wc -l <$M/big)" = 400000
+           split -n 7 $M/big $M/part.
+           cat $M/part.* | cmp - $M/big"#,
     );
 }
 
@@ -256,7 +294,14 @@ fn a_c_project_builds() {
     )
     .unwrap();
     let said = shell.run(
-        "cd $M && make -s -j4 && ./program && make -q && touch unit_3.c && ! make -q && make -s && ./program",
+        "cd $M
+         make -s -j4
+         ./program
+         make -q
+         touch unit_3.c
+         if make -q; then exit 1; fi
+         make -s
+         ./program",
     );
     assert_eq!(said, "435\n435\n");
 }

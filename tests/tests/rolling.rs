@@ -9,7 +9,7 @@ use shardfs_tests::cluster::{Cluster, Options, eventually};
 use shardfs_tests::load::{self, ShardLoad};
 
 /// A node is back, and all is in order, within this on a busy machine.
-const BACK_MAX: Duration = Duration::from_secs(60);
+const BACK_MAX: Duration = Duration::from_secs(120);
 /// What each lane goes on by in every state of the cluster.
 const CHANGES: u64 = 15;
 const NODES: [&str; 3] = ["node-1", "node-2", "node-3"];

@@ -18,9 +18,11 @@ use shardfs_tests::process::{Process, naming};
 use shardfs_tests::sh;
 
 /// Within this something is told, on a busy machine.
-const TOLD_MAX: Duration = Duration::from_secs(60);
+const TOLD_MAX: Duration = Duration::from_secs(120);
 /// The patience of this manager. A sign of life comes every half of it.
 const WATCHDOG: Duration = Duration::from_secs(4);
+/// When that goes on, the next sign of life comes within this on a machine that is slow for everybody.
+const SIGN_MAX: Duration = Duration::from_secs(20);
 
 /// A service manager: it listens, and starts one program.
 struct Manager {
@@ -89,10 +91,23 @@ impl Manager {
         }
     }
 
+    /// Waits for the line about its state that says this; earlier ones are dropped.
+    fn must_hear_status(&mut self, says: &str) -> String {
+        let mut status = String::new();
+        while !status.contains(says) {
+            let next = self.hears("STATUS=", TOLD_MAX);
+            status = next.unwrap_or_else(|| panic!("{says:?} was not told after {status:?}"));
+        }
+        status
+    }
+
     /// What was told up to now is no news.
     fn forget(&mut self) {
-        while self.hears("nothing begins so", Duration::from_millis(1)).is_some() {}
         self.told.clear();
+        self.socket.set_nonblocking(true).unwrap();
+        let mut bytes = [0; 4096];
+        while self.socket.recv(&mut bytes).is_ok() {}
+        self.socket.set_nonblocking(false).unwrap();
     }
 
     /// Waits for the program's end.
@@ -135,13 +150,27 @@ fn write_settings(path: &Path, etcd: &Etcd, more: &str) {
     fs::write(path, text).unwrap();
 }
 
-/// The lines of a log that say this; every line must be an object.
-fn lines(log: &Path, message: &str) -> Vec<serde_json::Value> {
-    let text = fs::read_to_string(log).unwrap();
+/// The lines of a log that is there, as far as they are whole; every one must be an object.
+fn objects(log: &Path) -> Vec<serde_json::Value> {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
     let of = |line: &str| -> serde_json::Value {
         serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))
     };
-    text.lines().map(of).filter(|line| line["message"] == message).collect()
+    whole.lines().map(of).collect()
+}
+
+/// Those that say this.
+fn lines(log: &Path, message: &str) -> Vec<serde_json::Value> {
+    objects(log).into_iter().filter(|line| line["message"] == message).collect()
+}
+
+/// Waits until so many lines say this; the last of them.
+fn logged(log: &Path, message: &str, count: usize) -> serde_json::Value {
+    eventually(TOLD_MAX, || match lines(log, message) {
+        mut lines if lines.len() == count => Ok(lines.pop().expect("at least one")),
+        _ => Err(format!("{message}: {}", fs::read_to_string(log).unwrap_or_default())),
+    })
 }
 
 fn reload(manager: &mut Manager, log: &Path, message: &str) -> serde_json::Value {
@@ -150,9 +179,7 @@ fn reload(manager: &mut Manager, log: &Path, message: &str) -> serde_json::Value
     manager.main().signal(Signal::HUP);
     manager.must_hear("RELOADING=1");
     manager.must_hear("READY=1");
-    let mut after = lines(log, message);
-    assert_eq!(after.len(), before + 1, "{message}: {}", fs::read_to_string(log).unwrap());
-    after.pop().unwrap()
+    logged(log, message, before + 1)
 }
 
 #[test]
@@ -172,25 +199,24 @@ fn a_node_tells_its_manager_how_it_is() {
 
     // An outage of the store is no reason for a restart.
     etcd.kill();
-    let status = manager.must_hear("STATUS=");
-    assert!(status.contains("IN TROUBLE: the metadata store does not answer"), "{status}");
+    manager.must_hear_status("IN TROUBLE: the metadata store does not answer");
+    manager.forget();
     for _ in 0..3 {
-        assert!(manager.hears("WATCHDOG=1", WATCHDOG).is_some(), "it lives without its store");
+        assert!(manager.hears("WATCHDOG=1", SIGN_MAX).is_some(), "it lives without its store");
     }
     etcd.restart();
     while manager.must_hear("STATUS=").contains("TROUBLE") {}
 
     // A node that stands still gives no sign; one that goes on does again.
     let (parent, node) = (manager.main(), worker_of(&manager.main()));
-    node.signal(Signal::STOP);
-    std::thread::sleep(Duration::from_millis(200));
+    node.stop();
     manager.forget();
     assert_eq!(manager.hears("WATCHDOG=1", 2 * WATCHDOG), None, "its parent lives, and says nothing for it");
     node.signal(Signal::CONT);
     manager.must_hear("WATCHDOG=1");
 
     // What systemd does when the signs fail to come.
-    node.signal(Signal::STOP);
+    node.stop();
     parent.signal(Signal::ABORT);
     // It ends although it was stopped: its parent wakes it.
     assert_eq!(manager.ended().signal(), Some(libc::SIGABRT));
@@ -223,10 +249,10 @@ fn a_node_reads_its_settings_again_and_refuses_bad_ones() {
         (Some("log_level"), Some("block_cache"))
     );
     // A signal that comes twice is told at that level.
-    let debug = |log: &Path| {
-        let text = fs::read_to_string(log).unwrap();
-        text.lines().filter(|line| line.contains(r#""level":"DEBUG""#)).count()
+    let at = |log: &Path, levels: &[&str]| {
+        objects(log).iter().filter(|line| levels.iter().any(|level| line["level"] == *level)).count()
     };
+    let debug = |log: &Path| at(log, &["DEBUG"]);
     eventually(TOLD_MAX, || if debug(&log) > 0 { Ok(()) } else { Err("nothing of level debug".to_owned()) });
 
     write_settings(&file, &etcd, "log_level: info\ncolour: red");
@@ -242,9 +268,15 @@ fn a_node_reads_its_settings_again_and_refuses_bad_ones() {
     manager.main().signal(Signal::HUP);
     manager.must_hear("RELOADING=1");
     manager.must_hear("READY=1");
-    let length = fs::metadata(&log).unwrap().len();
-    std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(fs::metadata(&log).unwrap().len(), length, "nothing to warn of");
+    // What was being said when the level changed may come still; what is worth a warning on a slow machine is said.
+    eventually(TOLD_MAX, || {
+        let before = at(&log, &["DEBUG", "INFO"]);
+        std::thread::sleep(Duration::from_secs(2));
+        match at(&log, &["DEBUG", "INFO"]) - before {
+            0 => Ok(()),
+            more => Err(format!("{more} more lines below the level of warnings")),
+        }
+    });
     assert_eq!(worker_of(&manager.main()).pid, node.pid, "it is the same process");
     manager.main().signal(Signal::TERM);
     assert!(manager.ended().success());
@@ -261,7 +293,8 @@ fn a_mount_tells_its_manager_how_it_is_and_its_log_can_be_rotated() {
     let config = dir.join("shardfsd.yaml");
     fs::write(&config, "log_level: info\nlog_format: json\n").unwrap();
     let arguments = ["--foreground", "--endpoints", &endpoints, "--config", config.to_str().unwrap()];
-    let more = ["--log-file", log.to_str().unwrap(), point.to_str().unwrap()];
+    // Whoever waits for the nodes does so for as long as they are away here.
+    let more = ["-o", "soft=600", "--log-file", log.to_str().unwrap(), point.to_str().unwrap()];
     manager.start("shardfsd", &[&arguments[..], &more].concat(), &output);
     manager.must_hear("READY=1");
     assert_eq!(manager.must_hear("STATUS="), format!("STATUS=mounted at {}", point.display()));
@@ -269,7 +302,7 @@ fn a_mount_tells_its_manager_how_it_is_and_its_log_can_be_rotated() {
 
     // A cluster that is away is no reason for a restart, which would fail what the mount's programs wait for.
     for node in ["node-1", "node-2", "node-3"] {
-        cluster.cli_run(&["dev", "kill", node, "--signal", "STOP"]);
+        cluster.freeze(node);
     }
     // Names that are looked up meanwhile wait, and make each other wait.
     let waiting: Vec<_> = (0..4)
@@ -279,7 +312,7 @@ fn a_mount_tells_its_manager_how_it_is_and_its_log_can_be_rotated() {
     std::thread::sleep(Duration::from_secs(1));
     manager.forget();
     for _ in 0..4 {
-        assert!(manager.hears("WATCHDOG=1", WATCHDOG).is_some(), "it lives without its cluster");
+        assert!(manager.hears("WATCHDOG=1", SIGN_MAX).is_some(), "it lives without its cluster");
     }
     assert!(waiting.iter().any(|thread| !thread.is_finished()), "nobody has waited");
     for node in ["node-1", "node-2", "node-3"] {
@@ -289,8 +322,7 @@ fn a_mount_tells_its_manager_how_it_is_and_its_log_can_be_rotated() {
         assert_eq!(thread.join().unwrap().map_err(|e| e.kind()), Err(std::io::ErrorKind::NotFound));
     }
     let (parent, daemon) = (manager.main(), worker_of(&manager.main()));
-    daemon.signal(Signal::STOP);
-    std::thread::sleep(Duration::from_millis(200));
+    daemon.stop();
     manager.forget();
     assert_eq!(manager.hears("WATCHDOG=1", 2 * WATCHDOG), None, "its parent lives, and says nothing for it");
     daemon.signal(Signal::CONT);
@@ -302,34 +334,28 @@ fn a_mount_tells_its_manager_how_it_is_and_its_log_can_be_rotated() {
     parent.signal(Signal::HUP);
     manager.must_hear("RELOADING=1");
     manager.must_hear("READY=1");
-    let told = lines(&log, "the settings are read again");
-    assert_eq!(
-        (told[0]["log_level"].as_str(), told[0]["need_restart"].as_bool()),
-        (Some("debug"), Some(true))
-    );
+    let told = logged(&log, "the settings are read again", 1);
+    assert_eq!((told["log_level"].as_str(), told["need_restart"].as_bool()), (Some("debug"), Some(true)));
     fs::write(&config, "log_level: '==='\n").unwrap();
     parent.signal(Signal::HUP);
-    eventually(TOLD_MAX, || match lines(&log, "the settings are refused, those of before go on").len() {
-        1 => Ok(()),
-        n => Err(format!("{n} refusals")),
-    });
+    logged(&log, "the settings are refused, those of before go on", 1);
 
     // One that dies is started again without the manager, which is told.
     fs::write(&config, "log_level: info\nlog_format: json\n").unwrap();
     manager.forget();
     daemon.signal(Signal::KILL);
-    let status = manager.must_hear("STATUS=");
-    assert!(status.contains("SIGKILL") && status.contains("started again"), "{status}");
+    let status = manager.must_hear_status("started again");
+    assert!(status.contains("SIGKILL"), "{status}");
     manager.must_hear("READY=1");
     manager.must_hear("WATCHDOG=1");
     assert_ne!(worker_of(&parent).pid, daemon.pid);
     assert!(fs::metadata(point.join(".shardfs/README")).is_ok(), "it is usable");
     // In the file that is there now.
-    assert_eq!(lines(&log, "the daemon died: it is started again").len(), 1);
+    logged(&log, "the daemon died: it is started again", 1);
 
     // What systemd does when the signs of life fail to come: it starts the next one itself.
     let daemon = worker_of(&parent);
-    daemon.signal(Signal::STOP);
+    daemon.stop();
     parent.signal(Signal::ABORT);
     assert!(!manager.ended().success());
     assert!(!daemon.is_alive());
@@ -371,7 +397,7 @@ fn a_daemon_whose_mount_hangs_can_be_killed() {
     manager.must_hear("READY=1");
     // While no node answers, the mount takes its moment to.
     for node in ["node-1", "node-2", "node-3"] {
-        cluster.cli_run(&["dev", "kill", node, "--signal", "STOP"]);
+        cluster.freeze(node);
     }
     let daemon = manager.main();
     eventually(TOLD_MAX, || {
@@ -380,8 +406,7 @@ fn a_daemon_whose_mount_hangs_can_be_killed() {
         }
         // The daemon has taken the question by then, and answers it no more.
         std::thread::sleep(Duration::from_millis(100));
-        daemon.signal(Signal::STOP);
-        std::thread::sleep(Duration::from_millis(100));
+        daemon.stop();
         if asks(&daemon) {
             return Ok(());
         }
@@ -458,7 +483,7 @@ fn what_the_units_leave_of_roots_rights_is_enough() {
     });
     // One that is frozen is fenced through /proc, and unmounts by itself what it may.
     let primary = cluster.primary_of("rights");
-    cluster.cli_run(&["dev", "kill", &primary, "--signal", "STOP"]);
+    cluster.freeze(&primary);
     fs::write(shard.join("k"), "x").unwrap();
     cluster.cli_run(&["dev", "start", &primary]);
     assert_eq!(fs::read_to_string(shard.join("k")).unwrap(), "x");

@@ -16,7 +16,7 @@ use shardfs_tests::cluster::Options;
 use shardfs_tests::tree::{assert_same, generate, listing};
 use shardfs_tests::{Cluster, Shell, block_on, sh, sh_fails};
 
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 fn names(folder: &Path) -> Vec<String> {
     let mut names: Vec<String> =
@@ -367,6 +367,7 @@ fn a_rollback_takes_views_from_their_readers_first() {
             put("after").await;
             rolled_back.store(true, Ordering::SeqCst);
             let before = of_views.load(Ordering::SeqCst);
+            let deadline = Instant::now() + PATIENCE;
             while of_views.load(Ordering::SeqCst) < before + 20 || !seen_again.load(Ordering::SeqCst) {
                 assert!(Instant::now() < deadline, "no reads from views after the rollback");
                 tokio::time::sleep(Duration::from_millis(50)).await;

@@ -13,7 +13,7 @@ use shardfs_tests::cluster::eventually;
 use shardfs_tests::{Cluster, Options, sh};
 
 /// How long a volume may take to be made and served.
-const SERVED_MAX: Duration = Duration::from_secs(60);
+const SERVED_MAX: Duration = Duration::from_secs(120);
 
 /// A loop device over a file, detached when it is dropped: after the cluster that uses it.
 struct Loop(PathBuf);

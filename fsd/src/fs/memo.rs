@@ -111,12 +111,19 @@ mod tests {
         }
     }
 
+    /// A note is soon too old: what has to find one is repeated until the machine did not stand still meanwhile.
+    fn while_it_is_new(finds: impl Fn() -> bool) {
+        assert!((0..1000).any(|_| finds()), "it is never found");
+    }
+
     #[test]
     fn a_note_is_for_one_thread_one_inode_one_use() {
         let memo = Memo::default();
-        memo.put(5, stat(10), true);
-        assert_eq!(memo.take(6, GlobalInode::outside(10)), None);
-        assert_eq!(memo.take(5, GlobalInode::outside(10)), Some(stat(10)));
+        while_it_is_new(|| {
+            memo.put(5, stat(10), true);
+            assert_eq!(memo.take(6, GlobalInode::outside(10)), None);
+            memo.take(5, GlobalInode::outside(10)) == Some(stat(10))
+        });
         assert_eq!(memo.take(5, GlobalInode::outside(10)), None);
         memo.put(5, stat(10), true);
         assert_eq!(memo.take(5, GlobalInode::outside(11)), None);
@@ -132,13 +139,16 @@ mod tests {
     fn that_there_is_no_list_is_told_once_and_beside_the_attributes() {
         let memo = Memo::default();
         let ino = GlobalInode::outside(10);
-        memo.put(5, stat(10), true);
-        assert_eq!(memo.take(5, ino), Some(stat(10)));
-        assert!(memo.take_no_acl(5, ino));
+        while_it_is_new(|| {
+            memo.put(5, stat(10), true);
+            memo.take(5, ino) == Some(stat(10)) && memo.take_no_acl(5, ino)
+        });
         assert!(!memo.take_no_acl(5, ino));
-        memo.put(5, stat(10), false);
-        assert_eq!(memo.take(5, ino), None);
-        assert!(memo.take_no_acl(5, ino));
+        while_it_is_new(|| {
+            memo.put(5, stat(10), false);
+            assert_eq!(memo.take(5, ino), None);
+            memo.take_no_acl(5, ino)
+        });
         memo.put(5, stat(10), true);
         assert!(!memo.take_no_acl(5, GlobalInode::outside(11)));
         assert!(!memo.take_no_acl(5, ino), "another question discards the note");

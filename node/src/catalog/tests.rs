@@ -23,7 +23,7 @@ mod copies;
 mod disk;
 mod late;
 
-pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A store that outlives the nodes.
 pub(super) struct Bench {

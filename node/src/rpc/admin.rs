@@ -491,7 +491,8 @@ mod tests {
         }
         let begun = Instant::now();
         manager.close(id).await.unwrap();
-        assert!(begun.elapsed() < Duration::from_secs(2), "closing took {:?}", begun.elapsed());
+        // Those who hold it are waited for longer than that.
+        assert!(begun.elapsed() < Duration::from_secs(8), "closing took {:?}", begun.elapsed());
         let (mut findings, mut cut) = (0, None);
         while let Some(taken) = unread.recv().await {
             match taken {

@@ -284,9 +284,7 @@ mod tests {
     fn counted(all: &[u8], frame_bytes: usize, budget: &RequestBudget) -> (Counted, Share) {
         let share = Share::default();
         let body = Body::new(Frames(all.chunks(frame_bytes).map(Bytes::copy_from_slice).collect()));
-        let mut counted = Counted::new(body, Arc::clone(&budget.0), Arc::clone(&share), false);
-        counted.arrival_max = Duration::from_millis(100);
-        (counted, share)
+        (Counted::new(body, Arc::clone(&budget.0), Arc::clone(&share), false), share)
     }
 
     async fn next(body: &mut Counted) -> Option<Bytes> {
@@ -344,6 +342,7 @@ mod tests {
             }
         }
         let (mut body, _share) = counted(&[], 1, &budget);
+        body.arrival_max = Duration::from_millis(100);
         body.body = Body::new(Stalling(Some(Bytes::copy_from_slice(&whole[..1000]))));
         assert_eq!(next(&mut body).await.unwrap().len(), 1000);
         let broken = std::future::poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await.unwrap();

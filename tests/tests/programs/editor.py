@@ -30,7 +30,7 @@ for key in keys:
     os.write(terminal, key)
     if not quiet(0.3):
         break
-deadline = time.monotonic() + 20
+deadline = time.monotonic() + 120
 while time.monotonic() < deadline:
     quiet(0.1)
     done, status = os.waitpid(pid, os.WNOHANG)

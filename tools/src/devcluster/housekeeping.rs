@@ -8,6 +8,10 @@ use super::state::{Processes, Settings};
 
 /// Bytes of a log before it is moved aside (to NAME.log.1, over the previous one).
 const LOG_BYTES_MAX: u64 = 32 << 20;
+/// Ports to choose from: below those that the kernel gives to connections, of which one could have a node's while it is down.
+const PORTS: std::ops::Range<u16> = 10_240..32_000;
+/// How many of them are tried before any port will do.
+const PORTS_TRIED_MAX: usize = 100;
 
 /// Keeps a log bounded: its content goes to NAME.log.1 and the file, which its writer appends to, is emptied. A
 /// line written in between is lost.
@@ -36,9 +40,10 @@ pub fn choose_ports(settings: &mut Settings, old: &Processes) {
     // Held until all are chosen, so that none is given twice.
     let mut held = Vec::new();
     let mut any = || {
-        let listener = std::net::TcpListener::bind(("127.0.0.1", 0));
+        let listen = |port: u16| std::net::TcpListener::bind(("127.0.0.1", port)).ok();
+        let listener = (0..PORTS_TRIED_MAX).find_map(|_| listen(fastrand::u16(PORTS))).or_else(|| listen(0));
         // 0 when the machine has none left: the process then takes any, or says so itself.
-        let port = listener.as_ref().ok().and_then(|l| l.local_addr().ok()).map_or(0, |a| a.port());
+        let port = listener.as_ref().and_then(|l| l.local_addr().ok()).map_or(0, |a| a.port());
         held.extend(listener);
         port
     };

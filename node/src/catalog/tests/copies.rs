@@ -172,8 +172,9 @@ async fn writers_wait_for_a_rollback_and_lose_nothing_that_comes_after_it() {
     let shard = node.catalog.new_shard(&me(), new("photos")).await.unwrap().id;
     snapshot(&node, shard, "empty").await.unwrap();
     let stop = CancellationToken::new();
+    let count = Arc::new(AtomicU64::new(0));
     let writer = {
-        let (catalog, stop) = (node.catalog.clone(), stop.clone());
+        let (catalog, stop, count) = (node.catalog.clone(), stop.clone(), count.clone());
         tokio::spawn(async move {
             let mut written = Vec::new();
             for n in 0.. {
@@ -186,7 +187,10 @@ async fn writers_wait_for_a_rollback_and_lose_nothing_that_comes_after_it() {
                     put(&shard, &key).await
                 };
                 match put.await {
-                    Ok(()) => written.push((clock::monotonic(), key)),
+                    Ok(()) => {
+                        written.push((clock::monotonic(), key));
+                        count.fetch_add(1, Ordering::SeqCst);
+                    }
                     Err(error) => {
                         assert!(error.is_retryable(), "{error}");
                         tokio::time::sleep(Duration::from_millis(2)).await;
@@ -196,11 +200,16 @@ async fn writers_wait_for_a_rollback_and_lose_nothing_that_comes_after_it() {
             written
         })
     };
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // The one that is under way may be on either side.
+    let goes_on = async || {
+        let before = count.load(Ordering::SeqCst);
+        eventually("it is written", async || count.load(Ordering::SeqCst) > before + 10).await;
+    };
+    goes_on().await;
     let begun = clock::monotonic();
     node.catalog.rollback_shard(&me(), &by_id(shard), name("empty"), String::new()).await.unwrap();
     let ended = clock::monotonic();
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    goes_on().await;
     stop.cancel();
     let written = writer.await.unwrap();
     let all: Vec<&str> = written.iter().map(|(_, key)| key.as_str()).collect();

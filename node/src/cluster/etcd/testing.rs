@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal};
 use super::settings::{EtcdSettings, TlsFiles};
 
 /// How long an etcd may take to listen, or to end when asked.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(90);
 /// Below the ports that the kernel gives to connections: a port must be free again after a restart.
 const PORTS: std::ops::Range<u16> = 10_240..32_000;
 

@@ -15,10 +15,10 @@ use crate::cluster::etcd::testing::Etcd;
 use crate::net::ListenAddr;
 
 /// How long a test waits for something that must come.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// How long the clients of the suite repeat a call.
-const RETRY_MAX: Duration = Duration::from_secs(10);
+const RETRY_MAX: Duration = Duration::from_secs(60);
 
 /// A server of one kind and a client of it.
 struct Bench {
@@ -401,9 +401,11 @@ async fn what_is_answered_survives_a_crash(mut bench: Bench) {
 }
 
 async fn leases_end(mut bench: Bench) {
+    /// What is done with a lease before it ends is done within this.
+    const TERM: Duration = Duration::from_secs(3);
     let store = bench.store.clone();
-    let short = store.lease_grant(Duration::from_millis(400)).await.unwrap();
-    let kept = store.lease_grant(Duration::from_millis(400)).await.unwrap();
+    let short = store.lease_grant(TERM).await.unwrap();
+    let kept = store.lease_grant(TERM).await.unwrap();
     let long = store.lease_grant(Duration::from_secs(60)).await.unwrap();
     let mut watch = store.watch(KeyRange::prefix("l/"), Revision::default());
     watch.next().await.unwrap().unwrap();
@@ -438,7 +440,7 @@ async fn leases_end(mut bench: Bench) {
     assert_eq!(value(&*store, "l/long").await, None);
     assert!(matches!(store.lease_revoke(long).await, Err(StoreError::LeaseUnknown)));
     // Over a restart a lease lives on, with its term anew, and ends then.
-    let over = store.lease_grant(Duration::from_millis(600)).await.unwrap();
+    let over = store.lease_grant(TERM).await.unwrap();
     store.txn(Txn::new().put_leased("l/over", "v", over)).await.unwrap();
     bench.restart(false).await;
     store.lease_keep_alive(over).await.unwrap();
@@ -461,7 +463,7 @@ async fn an_absent_store_is_told(mut bench: Bench) {
     assert!(matches!(get(&*patient, "k").await, Err(StoreError::Unavailable(_))));
     let outcome = patient.txn(Txn::new().put("k", "w")).await;
     assert!(matches!(outcome, Err(StoreError::Unavailable(_))), "nothing was sent: {outcome:?}");
-    assert!(begun.elapsed() < Duration::from_secs(5));
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
     assert!(!patient.reachable());
     // A call that waits is answered when the store is back.
     let waiting = {

@@ -67,8 +67,12 @@ async fn a_write_that_finds_no_room_is_taken_back_and_resumes() {
     let shard = m.open(id(1), &dir(root.path(), 1), room()).await.unwrap();
     fail::cfg("shard::commit::write_fails", "1*return").unwrap();
     assert_eq!(shard.mutate(sync_put("k")).await.unwrap_err().reason(), Reason::VolumeFull);
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    shard.mutate(sync_put("k")).await.unwrap();
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    while let Err(error) = shard.mutate(sync_put("k")).await {
+        assert_eq!(error.reason(), Reason::VolumeFull, "{error}");
+        assert!(std::time::Instant::now() < deadline, "writes never resumed: {error}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     assert_eq!(shard.usage().inodes, 2);
     drop(shard);
     m.close_all().await.unwrap();

@@ -200,9 +200,9 @@ async fn silent_sessions_end() {
     let (a, b) = (session(&world).await, session(&world).await);
     let file = world.run_as(Some(a), Some(1), create_open("f")).await.unwrap().attr.unwrap().inode;
     world.run(unlink(ROOT, "f")).await.unwrap();
-    tokio::time::sleep(std::time::Duration::from_millis(300)).await;
+    tokio::time::sleep(std::time::Duration::from_millis(2200)).await;
     world.shard().keep_session(b, None).await.unwrap();
-    world.shard().expire_sessions(std::time::Duration::from_millis(200)).await.unwrap();
+    world.shard().expire_sessions(std::time::Duration::from_secs(2)).await.unwrap();
     assert!(world.shard().keep_session(b, None).await.is_ok());
     assert_eq!(world.shard().keep_session(a, None).await.unwrap_err().reason(), Reason::SessionUnknown);
     assert!(read::get_attr(&world.view().await, file).is_err());

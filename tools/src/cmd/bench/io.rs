@@ -347,7 +347,7 @@ mod tests {
             block: 1 << 20,
             random_size: 1 << 20,
             jobs: 2,
-            random_time: Duration::from_millis(50),
+            random_time: Duration::from_millis(500),
             cold: Cold::Fadvise,
         }
     }

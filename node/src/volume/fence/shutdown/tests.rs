@@ -162,7 +162,7 @@ fn take_over(old_is: Old, mode: Mode, wait: Duration) {
         // It may go on a little later than the fence.
         let begun = clock::monotonic();
         while bench.device_of("old").is_some() {
-            assert!(begun.elapsed() < BOUND, "the mount of a dead process stays");
+            assert!(begun.elapsed() < ANSWERED_MAX, "the mount of a dead process stays");
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -172,7 +172,7 @@ fn take_over(old_is: Old, mode: Mode, wait: Duration) {
     let attached = LoopProvider.promote(&new, standby, fenced).unwrap();
     drop(reader);
     if old_is == Old::Running {
-        old.report(BOUND);
+        old.report();
     }
     let acknowledged = old.acknowledged();
     assert!(acknowledged >= enough);
@@ -189,7 +189,7 @@ fn take_over(old_is: Old, mode: Mode, wait: Duration) {
     write_synced(&attached.root, "new", 0..300);
     if old_is != Old::Killed {
         old.signal(Signal::CONT);
-        let report = old.report(BOUND);
+        let report = old.report();
         all_failed(&report);
         // What it acknowledged since it was resumed was synced before.
         all_there(&attached.root, "old", acknowledged..old.acknowledged());
@@ -260,7 +260,7 @@ fn a_winner_that_was_stopped_before_it_mounted_mounts_nothing() {
     let attached = bench.win("new", 2);
     write_synced(&attached.root, "new", 0..20);
     old.signal(Signal::CONT);
-    let report = old.report(BOUND);
+    let report = old.report();
     assert!(report[0].1.contains("another node has taken the volume"), "{report:?}");
     all_there(&attached.root, "new", 0..20);
     // It may try again from the start, and learns that it is too late.
@@ -283,7 +283,7 @@ fn a_mount_in_another_namespace_is_reached() {
     let attached = bench.win("new", 2);
     all_there(&attached.root, "old", 0..old.acknowledged());
     old.signal(Signal::CONT);
-    all_failed(&old.report(BOUND));
+    all_failed(&old.report());
     write_synced(&attached.root, "new", 0..20);
     LoopProvider.detach(&bench.spec("new"), attached).unwrap();
     bench.check_filesystem();
@@ -413,7 +413,7 @@ mod failpoints {
             write_synced(&attached.root, "new", 0..20);
             if old_is == Old::Stopped {
                 old.signal(Signal::CONT);
-                all_failed(&old.report(BOUND));
+                all_failed(&old.report());
             }
             all_there(&attached.root, "new", 0..20);
             LoopProvider.detach(&bench.spec("new"), attached).unwrap();
