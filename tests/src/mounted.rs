@@ -152,7 +152,18 @@ pub fn kill(point: &Path) {
         running.iter().for_each(|p| p.signal_if_there(Signal::STOP));
         if running.is_empty() { Ok(()) } else { Err(format!("not stopped: {running:?}")) }
     });
-    processes(point).iter().for_each(Process::kill);
+    // The daemon first, and its parent once it has ended: the kernel lets a stopped process go on (SIGHUP, SIGCONT) whose
+    // parent's end leaves its process group an orphan.
+    let all = processes(point);
+    let parents: Vec<u32> = process::without_doubles(all.clone()).iter().map(|p| p.pid).collect();
+    let (parents, daemons): (Vec<_>, Vec<_>) = all.into_iter().partition(|p| parents.contains(&p.pid));
+    for these in [daemons, parents] {
+        these.iter().for_each(Process::kill);
+        eventually(MOUNT_MAX, || match these.iter().find(|p| p.is_alive()) {
+            Some(alive) => Err(format!("{alive:?} lives")),
+            None => Ok(()),
+        });
+    }
     is_dead(point);
 }
 

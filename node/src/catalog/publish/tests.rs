@@ -32,7 +32,15 @@ async fn fill(node: &TestNode, shard: ShardId, key: &str) {
 /// Has the primary publish, as a backup does over gRPC.
 async fn publish(node: &TestNode, shard: ShardId) -> Vec<ShardId> {
     let volume = node.catalog.parts.view.shard(shard).unwrap().record.volume.clone();
-    node.catalog.publish_views(&volume, None, &[shard], Duration::from_millis(1)).await.unwrap()
+    loop {
+        match node.catalog.publish_views(&volume, None, &[shard], Duration::from_millis(1)).await {
+            // The period was there at the same time, with a record of its own.
+            Err(error) if error.reason() == Reason::Unavailable => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            outcome => return outcome.unwrap(),
+        }
+    }
 }
 
 async fn view_of(node: &TestNode, shard: ShardId) -> BackupRead {
