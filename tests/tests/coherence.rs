@@ -111,17 +111,16 @@ fn mapped(path: &Path) -> Vec<u8> {
 }
 
 impl View {
-    /// All is as it must be: names, sizes, bits, contents by each way to read them.
-    fn look(&mut self, files: &Files, what: &str) {
+    /// The names, and of these files sizes, bits, contents by each way to read them, are as they must be.
+    fn look(&mut self, files: &Files, looked_at: &[String], what: &str) {
         match self {
             View::Grpc(grpc) => {
                 assert!(grpc.names().iter().eq(files.keys()), "{what}: {:?}", grpc.names());
-                for number in 0..NAMES {
-                    let name = name_of(number);
-                    let must = files.get(&name);
-                    assert_eq!(grpc.get(&name).as_ref(), must.map(|(content, _)| content), "{what}: {name}");
+                for name in looked_at {
+                    let must = files.get(name);
+                    assert_eq!(grpc.get(name).as_ref(), must.map(|(content, _)| content), "{what}: {name}");
                     if let Some((_, mode)) = must {
-                        assert_eq!(grpc.mode(&name), *mode, "{what}: {name}");
+                        assert_eq!(grpc.mode(name), *mode, "{what}: {name}");
                     }
                 }
             }
@@ -132,10 +131,9 @@ impl View {
                     .collect();
                 names.sort();
                 assert!(names.iter().eq(files.keys()), "{what}: {names:?}");
-                for number in 0..NAMES {
-                    let name = name_of(number);
-                    let path = folder.join(&name);
-                    let Some((content, mode)) = files.get(&name) else {
+                for name in looked_at {
+                    let path = folder.join(name);
+                    let Some((content, mode)) = files.get(name) else {
                         let outcome = fs::symlink_metadata(&path).map(|found| found.len());
                         assert_eq!(
                             outcome.map_err(|e| e.raw_os_error()),
@@ -154,13 +152,16 @@ impl View {
                     assert_eq!(mapped(&path), *content, "{what}: {name}, mapped");
                     // A descriptor that has read the file before, as long as it is that file.
                     if let Some(file) =
-                        open.get(&name).filter(|file| file.metadata().unwrap().ino() == found.ino())
+                        open.get(name).filter(|file| file.metadata().unwrap().ino() == found.ino())
                     {
                         let mut read = vec![0; content.len() + 1];
                         let length = file.read_at(&mut read, 0).unwrap();
                         assert_eq!(read[..length], *content, "{what}: {name}, open for long");
                     } else {
-                        open.insert(name, OpenOptions::new().read(true).write(true).open(&path).unwrap());
+                        open.insert(
+                            name.clone(),
+                            OpenOptions::new().read(true).write(true).open(&path).unwrap(),
+                        );
                     }
                 }
             }
@@ -168,51 +169,58 @@ impl View {
     }
 
     /// Changes a file, or makes or removes one, and says how.
-    fn change(&mut self, round: u64, files: &mut Files, random: &mut fastrand::Rng) -> String {
-        let name = name_of(random.usize(..NAMES));
+    ///
+    /// `to` is what it may be renamed to.
+    fn change(
+        &mut self,
+        round: u64,
+        (name, to): (&str, &str),
+        files: &mut Files,
+        random: &mut fastrand::Rng,
+    ) -> String {
         // Now within the record of the inode, now in chunks.
         let length = if random.bool() { random.usize(8..200) } else { random.usize(70_000..140_000) };
         let new: Vec<u8> = round.to_le_bytes().into_iter().cycle().take(length).collect();
-        let there = files.contains_key(&name);
+        let there = files.contains_key(name);
         let words;
         match self {
             View::Grpc(grpc) => match random.u32(..4) {
                 0 if there => {
                     words = "deleted";
-                    grpc.delete(&name);
-                    files.remove(&name);
+                    grpc.delete(name);
+                    files.remove(name);
                 }
                 1 if there => {
                     words = "put with its length";
-                    let file = files.get_mut(&name).unwrap();
+                    let file = files.get_mut(name).unwrap();
                     file.0 = round.to_le_bytes().into_iter().cycle().take(file.0.len()).collect();
-                    grpc.put(&name, &file.0);
+                    grpc.put(name, &file.0);
                 }
                 _ => {
                     words = "put";
-                    grpc.put(&name, &new);
-                    let mode = files.get(&name).map_or_else(|| grpc.mode(&name), |file| file.1);
-                    files.insert(name.clone(), (new, mode));
+                    grpc.put(name, &new);
+                    let mode = files.get(name).map_or_else(|| grpc.mode(name), |file| file.1);
+                    files.insert(name.to_owned(), (new, mode));
                 }
             },
             View::Mount { folder, open } => {
-                let path = folder.join(&name);
+                let path = folder.join(name);
                 let bits = |path: &Path| fs::symlink_metadata(path).unwrap().mode() & 0o7777;
                 match random.u32(..8) {
                     0 if there => {
                         words = "unlinked";
                         fs::remove_file(&path).unwrap();
-                        files.remove(&name);
+                        files.remove(name);
                     }
                     1 if there => {
                         words = "written into, at its length";
-                        let (content, _) = files.get_mut(&name).unwrap();
+                        let (content, _) = files.get_mut(name).unwrap();
                         let at = random.usize(..=content.len().saturating_sub(8));
                         let piece = &round.to_le_bytes()[..8.min(content.len())];
                         content[at..at + piece.len()].copy_from_slice(piece);
                         // By the descriptor of long ago if it is that file still.
                         let inode = fs::symlink_metadata(&path).unwrap().ino();
-                        match open.get(&name).filter(|file| file.metadata().unwrap().ino() == inode) {
+                        match open.get(name).filter(|file| file.metadata().unwrap().ino() == inode) {
                             Some(file) => file.write_all_at(piece, at as u64).unwrap(),
                             None => {
                                 OpenOptions::new()
@@ -226,7 +234,7 @@ impl View {
                     }
                     2 if there => {
                         words = "appended to";
-                        let (content, _) = files.get_mut(&name).unwrap();
+                        let (content, _) = files.get_mut(name).unwrap();
                         let end = content.len() as u64;
                         content.extend(round.to_le_bytes());
                         OpenOptions::new()
@@ -238,7 +246,7 @@ impl View {
                     }
                     3 if there => {
                         words = "truncated";
-                        let (content, _) = files.get_mut(&name).unwrap();
+                        let (content, _) = files.get_mut(name).unwrap();
                         let length = random.usize(..=2 * content.len());
                         content.resize(length, 0);
                         OpenOptions::new().write(true).open(&path).unwrap().set_len(length as u64).unwrap();
@@ -247,14 +255,13 @@ impl View {
                         words = "given other bits";
                         let mode = 0o600 | random.u32(..0o100);
                         fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
-                        files.get_mut(&name).unwrap().1 = mode;
+                        files.get_mut(name).unwrap().1 = mode;
                     }
                     5 if there => {
                         words = "renamed";
-                        let to = name_of(random.usize(..NAMES));
-                        fs::rename(&path, folder.join(&to)).unwrap();
-                        let file = files.remove(&name).unwrap();
-                        files.insert(to, file);
+                        fs::rename(&path, folder.join(to)).unwrap();
+                        let file = files.remove(name).unwrap();
+                        files.insert(to.to_owned(), file);
                     }
                     6 => {
                         words = "replaced by a rename";
@@ -262,12 +269,12 @@ impl View {
                         fs::write(&beside, &new).unwrap();
                         let mode = bits(&beside);
                         fs::rename(&beside, &path).unwrap();
-                        files.insert(name.clone(), (new, mode));
+                        files.insert(name.to_owned(), (new, mode));
                     }
                     _ => {
                         words = "written anew";
                         fs::write(&path, &new).unwrap();
-                        files.insert(name.clone(), (new, bits(&path)));
+                        files.insert(name.to_owned(), (new, bits(&path)));
                     }
                 }
             }
@@ -294,9 +301,11 @@ fn each_change_that_was_answered_is_seen_from_everywhere() {
     let mut files = Files::new();
     for round in 1..=ROUNDS {
         let by = random.usize(..views.len());
-        let what = views[by].change(round, &mut files, &mut random);
+        let [name, to] = [(); 2].map(|()| name_of(random.usize(..NAMES)));
+        let what = views[by].change(round, (&name, &to), &mut files, &mut random);
         let what = format!("{what} by {by}");
-        views.iter_mut().for_each(|view| view.look(&files, &what));
+        let looked_at = if round % 20 == 0 { (0..NAMES).map(name_of).collect() } else { vec![name, to] };
+        views.iter_mut().for_each(|view| view.look(&files, &looked_at, &what));
     }
     drop((views, other));
     cluster.assert_clean("seen");
