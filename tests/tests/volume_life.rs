@@ -87,6 +87,8 @@ fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empt
     assert!(refused.contains("does not stand by"), "{refused}");
     let refused = cluster.cli_fails(&["volume", "attach", "vol-9", "node-7"]);
     assert!(refused.contains("no node node-7"), "{refused}");
+    let refused = cluster.cli_fails(&["volume", "detach", "vol-9", "node-7"]);
+    assert!(refused.contains("no node node-7"), "{refused}");
     for _ in 0..2 {
         cluster.cli_run(&["volume", "attach", "vol-9", "node-2"]);
     }

@@ -123,6 +123,10 @@ impl Catalog {
                 }));
             }
             let there = record.backups.contains(node);
+            // One of its nodes may have gone for good; a name that is neither is a mistake.
+            if !there && self.parts.view.node(node).is_none() {
+                return Err(Error::not_found(format!("there is no node {node}: mend its name")));
+            }
             record.backups.retain(|backup| backup != node);
             if record.target.as_ref() == Some(node) {
                 record.target = None;
