@@ -87,6 +87,8 @@ fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empt
     assert!(refused.contains("does not stand by"), "{refused}");
     let refused = cluster.cli_fails(&["volume", "attach", "vol-9", "node-7"]);
     assert!(refused.contains("no node node-7"), "{refused}");
+    let refused = cluster.cli_fails(&["volume", "detach", "vol-9", "node-7"]);
+    assert!(refused.contains("no node node-7"), "{refused}");
     for _ in 0..2 {
         cluster.cli_run(&["volume", "attach", "vol-9", "node-2"]);
     }
@@ -146,6 +148,58 @@ fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empt
 }
 
 #[test]
+fn the_file_of_another_volume_is_not_deleted_with_one_that_was_given_it_by_mistake() {
+    let cluster = Cluster::start(&Options { nodes: 2, volume_bytes: Some(256 * MIB), ..Options::default() });
+    let folder = cluster.scratch("volume");
+    let image = folder.join("shared.img");
+    add(&cluster, "va", &image, "1GiB", "node-1");
+    // It has the most room.
+    let shard = eventually(SERVED_MAX, || {
+        let name = format!("s-{}", fastrand::u32(..));
+        cluster.cli_run(&["shard", "create", &name]);
+        let volume = cluster.cli_json(&["shard", "show", &name])["volume"].clone();
+        if volume == "va" { Ok(name) } else { Err(format!("{name} is on {volume}")) }
+    });
+    std::fs::write(folder.join("v"), "living").unwrap();
+    let key = format!("{shard}/k");
+    cluster.cli_run(&["put", folder.join("v").to_str().unwrap(), &key]);
+
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    let otherwise = format!("{}/./x/../../{name}//shared.img", folder.display());
+    let add_mistaken = |source: &str, node: &str| {
+        ["volume", "add", "vb", "--kind", "loop", "--source", source, "--size", "1GiB", "--nodes", node]
+            .map(str::to_owned)
+    };
+    let refused = add_mistaken(&otherwise, "node-1");
+    let refused = cluster.cli_fails(&refused.each_ref().map(String::as_str));
+    assert!(refused.contains("is the source of volume va already"), "{refused}");
+
+    // Machines may have different files of one name; these have one.
+    let mistaken = add_mistaken(image.to_str().unwrap(), "node-2");
+    cluster.cli_run(&mistaken.each_ref().map(String::as_str));
+    eventually(SERVED_MAX, || {
+        let trouble = find(&cluster, "vb").ok_or("not there")?["served"]["trouble"].clone();
+        let is_told = trouble.as_str().is_some_and(|trouble| trouble.contains("volume va of ShardFS"));
+        if is_told { Ok(()) } else { Err(format!("{trouble}")) }
+    });
+    let said = cluster.cli_run(&["volume", "delete", "vb"]);
+    assert!(said.contains("left as it is: it holds volume va of ShardFS"), "{said}");
+    assert!(find(&cluster, "vb").is_none() && image.exists());
+    let log = std::fs::read_to_string(cluster.dir().join("logs/node-2.log")).unwrap();
+    assert!(log.contains("is left as it is") && log.contains("it holds volume va"), "{log}");
+    assert_eq!(cluster.cli_run(&["get", &key, "-"]), "living");
+
+    cluster.cli_run(&["dev", "kill", "node-1"]);
+    cluster.cli_run(&["dev", "start", "node-1"]);
+    is_served(&cluster, "va");
+    assert_eq!(cluster.cli_run(&["get", &key, "-"]), "living");
+    // Its own it is deleted with.
+    cluster.cli_run(&["shard", "delete", "--force", &shard]);
+    let said = cluster.cli_run(&["volume", "delete", "va"]);
+    assert!(said.contains("is deleted") && !image.exists(), "{said}");
+}
+
+#[test]
 fn a_volume_that_cannot_be_used_or_whose_node_is_gone_leaves_as_well() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
     let cluster = Cluster::start(&Options { nodes: 2, ..Options::default() });
@@ -188,7 +242,8 @@ fn a_volume_that_cannot_be_used_or_whose_node_is_gone_leaves_as_well() {
         table.lines().filter(|line| line.contains(&format!(" {} ", place.display()))).count()
     };
     cluster.cli_run(&["dev", "kill", "node-2"]);
-    cluster.cli_run(&["volume", "delete", "vol-9"]);
+    let said = cluster.cli_run(&["volume", "delete", "vol-9"]);
+    assert!(said.contains("left as it is: its node is away"), "{said}");
     cluster.cli_run(&["volume", "detach", "vol-7", "node-2"]);
     assert!(find(&cluster, "vol-9").is_none());
     assert!(image.exists(), "only its node would have deleted it");

@@ -324,7 +324,7 @@ impl Catalog {
             format!("the image of the backup {id} is gone: there is no {image} on {me}. Nothing was changed")
         } else {
             format!(
-                "the image of the backup {id} is not on this node: there is no {image} on {me}. {maker} has taken it: restore or verify it where that                  file is (into a new volume with `--nodes {maker}`), or bring it here under this name. Nothing was changed"
+                "the image of the backup {id} is not on this node: there is no {image} on {me}. {maker} has taken it: restore or verify it where that file is (into a new volume with `--nodes {maker}`), or bring it here under this name. Nothing was changed"
             )
         }))
     }

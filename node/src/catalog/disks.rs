@@ -321,7 +321,7 @@ impl Catalog {
         match disk {
             Some(disk) if disk.cluster_id != self.parts.cluster_id || disk.volume != volume.as_str() => {
                 Err(Error::invalid(format!(
-                    "volume {volume}: the disk {} was not made for it, by its tags, and was never in use: what is on it is not                      deleted; {keep}",
+                    "volume {volume}: the disk {} was not made for it, by its tags, and was never in use: what is on it is not deleted; {keep}",
                     disk.id
                 )))
             }

@@ -125,6 +125,11 @@ impl Publisher {
         }
     }
 
+    /// Nobody reads a shard that is not there.
+    fn forget(&self, shard: ShardId) {
+        self.interest.lock().remove(&shard);
+    }
+
     fn is_wanted(&self, shard: ShardId) -> bool {
         self.interest.lock().contains_key(&shard)
     }
@@ -247,6 +252,18 @@ impl Catalog {
             }
             if !young.is_zero() && self.age_of_view(*shard).is_some_and(|age| age < young) {
                 done.push(*shard);
+                continue;
+            }
+            // Backups say until they see its deletion that they read it.
+            if view
+                .shard(*shard)
+                .is_none_or(|kept| kept.record.volume != served.id || kept.record.state == StateWord::Deleted)
+            {
+                served.publisher.forget(*shard);
+                continue;
+            }
+            // It is being deleted, or rolled back: what becomes of it shows later.
+            if self.fenced.lock().contains(shard) {
                 continue;
             }
             // The next one is due after this one, not after who says that there is a young one.
@@ -468,7 +485,7 @@ impl Catalog {
     /// Takes the views of a shard that is to be deleted from those who read them. Whether that is done: if not, it is to be
     /// tried later.
     pub(super) async fn release_views(&self, served: &Arc<Served>, shard: ShardId) -> bool {
-        served.publisher.interest.lock().remove(&shard);
+        served.publisher.forget(shard);
         let begun = clock::monotonic();
         loop {
             let view = &self.parts.view;

@@ -123,6 +123,10 @@ impl Catalog {
                 }));
             }
             let there = record.backups.contains(node);
+            // One of its nodes may have gone for good; a name that is neither is a mistake.
+            if !there && self.parts.view.node(node).is_none() {
+                return Err(Error::not_found(format!("there is no node {node}: mend its name")));
+            }
             record.backups.retain(|backup| backup != node);
             if record.target.as_ref() == Some(node) {
                 record.target = None;
@@ -196,18 +200,19 @@ impl Catalog {
         Ok(())
     }
 
-    /// Takes a volume without shards out of the cluster; waits until it has gone. `delete_content`: with what it is made of.
+    /// Takes a volume without shards out of the cluster; waits until it has gone. `delete_content`: with what it is made of; answers
+    /// why that was left, if it was.
     pub async fn remove_volume(
         self: &Arc<Self>,
         volume: &VolumeId,
         delete_content: bool,
         at_most: Duration,
-    ) -> Result<()> {
+    ) -> Result<Option<String>> {
         self.refresh().await?;
         if self.parts.view.volume(volume).is_none()
             && (self.remove_half_made(volume).await? | self.give_up_restore(volume).await?)
         {
-            return Ok(());
+            return Ok(None);
         }
         // An earlier version takes one that leaves for one that is known to be empty.
         self.check_versions(volume, "the volume is not taken out of the cluster")?;
@@ -249,7 +254,9 @@ impl Catalog {
                 "volume {volume} has not left within {:.0} s; it does when its node can let go of it{why}",
                 at_most.as_secs_f64()
             )))
-        })
+        })?;
+        let (_, note) = get(&*self.parts.store, records::left_key(volume)).await?;
+        Ok(note.map(|note| String::from_utf8_lossy(&note.value).into_owned()))
     }
 
     /// Fails if there are shards on a volume.
@@ -315,6 +322,11 @@ impl Catalog {
             .delete(records::backups::schedule_key(&record.id))
             .delete(records::making_key(&record.id))
             .delete(records::backups::restoring_key(&record.id));
+        let txn = match record.delete_content {
+            true => txn
+                .put(records::left_key(&record.id), "its node is away, and only that would have deleted it"),
+            false => txn.delete(records::left_key(&record.id)),
+        };
         match self.parts.store.txn(txn).await {
             Ok(answer) if answer.succeeded => {
                 let what = if record.delete_content { "what it is made of stays where it is" } else { "" };

@@ -2,7 +2,7 @@
 //! cut off anywhere, and may be done by several processes at once.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Component, Path, PathBuf};
 
 use shardfs_proto::types::{Epoch, Error, NodeId, Reason, Result, VolumeId};
 
@@ -211,13 +211,27 @@ fn differences(kept: &VolumeRecord, spec: &VolumeSpec) -> Vec<String> {
     other
 }
 
+/// A path without `.`, `..` and repeated slashes; what symlinks make of it is not looked at: it is of other machines.
+fn lexical(path: &str) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for component in Path::new(path).components() {
+        match component {
+            Component::ParentDir => {
+                plain.pop();
+            }
+            other => plain.push(other),
+        }
+    }
+    plain
+}
+
 /// Two volumes over one file, folder or device of a node would destroy each other.
 pub async fn refuse_shared_source(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<()> {
     for kv in range_all(store, KeyRange::prefix(records::VOLUMES)).await?.kvs {
         // One that cannot be read is nobody's obstacle.
         let Ok(other) = records::decode::<VolumeRecord>(&kv.key, &kv.value) else { continue };
         // Paths that are written differently may be the same.
-        let same = other.provider == spec.provider && Path::new(&other.source) == Path::new(&spec.source);
+        let same = other.provider == spec.provider && lexical(&other.source) == lexical(&spec.source);
         // Different machines may call different devices the same; a disk of a cloud is called the same everywhere.
         let mut asked = std::iter::once(&spec.primary).chain(&spec.backups);
         let together = spec.provider == crate::volume::AWS
@@ -317,7 +331,7 @@ mod tests {
         let first = volume("vol-1", "device", "/dev/x");
         let record = ensure_volume(&store, &first).await.unwrap();
         assert_eq!(ensure_volume(&store, &first).await.unwrap(), record);
-        for source in ["/dev/x", "/dev//x", "/dev/./x"] {
+        for source in ["/dev/x", "/dev//x", "/dev/./x", "/dev/y/../x", "//dev/./y/.././x/", "/../dev/x"] {
             let error = ensure_volume(&store, &volume("vol-2", "device", source)).await.unwrap_err();
             assert_eq!(error.reason(), Reason::AlreadyExists, "{error}");
             assert!(error.message().contains("volume vol-1 already"), "{error}");
@@ -326,6 +340,8 @@ mod tests {
         let elsewhere =
             VolumeSpec { primary: node("x"), backups: vec![], ..volume("vol-4", "device", "/dev/x") };
         ensure_volume(&store, &elsewhere).await.unwrap();
+        // Not the same, though it begins so.
+        ensure_volume(&store, &volume("vol-5", "device", "/dev/x/../x/y")).await.unwrap();
         ensure_volume(&store, &volume("vol-3", "device", "/dev/y")).await.unwrap();
         // After an election.
         let moved =

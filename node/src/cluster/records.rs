@@ -374,6 +374,12 @@ pub fn making_key(volume: &VolumeId) -> String {
     format!("{MAKING}{volume}")
 }
 
+/// The key under which it stands in words why what a volume was made of was left when it was deleted; until one of this name leaves
+/// the next time.
+pub fn left_key(volume: &VolumeId) -> String {
+    format!("{PREFIX}left/{volume}")
+}
+
 /// The key of a shard's record.
 pub fn shard_key(id: ShardId) -> String {
     format!("{SHARDS}{:010}", id.get())

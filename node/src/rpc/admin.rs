@@ -218,8 +218,9 @@ impl Admin for AdminService {
                 0 => REMOVE_WAIT_DEFAULT,
                 ms => Duration::from_millis(ms.into()).min(REMOVE_WAIT_MAX),
             };
-            self.0.catalog.remove_volume(&VolumeId::new(r.volume_id)?, r.delete_content, patience).await?;
-            Ok(wire::RemoveVolumeReply {})
+            let volume = VolumeId::new(r.volume_id)?;
+            let left = self.0.catalog.remove_volume(&volume, r.delete_content, patience).await?;
+            Ok(wire::RemoveVolumeReply { left: left.unwrap_or_default() })
         };
         self.0.unary("Admin/RemoveVolume", call).await
     }

@@ -150,8 +150,8 @@ impl VolumeProvider for DeviceProvider {
     }
 
     /// A device is left as it is: what is on it may be the only copy.
-    fn delete(&self, _spec: &VolumeSpec) -> Result<()> {
-        Ok(())
+    fn delete(&self, _spec: &VolumeSpec) -> Result<Option<String>> {
+        Ok(None)
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {

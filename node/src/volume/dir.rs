@@ -95,8 +95,8 @@ impl VolumeProvider for DirProvider {
     }
 
     /// What lies in a folder may be more than the volume.
-    fn delete(&self, _spec: &VolumeSpec) -> Result<()> {
-        Ok(())
+    fn delete(&self, _spec: &VolumeSpec) -> Result<Option<String>> {
+        Ok(None)
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {

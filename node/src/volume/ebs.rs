@@ -278,18 +278,17 @@ impl VolumeProvider for EbsProvider {
     }
 
     /// Other nodes' machines let go of it by themselves, when they see that it leaves; until then it is in use.
-    fn delete(&self, spec: &VolumeSpec) -> Result<()> {
+    fn delete(&self, spec: &VolumeSpec) -> Result<Option<String>> {
         let id = disk_of(spec)?;
         self.release(spec)?;
-        let Some(disk) = self.cloud.disk(&id)? else { return Ok(()) };
+        let Some(disk) = self.cloud.disk(&id)? else { return Ok(None) };
         let is_own = disk.cluster_id == spec.cluster_id && disk.volume == spec.id.as_str();
         let is_foreign = !disk.cluster_id.is_empty() || !disk.volume.is_empty();
         // What was in use as this volume is, whoever has made the disk; what bears another's tags never is.
         if !is_own && (is_foreign || !spec.formatted) {
-            tracing::warn!(volume = %spec.id, disk = %id, "the disk was not made for the volume: it is left as it is");
-            return Ok(());
+            return Ok(Some("by its tags the disk was not made for the volume".into()));
         }
-        self.cloud.delete(&id)
+        self.cloud.delete(&id).map(|()| None)
     }
 
     /// As far as this machine can tell without asking the cloud.

@@ -4,10 +4,10 @@
 //! with what [`probe`] tells them.
 
 use std::ffi::CString;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -24,6 +24,8 @@ use super::{Place, VolumeSpec, io_error};
 pub(super) const PROBE_BYTES: usize = 1 << 20;
 /// Where the superblock of an ext4 lies.
 const SUPERBLOCK_AT: u64 = 1024;
+/// Where in it the UUID lies.
+const UUID_AT: usize = 104;
 /// Bytes at the start that hold the superblock.
 const HEAD_BYTES: usize = 4096;
 /// The byte of a UUID whose upper half is its version, and the one whose upper two bits are 10 in all that have one.
@@ -188,7 +190,7 @@ fn check_head(bytes: &[u8], spec: &VolumeSpec) -> Result<()> {
 pub(super) fn uuid(path: &Path) -> Result<[u8; UUID_BYTES]> {
     let mut uuid = [0; UUID_BYTES];
     File::open(path)
-        .and_then(|file| file.read_exact_at(&mut uuid, SUPERBLOCK_AT + 104))
+        .and_then(|file| file.read_exact_at(&mut uuid, SUPERBLOCK_AT + UUID_AT as u64))
         .map_err(|e| io_error(&format!("reading {}", path.display()), &e))?;
     Ok(uuid)
 }
@@ -231,6 +233,54 @@ pub(super) fn check_loop(path: &Path, spec: &VolumeSpec) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// Why a file is not certainly this volume's alone, to be deleted with it; `None`: it is. Of a volume that was never served, only a
+/// filesystem that was made for it and never mounted is: one that was mounted holds what an earlier volume of the name has left.
+pub(super) fn why_not_own(path: &Path, spec: &VolumeSpec) -> Result<Option<String>> {
+    let head = read_head_past_cache(path)?;
+    Ok(match classify(&head) {
+        Content::Ext4 { label: found } if found == label(&spec.id).as_bytes() => {
+            why_not_own_ext4(&head[SUPERBLOCK_AT as usize..], spec)
+        }
+        Content::Ext4 { label: found } if is_volume(&found) => {
+            let found = String::from_utf8_lossy(&found).into_owned();
+            Some(format!("it holds volume {} of ShardFS (labelled {found:?})", &found[LABEL_PREFIX.len()..]))
+        }
+        Content::Ext4 { label: found } => {
+            Some(format!("it holds an ext4 labelled {:?}", String::from_utf8_lossy(&found)))
+        }
+        Content::Zeros => Some("it holds no filesystem".into()),
+        Content::Unknown => Some("it holds something unknown".into()),
+    })
+}
+
+/// The same of a superblock with the volume's label.
+fn why_not_own_ext4(superblock: &[u8], spec: &VolumeSpec) -> Option<String> {
+    let mut uuid = [0; UUID_BYTES];
+    uuid.copy_from_slice(&superblock[UUID_AT..][..UUID_BYTES]);
+    // `s_mtime` and `s_mnt_count`.
+    let was_mounted = superblock[0x2C..0x30] != [0; 4] || superblock[0x34..0x36] != [0; 2];
+    if is_anothers(uuid, spec) {
+        return Some("it holds a volume of another cluster, or another one whose id begins so".into());
+    }
+    // Of a drawn UUID only that it was served tells whose it is.
+    let is_unused_making = uuid == marked_uuid(spec) && !was_mounted;
+    (!spec.formatted && !is_unused_making)
+        .then(|| "the volume was never served here, and what is there has been in use before".into())
+}
+
+/// The first bytes of a file that somebody may be writing directly: pages of it in the cache could make his sync fail.
+fn read_head_past_cache(path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = vec![0; 2 * HEAD_BYTES];
+    let start = bytes.as_ptr().align_offset(HEAD_BYTES);
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path);
+    match file.and_then(|file| file.read_at(&mut bytes[start..start + HEAD_BYTES], 0)) {
+        Ok(length) => Ok(bytes[start..start + length].to_vec()),
+        // What it lies on has no direct I/O, and so no loop device that writes directly.
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => read_head(path, HEAD_BYTES),
+        Err(e) => Err(io_error(&format!("reading {}", path.display()), &e)),
+    }
 }
 
 /// Bytes of a block: as [`make_filesystem`] asks for.

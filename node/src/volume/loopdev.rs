@@ -145,18 +145,25 @@ impl VolumeProvider for LoopProvider {
         ext4::grow(attached, length.max(wanted))
     }
 
-    fn delete(&self, spec: &VolumeSpec) -> Result<()> {
+    /// What lies at its place may be another volume's, or a backup: only what bears this volume's own identity goes.
+    fn delete(&self, spec: &VolumeSpec) -> Result<Option<String>> {
         let source = &spec.source;
-        match fs::remove_file(source) {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
-                return Err(io_error(&format!("removing {}", source.display()), &e));
+        match fs::metadata(source) {
+            Ok(meta) if !meta.is_file() => return Ok(Some("it is no file".into())),
+            Ok(_) => {
+                if let Some(why) = ext4::why_not_own(source, spec)? {
+                    return Ok(Some(why));
+                }
+                images::remove_file(source)?;
             }
-            Ok(()) | Err(_) => {}
+            Err(e) if e.kind() == ErrorKind::NotFound => {}
+            Err(e) => return Err(io_error(&format!("looking at {}", source.display()), &e)),
         }
         let parent = source.parent().unwrap_or(Path::new("/"));
         File::open(parent)
             .and_then(|parent| parent.sync_all())
-            .map_err(|e| io_error(&format!("syncing {}", parent.display()), &e))
+            .map_err(|e| io_error(&format!("syncing {}", parent.display()), &e))?;
+        Ok(None)
     }
 
     fn describe(&self, spec: &VolumeSpec) -> Result<Description> {

@@ -278,9 +278,9 @@ pub trait VolumeProvider: Send + Sync {
     fn release(&self, _spec: &VolumeSpec) -> Result<()> {
         Ok(())
     }
-    /// Deletes what the volume is made of, which nobody uses any more; what it cannot delete it leaves as it is. Done already: no
-    /// error.
-    fn delete(&self, spec: &VolumeSpec) -> Result<()>;
+    /// Deletes what the volume is made of, which nobody uses any more, if that is certainly its own. Answers why it was left if it
+    /// was not, of kinds that are ever deleted. Done already: no error.
+    fn delete(&self, spec: &VolumeSpec) -> Result<Option<String>>;
     /// What is known.
     fn describe(&self, spec: &VolumeSpec) -> Result<Description>;
     /// How its volumes are backed up; an error that says what to do instead if they cannot be.

@@ -127,8 +127,9 @@ impl Client {
         self.call_within(Target::Any, deadline, deadline, attempt).await
     }
 
-    /// Takes a volume that has no shards out of the cluster; answers when it has gone.
-    pub async fn remove_volume(&self, volume: &VolumeId, delete_content: bool) -> Result<()> {
+    /// Takes a volume that has no shards out of the cluster; answers when it has gone, and why what was to be deleted with it was left,
+    /// if it was; an empty text: an answer was lost, and whether it was deleted is not known.
+    pub async fn remove_volume(&self, volume: &VolumeId, delete_content: bool) -> Result<Option<String>> {
         let attempt_max = REMOVE_ATTEMPT_MAX.min(self.inner.config.deadline);
         let timeout = attempt_max.saturating_sub(ANSWER_GRACE.min(attempt_max / 4));
         let removed = self
@@ -140,7 +141,7 @@ impl Client {
                     timeout_ms: u32::try_from(timeout.as_millis()).unwrap_or(u32::MAX).max(1),
                 };
                 match attempt.node.admin().remove_volume(attempt.node.request(request)).await {
-                    // An earlier attempt whose answer was lost has done it.
+                    // An earlier attempt whose answer was lost has done it: what that said is not known.
                     Err(status)
                         if attempt.number > 0
                             && crate::status::from_status(&status).reason() == Reason::NotFound =>
@@ -151,6 +152,9 @@ impl Client {
                 }
             })
             .await;
-        removed.map(drop)
+        Ok(match removed? {
+            Some(reply) => Some(reply.into_inner().left).filter(|why| !why.is_empty()),
+            None => delete_content.then(String::new),
+        })
     }
 }

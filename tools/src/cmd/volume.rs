@@ -242,15 +242,19 @@ pub async fn run(args: Args, context: &Context) -> Result<()> {
         }
         Command::Delete { volume, keep } => {
             let before = client.volumes().await?.into_iter().find(|info| info.id == volume);
-            client.remove_volume(&volume, !keep).await?;
-            let left = match before {
-                Some(info)
+            let why = client.remove_volume(&volume, !keep).await?;
+            let left = match (before, why) {
+                (Some(info), _)
                     if keep || ![Kind::Loop, Kind::Aws].iter().any(|kind| info.provider == kind.as_str()) =>
                 {
                     format!("; {} is left as it is", info.source)
                 }
-                Some(info) => format!("; {} is deleted", info.source),
-                None => String::new(),
+                (Some(info), Some(why)) if why.is_empty() => {
+                    format!("; the node's answer was lost: see whether {} is deleted", info.source)
+                }
+                (Some(info), Some(why)) => format!("; {} is left as it is: {why}", info.source),
+                (Some(info), None) => format!("; {} is deleted", info.source),
+                (None, _) => String::new(),
             };
             return say(format!("{volume} is no volume of the cluster any more{left}"));
         }

@@ -112,6 +112,7 @@ async fn a_node_without_the_image_changes_nothing_and_says_who_has_it() {
         let refused = restore(&two, &backup.id, to).await.unwrap_err();
         assert_eq!(refused.reason(), Reason::NotFound, "{refused}");
         assert!(refused.message().contains("node-1 has taken it"), "{refused}");
+        assert!(!refused.message().contains("  "), "{refused}");
     }
     let refused = findings(&two, &backup.id).await.unwrap_err();
     assert!(refused.message().contains("node-1 has taken it"), "{refused}");

@@ -132,6 +132,29 @@ async fn closed_shards_have_a_last_view_and_deleted_ones_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn nobody_tries_to_publish_a_deleted_shard() {
+    let (_world, one, two, shard) = two().await;
+    fill(&one, shard, "a").await;
+    let volume = read_volume(&one, shard);
+    assert_eq!(publish(&one, shard).await, [shard]);
+    one.catalog.delete_shard(&me(), &by_id(shard), false).await.unwrap();
+    let failures = || one.catalog.views.figures.publish_failures.load(Ordering::Relaxed);
+    let served = one.catalog.serving.get(&volume).unwrap();
+    // A round that began before the deletion ends.
+    drop(served.publisher.round.lock().await);
+    let before = failures();
+    // A backup that has not seen the deletion yet asks once more.
+    let now = clock::monotonic();
+    assert_eq!(served.publisher.note(&[shard], Duration::ZERO, now), [shard]);
+    assert_eq!(one.catalog.publish(&served, &[shard], Duration::ZERO).await.unwrap(), []);
+    assert!(!served.publisher.is_wanted(shard), "it is forgotten at once");
+    assert_eq!(failures(), before);
+    drop(served);
+    two.end().await;
+    one.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_backup_that_may_have_lost_its_hold_answers_nothing() {
     let (_world, one, two, shard) = two().await;
     fill(&one, shard, "a").await;

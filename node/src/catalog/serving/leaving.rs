@@ -82,7 +82,10 @@ impl Catalog {
         let record = &kept.record;
         // Who retired it has looked. What is deleted here does not come back, so once more.
         self.check_unused(&record.id)?;
+        let mut spec = self.spec_of(record);
         if let Some(served) = self.serving.get(&record.id) {
+            // That may not be noted yet.
+            spec.formatted = true;
             served.publisher.stop().await;
             self.let_go(&served, false).await?;
         }
@@ -91,7 +94,7 @@ impl Catalog {
             self.stand_down(&record.id).await?;
         } else {
             // A process of this node that was killed may have left something.
-            let (spec, name) = (self.spec_of(record), record.provider.clone());
+            let (spec, name) = (spec.clone(), record.provider.clone());
             let providers = self.parts.providers.clone();
             let cleaned = self
                 .work(&record.id, TAKE_WAIT_MAX, move || {
@@ -108,18 +111,23 @@ impl Catalog {
                 tracing::warn!(volume = %record.id, %error, "cleaning up after a volume that leaves");
             }
         }
-        if self.other_with_source(record).is_some() {
-            tracing::warn!(volume = %record.id, source = record.source, "its disk is another volume's as well, and is left as it is");
+        let mut left = None;
+        if let Some(other) = self.other_with_source(record) {
+            left = Some(format!("it is the disk of volume {other} as well"));
         } else if record.delete_content {
-            let (spec, name) = (self.spec_of(record), record.provider.clone());
+            let name = record.provider.clone();
             // Who removes the record without this node waits until the lease is over.
             if !self.parts.lease.is_held() {
                 return Err(Error::unavailable("this node's lease is over"));
             }
             let providers = self.parts.providers.clone();
-            self.work(&record.id, RELEASE_WAIT_MAX, move || providers.get(&name)?.delete(&spec)).await?;
+            let deleting = move || providers.get(&name)?.delete(&spec);
+            left = self.work(&record.id, RELEASE_WAIT_MAX, deleting).await?;
         } else {
-            self.release_as(&record.id, record.provider.clone(), self.spec_of(record)).await?;
+            self.release_as(&record.id, record.provider.clone(), spec).await?;
+        }
+        if let Some(why) = &left {
+            tracing::warn!(volume = %record.id, source = record.source, why, "what the volume was made of is left as it is");
         }
         let key = records::volume_key(&record.id);
         let txn = Txn::new()
@@ -128,10 +136,15 @@ impl Catalog {
             .delete(records::backups::schedule_key(&record.id));
         let txn =
             txn.delete(records::making_key(&record.id)).delete(records::backups::restoring_key(&record.id));
+        let is_deleted = record.delete_content && left.is_none();
+        let txn = match left.filter(|_| record.delete_content) {
+            Some(why) => txn.put(records::left_key(&record.id), why),
+            None => txn.delete(records::left_key(&record.id)),
+        };
         // If it did not come true, the record is there still, and says the same.
         let answer = self.parts.store.txn(txn).await?;
         if answer.succeeded {
-            tracing::info!(volume = %record.id, deleted = record.delete_content, "taken out of the cluster");
+            tracing::info!(volume = %record.id, deleted = is_deleted, "taken out of the cluster");
             self.serving.remove_trouble(&record.id);
         }
         self.parts.view.wait_for(answer.revision, NOTE_WAIT_MAX).await

@@ -369,7 +369,7 @@ pub(in crate::volume) fn check_unmount(at: &Path) -> Result<()> {
     let root = File::open(at).map_err(|e| io_error(&format!("opening {}", at.display()), &e))?;
     match root.sync_all() {
         Err(e) if e.raw_os_error() == Some(libc::EIO) => Err(Error::unavailable(format!(
-            "{}: another node has fenced this mount, and this kernel would write at its unmount: it stays until the              machine is restarted (Linux 6.15 and later need no restart)",
+            "{}: another node has fenced this mount, and this kernel would write at its unmount: it stays until the machine is restarted (Linux 6.15 and later need no restart)",
             at.display()
         ))),
         _healthy => Ok(()),

@@ -200,6 +200,62 @@ fn refuses_to_format_anything_of_use() {
 }
 
 #[test]
+fn only_what_bears_the_volumes_own_identity_is_deleted_with_it() {
+    let Some(bench) = Bench::new() else { return };
+    let unused = bench.spec();
+    let own = VolumeSpec { formatted: true, ..unused.clone() };
+    let other = |formatted| VolumeSpec { id: VolumeId::new("other").unwrap(), formatted, ..unused.clone() };
+    let elsewhere = |formatted| VolumeSpec { cluster_id: "c2".into(), formatted, ..unused.clone() };
+    let is_left = |spec: &VolumeSpec, word: &str| {
+        let why = LoopProvider.delete(spec).unwrap().unwrap();
+        assert!(why.contains(word), "{why}");
+        assert!(spec.source.exists(), "{why}");
+    };
+    LoopProvider.create(&unused).unwrap();
+    let attached = LoopProvider.attach(&unused).unwrap();
+    fs::write(attached.root.join("x"), "y").unwrap();
+    // Also while it is in use.
+    for formatted in [false, true] {
+        is_left(&other(formatted), "volume vol-test of ShardFS");
+        is_left(&elsewhere(formatted), "another cluster");
+    }
+    rustix::fs::syncfs(File::open(&attached.root).unwrap()).unwrap();
+    LoopProvider.detach(&unused, attached).unwrap();
+    is_left(&unused, "never served here");
+    let attached = LoopProvider.attach(&own).unwrap();
+    assert_eq!(fs::read(attached.root.join("x")).unwrap(), b"y");
+    LoopProvider.detach(&own, attached).unwrap();
+    assert_eq!(LoopProvider.delete(&own).unwrap(), None);
+    assert!(!own.source.exists());
+    assert_eq!(LoopProvider.delete(&own).unwrap(), None, "once more is harmless");
+
+    // What was made for it and never in use.
+    LoopProvider.create(&unused).unwrap();
+    is_left(&other(false), "volume vol-test of ShardFS");
+    assert_eq!(LoopProvider.delete(&unused).unwrap(), None);
+    assert!(!unused.source.exists());
+
+    // Of an older version: the UUID tells nothing, the record does.
+    File::create(&own.source).unwrap().set_len(own.size_bytes).unwrap();
+    let drawn = 0x0f8f_ad5b_d9cb_469f_a165_7086_7728_950e_u128.to_be_bytes();
+    make_filesystem(&own.source, &own.id, Target::SparseFile, drawn).unwrap();
+    is_left(&unused, "never served here");
+    assert_eq!(LoopProvider.delete(&own).unwrap(), None);
+    assert!(!own.source.exists());
+
+    for (content, word) in
+        [(&[0u8; 8192][..], "no filesystem"), (&[1; 8192], "unknown"), (b"a note", "unknown")]
+    {
+        fs::write(&own.source, content).unwrap();
+        is_left(&unused, word);
+        is_left(&own, word);
+    }
+    fs::remove_file(&own.source).unwrap();
+    fs::create_dir(&own.source).unwrap();
+    is_left(&own, "no file");
+}
+
+#[test]
 fn the_volume_of_another_cluster_is_not_fenced() {
     let Some(bench) = Bench::new() else { return };
     let spec = bench.spec();
