@@ -183,6 +183,7 @@ fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empt
     cluster.cli_run(&["put", folder.path().join("v").to_str().unwrap(), &format!("{shard}/k")]);
     let refused = cluster.cli_fails(&["volume", "delete", "vol-9"]);
     assert!(refused.contains("holds shard") && refused.contains(&shard), "{refused}");
+    assert!(!refused.contains("--force"), "there is none: {refused}");
     assert_eq!(is_served(&cluster, "vol-9")["leaving"], false);
     // Its nodes have had time to do what they were not to do.
     std::thread::sleep(Duration::from_secs(1));
