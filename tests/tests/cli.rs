@@ -371,6 +371,8 @@ fn failures_name_the_shard_and_say_what_is_meant() {
     let said = cluster.cli_fails(&["put", "/etc/hostname", "cli-words/src"]);
     assert!(said.contains("put cli-words/src: ") && said.contains("`cli-words/src/` puts"), "{said}");
     assert!(!said.contains("-r"), "{said}");
+    let said = cluster.cli_fails(&["shard", "delete", "--yes", "cli-words"]);
+    assert!(said.contains("is not empty") && said.contains("`--force` deletes"), "{said}");
     // Nobody listens there; the environment says how long that is believed.
     let begun = Instant::now();
     let output =

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use shardfs_tests::cluster::eventually;
+use shardfs_tests::etcd::Etcd;
 use shardfs_tests::load::{self, ShardLoad};
 use shardfs_tests::volumes::{SERVED_MAX, find, is_served, may_enlarge};
 use shardfs_tests::{Cluster, Options, sh};
@@ -76,6 +77,69 @@ fn a_volume_grows_under_load_and_its_backup_serves_all_of_it() {
     cluster.assert_clean("grown");
 }
 
+/// `dev up` of a cluster whose volumes were changed takes them as they are.
+fn changed_volumes_stay(arguments: &[&str]) {
+    let options = Options { nodes: 2, volume_bytes: Some(256 * MIB), ..Options::default() };
+    let (cluster, output) = Cluster::try_start(&options, arguments);
+    assert!(output.status.success(), "{output:?}");
+    std::fs::write(cluster.shard("kept").join("k"), "v").unwrap();
+    let kept = cluster.cli_json(&["shard", "show", "kept"])["volume"].as_str().unwrap().to_owned();
+    let gone = if kept == "vol-1" { "vol-2" } else { "vol-1" };
+    let primary = is_served(&cluster, &kept)["primary"].as_str().unwrap().to_owned();
+    let other = if primary == "node-1" { "node-2" } else { "node-1" };
+    cluster.cli_run(&["volume", "detach", &kept, other]);
+    is_served(&cluster, gone);
+    cluster.cli_run(&["volume", "delete", gone]);
+    let larger = 320 * MIB;
+    let grown = may_enlarge();
+    if grown {
+        cluster.cli_run(&["volume", "grow", &kept, "--size", &larger.to_string()]);
+    }
+    // What is said of a volume that is there names what changes it.
+    let image = cluster.dir().join(format!("volumes/{kept}.img"));
+    let refused = cluster.cli_fails(&[
+        "volume",
+        "add",
+        &kept,
+        "--kind",
+        "loop",
+        "--source",
+        image.to_str().unwrap(),
+        "--size",
+        "256MiB",
+        "--nodes",
+        "node-1,node-2",
+    ]);
+    assert!(refused.contains("differs in its nodes") && refused.contains("volume attach"), "{refused}");
+    for round in ["first", "second"] {
+        cluster.cli_run(&["dev", "down"]);
+        let output = cluster.up(&options, &[]);
+        assert!(output.status.success(), "{round}: {output:?}");
+        let volume = is_served(&cluster, &kept);
+        assert_eq!(volume["primary"], primary.as_str(), "{round}");
+        assert_eq!(volume["backups"], serde_json::json!([]), "{round}");
+        if grown {
+            assert_eq!(volume["size_bytes"].as_u64(), Some(larger), "{round}");
+        }
+        assert_eq!(std::fs::read_to_string(cluster.mount().join("kept/k")).unwrap(), "v", "{round}");
+        assert!(find(&cluster, gone).is_none(), "{round}: {gone} is there again");
+        assert!(!cluster.dir().join(format!("volumes/{gone}.img")).exists(), "{round}");
+    }
+    cluster.cli_run(&["volume", "attach", &kept, other]);
+    cluster.assert_clean("kept");
+}
+
+#[test]
+fn a_cluster_whose_volumes_were_changed_starts_again() {
+    changed_volumes_stay(&[]);
+}
+
+#[test]
+fn a_cluster_whose_volumes_were_changed_starts_again_with_its_etcd() {
+    let etcd = Etcd::start();
+    changed_volumes_stay(&["--meta", &etcd.address()]);
+}
+
 #[test]
 fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empty() {
     let folder = tempfile::tempdir_in("/var/tmp").unwrap();
@@ -121,6 +185,7 @@ fn nodes_come_to_a_volume_and_leave_it_and_it_leaves_the_cluster_when_it_is_empt
     cluster.cli_run(&["put", folder.path().join("v").to_str().unwrap(), &format!("{shard}/k")]);
     let refused = cluster.cli_fails(&["volume", "delete", "vol-9"]);
     assert!(refused.contains("holds shard") && refused.contains(&shard), "{refused}");
+    assert!(!refused.contains("--force"), "there is none: {refused}");
     assert_eq!(is_served(&cluster, "vol-9")["leaving"], false);
     // Its nodes have had time to do what they were not to do.
     std::thread::sleep(Duration::from_secs(1));

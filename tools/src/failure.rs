@@ -206,7 +206,6 @@ fn hint_for(reason: Reason) -> Option<&'static str> {
         Reason::ShardHasSnapshots => Some(
             "`shardfs shard snapshots SHARD` lists them, `shardfs shard delete SHARD/.snap/NAME` deletes one",
         ),
-        Reason::ShardNotEmpty => Some("`--force` deletes the shard with everything in it"),
         Reason::WrongOwner => {
             Some("the shard belongs to another client id: give the right one with --client-id")
         }
@@ -240,6 +239,7 @@ fn hint_for(reason: Reason) -> Option<&'static str> {
         | Reason::CrossShard
         | Reason::NotDirectory
         | Reason::NotEmpty
+        | Reason::ShardNotEmpty
         | Reason::WrongKind
         | Reason::NotPermitted
         | Reason::TooManyLinks
@@ -273,10 +273,10 @@ mod tests {
         let failure = Failure::usage("bad").hint("good");
         let back = Failure::from(anyhow::Error::from(failure));
         assert_eq!((back.code(), back.hint_text()), (EXIT_USAGE, Some("good")));
-        let domain = Error::new(Reason::ShardNotEmpty, "shard full of things");
+        let domain = Error::new(Reason::IsDirectory, "a directory of things");
         let back = Failure::from(anyhow::Error::from(domain));
-        assert_eq!(back.message(), "shard full of things");
-        assert!(back.hint_text().is_some_and(|h| h.contains("--force")));
+        assert_eq!(back.message(), "a directory of things");
+        assert!(back.hint_text().is_some_and(|h| h.contains("-r")));
     }
 
     #[test]

@@ -175,8 +175,8 @@ pub async fn ensure_volume(store: &dyn MetaStore, spec: &VolumeSpec) -> Result<V
         return Err(Error::new(
             Reason::AlreadyExists,
             format!(
-                "volume {} is there already and stays as it is; it differs in {}: a volume's nodes, size and --allow-unfenced \
-                 cannot be changed yet",
+                "volume {} is there already and stays as it is; it differs in {}: `shardfs volume attach` and `detach` \
+                 change its nodes, `grow` its size, and --allow-unfenced stays as it was chosen",
                 spec.id,
                 other.join(", and in ")
             ),

@@ -94,7 +94,7 @@ enum Command {
 #[derive(clap::Args, Debug)]
 #[command(
     after_help = "The number of nodes and what the volumes are is chosen once, when the cluster is made; `dev up` without flags starts it again as \
-it was. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays \
+it was. Volumes that were grown, given to other nodes or deleted since stay so. A cluster that runs is left as it is. A process that ends unexpectedly is started again; one that `dev kill` ended stays \
 down until `dev start`. If the supervisor itself was killed, or the machine was restarted, `dev up` recovers: processes that \
 still run are taken over, what they left behind is cleaned up.
 
@@ -238,7 +238,11 @@ async fn up(layout: &Layout, args: UpArgs, context: &Context) -> Result<()> {
             if wanted.mount.is_some() && unmounted {
                 say(launch::ask(layout, &Request::Start { member: MOUNT.to_owned() }).await?)?;
             }
-            check_volumes(layout).await
+            // Those in a cloud are added after the start, which may have been cut off in between.
+            if layout.volumes_were_added()? {
+                return check_volumes(layout).await;
+            }
+            add_cloud_volumes(layout).await
         }
         Outcome::Started { mount_failure } => {
             mount_failure.map_or(Ok(()), Err)?;
@@ -269,33 +273,37 @@ fn wanted_meta(args: &UpArgs) -> Result<Option<WantedMeta>> {
     Ok(Some(WantedMeta::Etcd(settings)))
 }
 
-/// Has the nodes make the volumes that are disks of a cloud, those that are missing; fails if a volume is not served.
+/// Has the nodes make the volumes that are disks of a cloud, unless that was done once: one that is missing then was deleted. Fails
+/// if a volume is not served.
 async fn add_cloud_volumes(layout: &Layout) -> Result<()> {
     let settings = launch::settings_of(layout)?;
     if settings.volumes != VolumeKind::Aws {
         return check_volumes(layout).await;
     }
-    let client =
-        Client::new(ClientConfig::new(layout.node_endpoints(&settings), settings.client_id.clone()))?;
-    let there = client.volumes().await?;
-    for (number, (volume, node)) in settings.volume_names().into_iter().enumerate() {
-        let id = VolumeId::new(volume)?;
-        if there.iter().any(|info| info.id == id) {
-            continue;
+    if !layout.volumes_were_added()? {
+        let client =
+            Client::new(ClientConfig::new(layout.node_endpoints(&settings), settings.client_id.clone()))?;
+        let there = client.volumes().await?;
+        for (number, (volume, node)) in settings.volume_names().into_iter().enumerate() {
+            let id = VolumeId::new(volume)?;
+            if there.iter().any(|info| info.id == id) {
+                continue;
+            }
+            let mut nodes = vec![NodeId::new(node.clone())?];
+            nodes.extend(meta::backups(&settings, &node, number)?);
+            let new = NewVolume {
+                id,
+                provider: VolumeKind::Aws.as_str().to_owned(),
+                source: String::new(),
+                size_bytes: settings.volume_size_bytes,
+                nodes,
+                allow_unfenced: false,
+                iops: 0,
+                kms_key: None,
+            };
+            client.add_volume(&new).await?;
         }
-        let mut nodes = vec![NodeId::new(node.clone())?];
-        nodes.extend(meta::backups(&settings, &node, number)?);
-        let new = NewVolume {
-            id,
-            provider: VolumeKind::Aws.as_str().to_owned(),
-            source: String::new(),
-            size_bytes: settings.volume_size_bytes,
-            nodes,
-            allow_unfenced: false,
-            iops: 0,
-            kms_key: None,
-        };
-        client.add_volume(&new).await?;
+        layout.note_volumes_added()?;
     }
     let begun = clock::monotonic();
     loop {

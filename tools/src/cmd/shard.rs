@@ -5,9 +5,9 @@ use std::collections::HashSet;
 use clap::Subcommand;
 use serde_json::{Value, json};
 use shardfs_proto::client::Client;
-use shardfs_proto::types::ShardName;
 use shardfs_proto::types::cluster::{NewShard, ShardInfo};
 use shardfs_proto::types::op::ShardState;
+use shardfs_proto::types::{Reason, ShardName};
 
 use super::remote::find_shard;
 use super::status::ask_nodes;
@@ -363,7 +363,12 @@ async fn delete(context: &Context, shard: &ShardRef, force: bool, yes: bool) -> 
         }
     }
     let only_if_empty = !force && info.snapshot_of.is_none();
-    client.delete_shard(info.id, only_if_empty).await.with_context(|| shard.to_string())?;
+    client.delete_shard(info.id, only_if_empty).await.map_err(|error| {
+        let is_full = error.reason() == Reason::ShardNotEmpty;
+        let failure = Failure::from(error).context(shard);
+        // Said here alone: a volume that holds shards is not empty either, and nothing forces that.
+        if is_full { failure.hint("`--force` deletes the shard with everything in it") } else { failure }
+    })?;
     done(format!("{} is deleted", info_text(&info)))
 }
 

@@ -211,6 +211,7 @@ mod tests {
                 layout.log("supervisor").with_extension("log.1"),
                 layout.lock(),
                 layout.meta().join("store.redb"),
+                layout.volumes_added_file(),
                 layout.volume_source(VolumeKind::Loop, "vol-3"),
             ] {
                 std::fs::write(path, "x").unwrap();

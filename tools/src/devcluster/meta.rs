@@ -11,7 +11,7 @@ use shardfs_node::cluster::bootstrap::{self, VolumeSpec};
 use shardfs_node::cluster::connect::MetaSettings;
 use shardfs_node::cluster::embedded_server;
 use shardfs_node::cluster::records::{self, CLUSTER_KEY, ClusterRecord, FORMAT};
-use shardfs_node::cluster::store::{Demand, MetaStore, Txn};
+use shardfs_node::cluster::store::{Demand, MetaStore, Txn, get};
 use shardfs_node::net::ListenAddr;
 use shardfs_proto::types::{NodeId, VolumeId};
 
@@ -33,7 +33,8 @@ pub async fn serve(layout: &Layout, settings: &Settings) -> Result<Option<embedd
     })
 }
 
-/// Makes the cluster's id and the records of its volumes, those that are missing.
+/// Makes the cluster's id, and the records of its volumes unless all were made once: from then on volumes are what the records say,
+/// changed and deleted by operators. After a start that was cut off, those that are missing are made.
 pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
     let store = store(&settings.meta())?;
     if settings.etcd.is_some() {
@@ -43,16 +44,22 @@ pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
     }
     store.txn(Txn::new().delete(records::STOPPING)).await.map_err(|e| Failure::new(e.to_string()))?;
     // The nodes make them, when they are there: only they can.
-    if settings.volumes == VolumeKind::Aws {
+    if settings.volumes == VolumeKind::Aws || layout.volumes_were_added()? {
         return Ok(());
     }
     for (number, (volume, node)) in settings.volume_names().into_iter().enumerate() {
+        let id = VolumeId::new(volume.clone())?;
+        let (_, there) =
+            get(&*store, records::volume_key(&id)).await.map_err(|e| Failure::new(e.to_string()))?;
+        if there.is_some() {
+            continue;
+        }
         let source = layout.volume_source(settings.volumes, &volume);
         let source = source.to_str().ok_or_else(|| {
             Failure::usage(format!("{} is not UTF-8", source.display())).hint("choose another --dir")
         })?;
         let spec = VolumeSpec {
-            id: VolumeId::new(volume)?,
+            id,
             provider: settings.volumes.as_str().to_owned(),
             source: source.to_owned(),
             size_bytes: match settings.volumes {
@@ -66,7 +73,7 @@ pub async fn bootstrap(layout: &Layout, settings: &mut Settings) -> Result<()> {
         };
         bootstrap::ensure_volume(&*store, &spec).await?;
     }
-    Ok(())
+    layout.note_volumes_added()
 }
 
 /// Tells the nodes that all of them are being stopped, so that none hands its volumes to another. If it does not
@@ -180,8 +187,48 @@ fn unreached(etcd: &EtcdMeta, failure: Failure) -> Failure {
 
 #[cfg(test)]
 mod tests {
+    use shardfs_node::cluster::records::VolumeRecord;
+
     use super::super::launch::{Wanted, plan};
     use super::*;
+
+    #[tokio::test]
+    async fn volumes_are_added_once_and_are_what_the_records_say_from_then_on() {
+        use shardfs_node::cluster::embedded_server::serve;
+
+        let temp = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&temp.path().join("c"));
+        layout.create().unwrap();
+        let server = serve(temp.path().join("store"), "127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let reached = MetaSettings::of(server.address().to_string());
+        let store = reached.connect().unwrap();
+        let wanted = Wanted { volumes: Some(VolumeKind::Dir), ..Wanted::default() };
+        let mut settings = plan(&layout, None, &wanted, true).unwrap();
+        settings.etcd = Some(EtcdMeta { reached, cluster_id: "us".to_owned(), recorded: Recorded::No });
+        let key = |id: &str| records::volume_key(&VolumeId::new(id).unwrap());
+        let read = async |id: &str| {
+            let (_, kv) = get(&*store, key(id)).await.unwrap();
+            kv.map(|kv| records::decode::<VolumeRecord>(&kv.key, &kv.value).unwrap())
+        };
+        bootstrap(&layout, &mut settings).await.unwrap();
+        let made = read("vol-1").await.unwrap();
+        assert_eq!((made.backups.len(), made.size_bytes), (2, 0));
+
+        // Others are its nodes and size by now, and a start was cut off before the last volume.
+        let changed = VolumeRecord { backups: Vec::new(), size_bytes: 1 << 40, ..made };
+        let txn = Txn::new().put(key("vol-1"), records::encode(&changed)).delete(key("vol-3"));
+        store.txn(txn).await.unwrap();
+        std::fs::remove_file(layout.volumes_added_file()).unwrap();
+        bootstrap(&layout, &mut settings).await.unwrap();
+        assert_eq!(read("vol-1").await, Some(changed));
+        assert!(read("vol-3").await.is_some());
+
+        // One that is deleted after that stays so.
+        store.txn(Txn::new().delete(key("vol-3"))).await.unwrap();
+        bootstrap(&layout, &mut settings).await.unwrap();
+        assert!(read("vol-2").await.is_some() && read("vol-3").await.is_none());
+        server.shutdown().await.unwrap();
+    }
 
     #[tokio::test]
     async fn another_store_is_looked_at_first() {

@@ -4,6 +4,7 @@
 //! ```text
 //! DIR/.shardfs-dev        says that the folder is a cluster's: made before anything else in it, deleted after it
 //! DIR/cluster.json        settings
+//! DIR/volumes-added       empty: the volumes that the cluster was made with were all added to its records, once
 //! DIR/run/lock            held by the supervisor
 //! DIR/run/processes.json  processes that were started and may run
 //! DIR/meta/               the metadata store, if it is the embedded one
@@ -30,6 +31,8 @@ use crate::failure::{Failure, OrFail, Result};
 
 /// The settings file, by which a folder is known to be a dev cluster.
 pub const CLUSTER_FILE: &str = "cluster.json";
+/// See [`Layout::volumes_were_added`].
+const VOLUMES_ADDED_FILE: &str = "volumes-added";
 /// Marks a folder as a cluster's own from the first moment on, also one whose first start failed half-way.
 const MARKER_FILE: &str = ".shardfs-dev";
 /// What the marker says to who finds it.
@@ -261,6 +264,28 @@ impl Layout {
         }
     }
 
+    /// Whether the volumes that the cluster was made with were all added to its records. From then on the records alone say what
+    /// volumes there are: one that is not among them was deleted.
+    pub fn volumes_were_added(&self) -> Result<bool> {
+        let path = self.volumes_added_file();
+        path.try_exists().with_context(|| format!("cannot look for {}", path.display()))
+    }
+
+    /// Notes that they were.
+    pub fn note_volumes_added(&self) -> Result<()> {
+        let path = self.volumes_added_file();
+        let write = || -> io::Result<()> {
+            File::create(&path)?.sync_all()?;
+            File::open(&self.dir)?.sync_all()
+        };
+        write().with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// The file that says so.
+    pub fn volumes_added_file(&self) -> PathBuf {
+        self.dir.join(VOLUMES_ADDED_FILE)
+    }
+
     /// All nodes' data.
     pub fn nodes(&self) -> PathBuf {
         self.dir.join("nodes")
@@ -362,7 +387,9 @@ impl Layout {
     /// What a cluster with these settings has made in its folder, apart from its logs and from the files that say so
     /// ([`Layout::last_files`]). Whatever else is there is somebody else's.
     pub fn made(&self, settings: &Settings) -> Vec<PathBuf> {
-        let mut made: Vec<PathBuf> = settings.node_names().iter().map(|node| self.node_data(node)).collect();
+        // First: after a deletion that was cut off, volumes that are gone may be added again.
+        let mut made = vec![self.volumes_added_file()];
+        made.extend(settings.node_names().iter().map(|node| self.node_data(node)));
         for (volume, _) in settings.volume_names() {
             let source = self.volume_source(settings.volumes, &volume);
             // One that was being made.
