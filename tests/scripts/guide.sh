@@ -177,7 +177,7 @@ for node in "${nodes[@]}"; do
     eventually healthy
 done
 check test "$(on node-1 cat /mnt/shards/test/k)" = one
-follow node-1 'Back up and restore' 1
+follow node-1 'Back up and restore' 4
 
 # A machine is lost, and another one takes its place.
 machine_off node-3
@@ -201,7 +201,7 @@ for node in "${nodes[@]}"; do on "$node" systemctl stop shardfs-node; done
 for node in "${nodes[@]}"; do on "$node" systemctl stop etcd; done
 for node in "${nodes[@]}"; do
     if [ "$node" != node-1 ]; then cp "$work/node-1/var/backups/shardfs-etcd.db" "$work/$node/var/backups/"; fi
-    follow "$node" 'Back up and restore' 2 "s/--name node-1/--name $node/; s,-peer-urls http://10.0.0.11,-peer-urls http://10.0.0.1${node#node-},"
+    follow "$node" 'Back up and restore' 5 "s/--name node-1/--name $node/; s,-peer-urls http://10.0.0.11,-peer-urls http://10.0.0.1${node#node-},"
 done
 for node in "${nodes[@]}"; do eventually on "$node" systemctl is-active etcd; done
 for node in "${nodes[@]}"; do on "$node" systemctl start shardfs-node; done
