@@ -316,7 +316,9 @@ fn attach(path: &Path, settings: &Settings) -> Result<(OwnedFd, bool)> {
 
 /// What fusermount3 is asked for.
 fn helper_options(settings: &Settings) -> String {
-    let mut options = format!("subtype=shardfs,default_permissions,fsname={}", settings.source);
+    // A list of endpoints has commas, which would end the option.
+    let source = settings.source.replace('\\', "\\\\").replace(',', "\\,");
+    let mut options = format!("subtype=shardfs,default_permissions,fsname={source}");
     let words = [
         (settings.allow_other, "allow_other"),
         (settings.flags.contains(MountFlags::RDONLY), "ro"),
