@@ -105,9 +105,28 @@ pub struct Settings {
     pub replace_dead: bool,
 }
 
+/// An error: the settings are wrong, which no restart mends.
+#[derive(Debug)]
+pub struct Refused(pub String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
 impl Settings {
     /// Reads the file that `args` name, if any, and puts the layers together.
-    pub fn load(mut args: Args) -> Result<Settings> {
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn load(args: Args) -> Result<Settings> {
+        Settings::put_together(args).map_err(|error| Refused(format!("{error:#}")).into())
+    }
+
+    fn put_together(mut args: Args) -> Result<Settings> {
         let options = options::parse(args.options.iter().map(String::as_str), args.sloppy)?;
         if options.remount {
             bail!("mount option remount: mount(8) changes the options of a mount (mount -o remount,ro DIR)");
