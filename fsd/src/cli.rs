@@ -12,6 +12,8 @@ use serde::Deserialize;
 
 /// Exit status of a mount helper whose mount failed (mount(8)).
 pub const EXIT_MOUNT_FAILED: u8 = 32;
+/// Exit status of the daemon when its settings are wrong, which no restart mends: EX_CONFIG of sysexits.h.
+pub const EXIT_CONFIG: u8 = 78;
 
 /// How log lines look.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum, Deserialize)]

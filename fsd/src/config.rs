@@ -105,9 +105,28 @@ pub struct Settings {
     pub replace_dead: bool,
 }
 
+/// An error: the settings are wrong, which no restart mends.
+#[derive(Debug)]
+pub struct Refused(pub String);
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
 impl Settings {
     /// Reads the file that `args` name, if any, and puts the layers together.
-    pub fn load(mut args: Args) -> Result<Settings> {
+    ///
+    /// # Errors
+    /// [`Refused`].
+    pub fn load(args: Args) -> Result<Settings> {
+        Settings::put_together(args).map_err(|error| Refused(format!("{error:#}")).into())
+    }
+
+    fn put_together(mut args: Args) -> Result<Settings> {
         let options = options::parse(args.options.iter().map(String::as_str), args.sloppy)?;
         if options.remount {
             bail!("mount option remount: mount(8) changes the options of a mount (mount -o remount,ro DIR)");
@@ -176,14 +195,12 @@ fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result
         [source, mount_point] => (Some(source), mount_point),
         _ => bail!("expected a mount point, or a source and a mount point"),
     };
+    let source = source.map(|source| source.to_str().context("the source is not UTF-8")).transpose()?;
+    // By this mount(8) knows that a line of fstab is mounted.
+    let shown = options.source.or(source.map(str::to_owned)).unwrap_or_else(|| "shardfs".to_owned());
     // fstab needs something in its first column: these stand for the configured endpoints.
-    let source = match source {
-        Some(source) => match source.to_str().context("the source is not UTF-8")? {
-            "none" | "shardfs" => None,
-            list => Some(list.split([',', ';']).map(str::to_owned).collect::<Vec<_>>()),
-        },
-        None => None,
-    };
+    let source = source.filter(|source| !matches!(*source, "none" | "shardfs"));
+    let source = source.map(|list| list.split([',', ';']).map(str::to_owned).collect::<Vec<_>>());
     let explicit = options.settings.iter().any(|(name, _)| name == "endpoints");
     let endpoints = if explicit { args.endpoints } else { source.or(args.endpoints).or(file.endpoints) };
     let endpoints = endpoints.context(
@@ -245,7 +262,7 @@ fn resolve(args: Args, file: File, mut options: options::MountOptions) -> Result
     let client_id = args.client_id.or(file.client_id).unwrap_or_else(|| "default".to_owned());
     Ok(Settings {
         mount_point: absolute("the mount point", mount_point)?,
-        source: options.source.unwrap_or_else(|| "shardfs".to_owned()),
+        source: shown,
         endpoints,
         client_id: ClientId::new(client_id).context("--client-id")?,
         foreground: args.foreground,

@@ -10,9 +10,9 @@
 //!   check that follows a lookup costs nothing; a lookup always brings fresh ones.
 //! - In a closed shard: [`CLOSED_TTL`], since nothing changes there. The shard's own name is the
 //!   exception: a closed shard can be renamed and deleted.
-//! - Pages: a file's pages outlive its close if its version is the same when it is opened again
-//!   (`pages`); the kernel drops them itself when it sees another size or modification time, and it
-//!   looks at every read.
+//! - Pages: a file's pages outlive its close if its version is the same when it is opened again, and was no
+//!   other between (`pages`); the kernel drops them itself when it sees another size or modification time, and it
+//!   looks at every read. It is told to when a file has become older than it was.
 //!
 //! Whether a shard is closed is asked *before* the call whose answer is to be kept.
 
@@ -34,6 +34,7 @@ pub mod virtual_dir;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
+use std::sync::OnceLock;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
@@ -85,6 +86,9 @@ pub struct FsSettings {
     pub sync_changes: bool,
 }
 
+/// Has the kernel drop the pages of a file. Does not wait for it.
+pub type PageDropper = Box<dyn Fn(GlobalInode) + Send + Sync>;
+
 /// A mount.
 pub struct Fs {
     client: Client,
@@ -95,6 +99,7 @@ pub struct Fs {
     memo: Memo,
     second_look: SecondLook,
     pages: Pages,
+    page_dropper: OnceLock<PageDropper>,
     newborn: Newborn,
     root: RootState,
     virtuals: VirtualState,
@@ -116,12 +121,18 @@ impl Fs {
             memo: Memo::default(),
             second_look: SecondLook::default(),
             pages: Pages::default(),
+            page_dropper: OnceLock::new(),
             newborn: Newborn::default(),
             root: RootState::default(),
             virtuals: VirtualState::default(),
             unsynced: Mutex::default(),
             started: clock::now(),
         }
+    }
+
+    /// How the kernel is told to drop pages; the first one given counts.
+    pub fn drop_pages_by(&self, dropper: PageDropper) {
+        self.page_dropper.set(dropper).ok();
     }
 
     /// How many files and directories are open.
@@ -178,6 +189,16 @@ impl Fs {
         Ok(Node::InShard(shard, inode))
     }
 
+    /// The kernel is about to be shown these attributes.
+    fn will_show(&self, shard: ShardId, attr: &Attr) {
+        let ino = GlobalInode::new(shard, attr.inode);
+        if self.pages.shown(ino, attr)
+            && let Some(drop_pages) = self.page_dropper.get()
+        {
+            drop_pages(ino);
+        }
+    }
+
     /// What stat shows of an inode: a closed shard's root directory without write permission.
     fn stat(&self, shard: ShardId, attr: &Attr) -> FileStat {
         let mut stat = FileStat::of(shard, attr);
@@ -224,7 +245,13 @@ impl Fs {
         if durability == Durability::Buffered {
             self.unsynced.lock().insert(shard);
         }
-        Ok(self.client.mutate_through(shard, operation, durability, seen).await?)
+        let changed = operation.changed_inode();
+        let outcome = self.client.mutate_through(shard, operation, durability, seen).await;
+        if let Some(inode) = changed {
+            let attr = outcome.as_ref().ok().and_then(|result| result.attr.as_ref());
+            self.pages.changed(GlobalInode::new(shard, inode), attr);
+        }
+        Ok(outcome?)
     }
 
     /// `seen`: losses that the file knows of; without, whoever comes first is told.

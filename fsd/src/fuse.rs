@@ -20,15 +20,15 @@ use std::ffi::OsStr;
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileHandle, Filesystem, FopenFlags, INodeNo, InitFlags, KernelConfig,
-    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory, ReplyDirectoryPlus,
-    ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
+    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLock, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 use futures::future::{join, join_all};
 use shardfs_proto::types::limits::NAME_BYTES_MAX;
@@ -79,6 +79,22 @@ impl Fuse {
         let in_flight = in_flight::places();
         let lock_places = locking::places();
         Fuse { fs, runtime, metrics, in_flight, lock_places, negotiation }
+    }
+
+    /// Takes what the kernel is told by, while that is there. Telling it to drop pages is done in a thread of its own: the kernel
+    /// first waits for requests about these pages, which this process has to answer.
+    pub fn notifying(&self) -> impl FnOnce(Weak<Notifier>) + use<> {
+        let (fs, runtime) = (self.fs.clone(), self.runtime.clone());
+        move |notifier| {
+            fs.drop_pages_by(Box::new(move |ino| {
+                let Some(notifier) = notifier.upgrade() else { return };
+                runtime.spawn_blocking(move || {
+                    if let Err(error) = notifier.inval_inode(INodeNo(ino.get()), 0, 0) {
+                        tracing::warn!(%error, ino = ino.get(), "the kernel does not drop a file's pages");
+                    }
+                });
+            }));
+        }
     }
 
     /// Notes that a thread asks for something other than what it looked up last.

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use shardfsd::cli::{self, Args, Invocation};
+use shardfsd::config::Refused;
 use shardfsd::probe;
 
 fn main() -> ExitCode {
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
             Ok(code) => code,
             Err(error) => {
                 eprintln!("shardfsd: {error:#}");
-                ExitCode::FAILURE
+                if error.is::<Refused>() { ExitCode::from(cli::EXIT_CONFIG) } else { ExitCode::FAILURE }
             }
         };
     }

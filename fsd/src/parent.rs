@@ -26,7 +26,7 @@ use shardfs_proto::types::clock;
 
 use crate::background::{READY_VARIABLE, Waiting};
 use crate::cli::Args;
-use crate::config::Settings;
+use crate::config::{Refused, Settings};
 use crate::logging::{self, Log};
 use crate::records::{self, Place, Records};
 use crate::{notify, session};
@@ -135,6 +135,8 @@ enum Next {
     End(u8),
     /// The same, and it has to be told why.
     Fail(String),
+    /// The same, since the settings are refused.
+    Refuse(String),
     /// To start the next; why.
     Again(String),
 }
@@ -168,6 +170,10 @@ impl Parent {
                 Next::Fail(why) => {
                     self.leave(place.as_ref());
                     bail!("{why}");
+                }
+                Next::Refuse(why) => {
+                    self.leave(place.as_ref());
+                    return Err(Refused(why).into());
                 }
                 Next::Again(why) => why,
             };
@@ -333,7 +339,7 @@ fn next(end: &End, told: &records::Told, mounted: bool, there: bool) -> Next {
         _ if !mounted => Next::Fail(format!("the daemon ended before the mount was usable: {why}")),
         // Somebody had unmounted it, maybe lazily.
         _ if !there => Next::End(0),
-        Some(_) if failed.is_some_and(|failed| failed.refused) => Next::Fail(format!(
+        Some(_) if failed.is_some_and(|failed| failed.refused) => Next::Refuse(format!(
             "the daemon died, and is not started again, since its settings are refused now: {why}"
         )),
         _ => Next::Again(why),

@@ -12,6 +12,7 @@
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -139,13 +140,19 @@ fn start(fd: OwnedFd, settings: &Settings, fuse: Fuse) -> Result<Serving> {
     config.acl = acl;
     config.n_threads = Some(settings.threads);
     config.clone_fd = true;
+    let notifying = fuse.notifying();
     let session =
         Session::from_fd(fuse, fd, acl, config).context("the kernel does not agree on a protocol")?;
+    // It holds /dev/fuse open, and so must not outlive the session.
+    let notifier = Arc::new(session.notifier());
+    notifying(Arc::downgrade(&notifier));
     let (tell, ended) = oneshot::channel();
     let threads = std::thread::Builder::new()
         .name("fuse".into())
         .spawn(move || {
-            tell.send(session.run()).ok();
+            let outcome = session.run();
+            drop(notifier);
+            tell.send(outcome).ok();
         })
         .context("starting the threads that take requests")?;
     Ok((threads, ended))
@@ -309,7 +316,9 @@ fn attach(path: &Path, settings: &Settings) -> Result<(OwnedFd, bool)> {
 
 /// What fusermount3 is asked for.
 fn helper_options(settings: &Settings) -> String {
-    let mut options = format!("subtype=shardfs,default_permissions,fsname={}", settings.source);
+    // A list of endpoints has commas, which would end the option.
+    let source = settings.source.replace('\\', "\\\\").replace(',', "\\,");
+    let mut options = format!("subtype=shardfs,default_permissions,fsname={source}");
     let words = [
         (settings.allow_other, "allow_other"),
         (settings.flags.contains(MountFlags::RDONLY), "ro"),

@@ -81,6 +81,10 @@ status=0
 inside shardfs-node --config /etc/shardfs/node.yaml >"$work/out" 2>&1 || status=$?
 check test "$status" = 78
 check grep -q 'no node id' "$work/out"
+status=0
+inside shardfsd --foreground /mnt >"$work/out" 2>&1 || status=$?
+check test "$status" = 78
+check grep -q 'no node is given' "$work/out"
 
 # What belongs where.
 for path in /usr/bin/shardfs /usr/bin/shardfsd /usr/bin/shardfs-node /etc/shardfs/node.yaml /etc/shardfs/shardfsd.yaml \

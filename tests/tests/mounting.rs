@@ -90,6 +90,9 @@ fn by_fstab() {
              echo "$ENDPOINTS $POINT fuse.shardfs client_id=default,_netdev,noatime 0 0" >fstab
              mount -T fstab "$POINT"
              test "$(cat "$POINT/by-fstab/k")" = v
+             # It is mounted already, which mount sees.
+             mount -a -T fstab
+             test "$(grep -c " $POINT fuse.shardfs " /proc/self/mounts)" = 1
              umount "$POINT"'"#,
     );
 }

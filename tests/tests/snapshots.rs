@@ -4,11 +4,12 @@
 
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{DirEntryExt, MetadataExt};
+use std::os::unix::fs::{DirEntryExt, FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use rustix::mm::{MapFlags, ProtFlags};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::op::{Durability, PutOptions};
 use shardfs_proto::types::{Key, ReadFrom, ShardId, ShardName};
@@ -221,6 +222,63 @@ fn a_rollback_is_exact_and_the_mount_goes_on() {
     let none = cluster.cli_fails(&["shard", "rollback", "work", "bad", "--yes"]);
     assert!(none.contains("no snapshot"), "{none}");
     cluster.assert_clean("work");
+}
+
+/// Reads a file through a mapping made anew.
+fn mapped(path: &Path) -> Vec<u8> {
+    let file = fs::File::open(path).unwrap();
+    let length = file.metadata().unwrap().len() as usize;
+    // SAFETY: the mapping is looked at here only, within its length, and nobody cuts the file meanwhile.
+    unsafe {
+        let at = rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::SHARED, &file, 0)
+            .unwrap();
+        let content = std::slice::from_raw_parts(at.cast::<u8>(), length).to_vec();
+        rustix::mm::munmap(at, length).unwrap();
+        content
+    }
+}
+
+#[test]
+fn a_rollback_of_what_this_mount_has_overwritten_shows_on_it() {
+    let cluster = Cluster::shared();
+    let rb = cluster.shard("rb");
+    let f = rb.join("f");
+    let overwrite = || sh(&rb, "printf NEW | dd of=f conv=notrunc status=none");
+    let roll_back = || {
+        cluster.cli_run(&["shard", "rollback", "rb", "s", "--yes"]);
+        // Whatever the mount shows, this is in the shard.
+        assert_eq!(cluster.cli_run(&["get", "rb/f", "-"]), "OLD-OLD-OLD\n");
+    };
+    assert_eq!(sh(&rb, "echo OLD-OLD-OLD > f; cat f; mkdir .snap/s"), "OLD-OLD-OLD\n");
+
+    // Nobody asks for attributes between the write and the rollback.
+    overwrite();
+    roll_back();
+    assert_eq!(sh(&rb, "cat f"), "OLD-OLD-OLD\n");
+    assert_eq!(mapped(&f), b"OLD-OLD-OLD\n");
+
+    overwrite();
+    roll_back();
+    assert_eq!(mapped(&f), b"OLD-OLD-OLD\n", "a mapping first");
+
+    // The one who asks may get the old pages while the kernel is told to drop them.
+    let held = fs::File::open(&f).unwrap();
+    let read = || {
+        let mut content = [0; 12];
+        held.read_exact_at(&mut content, 0).unwrap();
+        content
+    };
+    assert_eq!(read(), *b"OLD-OLD-OLD\n");
+    fs::OpenOptions::new().write(true).open(&f).unwrap().write_all(b"NEW").unwrap();
+    roll_back();
+    let deadline = Instant::now() + PATIENCE;
+    while read() != *b"OLD-OLD-OLD\n" {
+        assert!(Instant::now() < deadline, "the descriptor shows {:?}", read().escape_ascii().to_string());
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(sh(&rb, "cat f"), "OLD-OLD-OLD\n");
+    assert_eq!(mapped(&f), b"OLD-OLD-OLD\n");
+    cluster.assert_clean("rb");
 }
 
 #[test]

@@ -91,6 +91,27 @@ fn a_source_is_a_list_of_endpoints() {
 }
 
 #[test]
+fn wrong_settings_are_told_from_other_failures() {
+    let load = |words: &[&str]| Settings::load(args(words));
+    let refused = load(&["--endpoints", "a:1", "--config", "/nonexistent/shardfsd.yaml"]).unwrap_err();
+    assert!(refused.is::<Refused>() && refused.to_string().contains("No such file"), "{refused}");
+    assert!(load(&["--endpoints", "a:1", "--threads", "0"]).unwrap_err().is::<Refused>());
+    assert!(load(&["--endpoints", "a:1"]).is_ok());
+}
+
+#[test]
+fn the_kernel_is_told_the_source_that_was_given() {
+    let of = |words: &[&str]| {
+        let args = Args::try_parse_from(["shardfsd"].iter().chain(words)).unwrap();
+        with_file(args, "endpoints: [f:9]").unwrap().source
+    };
+    assert_eq!(of(&["/mnt/x"]), "shardfs");
+    assert_eq!(of(&["n1:1,n2:2", "/mnt/x"]), "n1:1,n2:2");
+    assert_eq!(of(&["none", "/mnt/x"]), "none");
+    assert_eq!(of(&["n1:1", "/mnt/x", "-o", "fsname=mine"]), "mine");
+}
+
+#[test]
 fn mistakes_are_explained() {
     let good = ["--endpoints", "a:1"];
     let cases: &[(&[&str], &str)] = &[

@@ -54,6 +54,7 @@ impl Fs {
                 let closed = self.shards.is_closed(shard);
                 let attr = self.client.get_attr(shard, inode).await;
                 let attr = attr.map_err(|error| Failure::from(error).stale_if_gone())?;
+                self.will_show(shard, &attr);
                 let stat = self.stat(shard, &attr);
                 // The kernel checks permissions next, if that is what it asks for.
                 self.memo.put(caller.thread, stat, false);

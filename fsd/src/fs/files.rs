@@ -57,7 +57,7 @@ impl Fs {
         let file = FileHandle::new(shard, attr.inode, losses, lock_losses);
         match self.handles.insert(Handle::File(Arc::new(file))) {
             Ok(handle) => {
-                let keep_cache = self.pages.keep(GlobalInode::new(shard, attr.inode), attr.version);
+                let keep_cache = self.pages.keep(GlobalInode::new(shard, attr.inode), attr);
                 Ok(Opened { handle, direct: mode.write && mode.append, keep_cache })
             }
             Err(failure) => {

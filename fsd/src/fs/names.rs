@@ -38,6 +38,7 @@ impl Fs {
                 check_length(&name)?;
                 let closed = self.shards.is_closed(shard);
                 let attr = self.look_up(caller.thread, shard, parent, &name).await?;
+                self.will_show(shard, &attr);
                 let entry = self.entry(shard, closed, &attr);
                 self.memo.put(caller.thread, entry.stat, entry.ttl.attr.is_zero());
                 Ok(entry)

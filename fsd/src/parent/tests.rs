@@ -54,8 +54,9 @@ fn one_that_never_mounted_is_not() {
 
 #[test]
 fn settings_that_are_refused_end_it() {
-    let refused = next(&exited(1), &told(Some(true)), true, true);
-    assert!(matches!(refused, Next::Fail(why) if why.contains("refused") && why.contains("words")));
+    assert_eq!(next(&exited(78), &told(Some(true)), false, true), Next::End(78), "it has said it itself");
+    let refused = next(&exited(78), &told(Some(true)), true, true);
+    assert!(matches!(refused, Next::Refuse(why) if why.contains("refused") && why.contains("words")));
 }
 
 #[test]
