@@ -364,7 +364,7 @@ impl Images for EbsProvider {
     }
 
     fn discard(&self, spec: &VolumeSpec) -> Result<()> {
-        self.delete(spec)
+        self.delete(spec).map(drop)
     }
 }
 
