@@ -18,7 +18,7 @@ kernel_package=linux-image-cloud-amd64
 modules=(virtio_pci virtio_blk sd_mod configfs target_core_mod target_core_iblock target_core_file tcm_loop loop fuse xfs crc32c_generic)
 # Programs of this machine that the guest runs, with the libraries that they name: what busybox does not have, or not with the options
 # that are used.
-programs=(bash dd mkfs.ext4 e2fsck dumpe2fs fusermount3 etcd mkfs.xfs losetup mount umount setsid timeout truncate)
+programs=(bash rm dd mkfs.ext4 e2fsck dumpe2fs fusermount3 etcd mkfs.xfs losetup mount umount setsid timeout truncate)
 # Bytes of the disk that has two paths; sparse.
 disk_bytes=$((1 << 30))
 # Mebibytes of the machine's memory; the root filesystem is in it.
@@ -112,6 +112,8 @@ for program in "${programs[@]}"; do
     path=$(PATH=$PATH:/usr/sbin:/sbin command -v "$program") || skip "$program is missing: run tests/scripts/deps.sh vm"
     add_program "$path"
 done
+# Scripts that the tests write name it so.
+ln -s ../usr/bin/bash "$root/bin/bash"
 for program in shardfs shardfs-node shardfsd; do add_program "$bin/$program"; done
 add_program "$aws_cluster" aws_cluster
 cp "$here"/guest/* "$root/"

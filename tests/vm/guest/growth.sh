@@ -11,9 +11,8 @@ export SHARDFS_TEST_PATIENCE=5 SHARDFS_DEADLINE=300 SHARDFS_BIN_DIR=/usr/bin
 broken() {
     echo "growth: $*"
     cat "$out"
-    for log in /usr/test-logs/*/*.log; do
-        echo "--- $log"
-        tail -40 "$log"
+    for log in /usr/test-logs/*/*.log /var/tmp/shardfs-test.*/c/logs/*.log; do
+        [ ! -e "$log" ] || { echo "--- $log"; tail -40 "$log"; }
     done
     echo "--- kernel"
     dmesg | tail -40
@@ -23,5 +22,5 @@ broken() {
 RUST_BACKTRACE=1 aws_cluster --exact "$name" --nocapture >"$out" 2>&1 || broken "the test fails"
 grep -q ' 1 passed; 0 failed; 0 ignored' "$out" || broken "there is no test $name"
 grep -o 'vol-[0-9]* has grown from .*' "$out" || broken "the test has left the growth out"
-[ ! -e /usr/test-logs ] || ! grep -h 'panicked' /usr/test-logs/*/*.log || broken "a program has panicked"
+[ ! -e /usr/test-logs ] || ! grep -sh 'panicked' /usr/test-logs/*/*.log || broken "a program has panicked"
 echo "growth: $(grep -o 'finished in .*' "$out")"
