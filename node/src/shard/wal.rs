@@ -46,9 +46,16 @@ pub fn check_logs(dir: &Path) -> Result<()> {
     logs.sort();
     for path in logs {
         let mut content = Vec::new();
-        File::open(&path)
-            .and_then(|mut file| file.read_to_end(&mut content))
-            .map_err(|e| failed(&path, e))?;
+        File::open(&path).and_then(|mut file| file.read_to_end(&mut content)).map_err(|e| {
+            match e.kind() {
+                // It was there a moment ago, and nobody else deletes it: the volume is being taken away from this node.
+                ErrorKind::NotFound => Error::unavailable(format!(
+                    "{} has gone while it was read: its volume is on its way",
+                    path.display()
+                )),
+                _ => failed(&path, e),
+            }
+        })?;
         if let Some(at) = damage(&content) {
             return Err(Error::corrupt(format!(
                 "log {} is damaged at byte {at}, and whole records follow: it was not replayed, so that they are not \
@@ -285,5 +292,15 @@ mod tests {
                 assert!(BLOCK_BYTES - at % BLOCK_BYTES < HEADER_BYTES, "byte {at}");
             }
         }
+    }
+
+    #[test]
+    fn a_log_that_goes_while_it_is_looked_at_is_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("000001.log"), log(&[vec![1; 100]])).unwrap();
+        // Listed, and not there.
+        std::os::unix::fs::symlink("gone", dir.path().join("000002.log")).unwrap();
+        let error = check_logs(dir.path()).unwrap_err();
+        assert_eq!(error.reason(), shardfs_proto::types::Reason::Unavailable, "{error}");
     }
 }
