@@ -33,20 +33,8 @@ finish() {
 }
 trap finish EXIT
 inside() { machine_in machine "$@"; }
-checks=0
-check() {
-    checks=$((checks + 1))
-    "$@" || fail "failed: $*"
-}
-# Until it succeeds, for 60 s.
-eventually() {
-    checks=$((checks + 1))
-    for _ in $(seq 300); do
-        if "$@" >/dev/null 2>&1; then return; fi
-        sleep 0.2
-    done
-    fail "not within 60 s: $*"
-}
+# Until it succeeds, for so many seconds.
+eventually_max=60
 is() { [ "$(inside systemctl show -P "$2" "$1")" = "$3" ]; }
 # What a unit has said, since a moment.
 says() { inside journalctl --no-pager -q -o cat -u "$1" | grep "$2" >/dev/null; }

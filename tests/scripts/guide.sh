@@ -32,20 +32,8 @@ finish() {
     rm -rf --one-file-system "$work"
 }
 trap finish EXIT
-checks=0
-check() {
-    checks=$((checks + 1))
-    "$@" || fail "failed: $*"
-}
-# Until it succeeds, for two minutes.
-eventually() {
-    checks=$((checks + 1))
-    for _ in $(seq 600); do
-        if "$@" >/dev/null 2>&1; then return; fi
-        sleep 0.2
-    done
-    fail "not within 120 s: $*"
-}
+# Until it succeeds, for so many seconds.
+eventually_max=120
 
 # block TITLE N: the block number N below the line of DEPLOYMENT.md that begins with **TITLE.
 block() {

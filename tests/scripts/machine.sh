@@ -115,3 +115,19 @@ machines_end() {
         [ ! -d "$machine_groups" ] || sleep 0.1
     done
 }
+
+# What a test asserts, and how often it did; both end with its own `fail`.
+checks=0
+check() {
+    checks=$((checks + 1))
+    "$@" || fail "failed: $*"
+}
+# Until it succeeds, for `eventually_max` seconds, which the test sets.
+eventually() {
+    checks=$((checks + 1))
+    for _ in $(seq $((eventually_max * 5))); do
+        if "$@" >/dev/null 2>&1; then return; fi
+        sleep 0.2
+    done
+    fail "not within $eventually_max s: $*"
+}

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::Signal;
 
 use crate::cluster::{Cluster, bin_dir, eventually};
@@ -185,6 +186,23 @@ pub fn table(path: &Path) -> Vec<(String, String)> {
         (Path::new(fields[4]) == path).then(|| (kind.to_owned(), fields[2].to_owned()))
     };
     text.lines().filter_map(of).collect()
+}
+
+/// Reads a file through a mapping made anew.
+pub fn mapped(path: &Path) -> Vec<u8> {
+    let file = fs::File::open(path).unwrap();
+    let length = file.metadata().unwrap().len() as usize;
+    if length == 0 {
+        return Vec::new();
+    }
+    // SAFETY: the mapping is looked at here only, within its length, and nobody cuts the file meanwhile.
+    unsafe {
+        let at = rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::SHARED, &file, 0)
+            .unwrap();
+        let content = std::slice::from_raw_parts(at.cast::<u8>(), length).to_vec();
+        rustix::mm::munmap(at, length).unwrap();
+        content
+    }
 }
 
 /// Waits for a program's end; `None`: it runs on.

@@ -10,12 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use futures::TryStreamExt;
-use rustix::mm::{MapFlags, ProtFlags};
 use shardfs_proto::client::{Client, ListItem, ListOptions};
 use shardfs_proto::types::op::{Durability, PutOptions};
 use shardfs_proto::types::{Key, Reason, ShardId, ShardName};
 use shardfs_tests::Cluster;
-use shardfs_tests::mounted::Mounted;
+use shardfs_tests::mounted::{Mounted, mapped};
 use tokio::runtime::Runtime;
 
 /// Changes one after another, each looked at from everywhere.
@@ -92,23 +91,6 @@ impl Grpc {
 
 /// What a file must hold, and its permission bits.
 type Files = BTreeMap<String, (Vec<u8>, u32)>;
-
-/// Reads a file through a mapping made anew.
-fn mapped(path: &Path) -> Vec<u8> {
-    let file = File::open(path).unwrap();
-    let length = file.metadata().unwrap().len() as usize;
-    if length == 0 {
-        return Vec::new();
-    }
-    // SAFETY: the mapping is looked at here only, within its length, and nobody cuts the file meanwhile.
-    unsafe {
-        let at = rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::SHARED, &file, 0)
-            .unwrap();
-        let content = std::slice::from_raw_parts(at.cast::<u8>(), length).to_vec();
-        rustix::mm::munmap(at, length).unwrap();
-        content
-    }
-}
 
 impl View {
     /// The names, and of these files sizes, bits, contents by each way to read them, are as they must be.

@@ -9,11 +9,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::mm::{MapFlags, ProtFlags};
 use shardfs_proto::client::Client;
 use shardfs_proto::types::op::{Durability, PutOptions};
 use shardfs_proto::types::{Key, ReadFrom, ShardId, ShardName};
 use shardfs_tests::cluster::Options;
+use shardfs_tests::mounted::mapped;
 use shardfs_tests::tree::{assert_same, generate, listing};
 use shardfs_tests::{Cluster, Shell, block_on, sh, sh_fails};
 
@@ -222,20 +222,6 @@ fn a_rollback_is_exact_and_the_mount_goes_on() {
     let none = cluster.cli_fails(&["shard", "rollback", "work", "bad", "--yes"]);
     assert!(none.contains("no snapshot"), "{none}");
     cluster.assert_clean("work");
-}
-
-/// Reads a file through a mapping made anew.
-fn mapped(path: &Path) -> Vec<u8> {
-    let file = fs::File::open(path).unwrap();
-    let length = file.metadata().unwrap().len() as usize;
-    // SAFETY: the mapping is looked at here only, within its length, and nobody cuts the file meanwhile.
-    unsafe {
-        let at = rustix::mm::mmap(std::ptr::null_mut(), length, ProtFlags::READ, MapFlags::SHARED, &file, 0)
-            .unwrap();
-        let content = std::slice::from_raw_parts(at.cast::<u8>(), length).to_vec();
-        rustix::mm::munmap(at, length).unwrap();
-        content
-    }
 }
 
 #[test]
